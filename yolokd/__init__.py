@@ -1,0 +1,31 @@
+"""yolokd: distil a large Ultralytics YOLO into a small one that you can ship."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Method", "UserError", "YoloDistiller", "__version__", "distillation_trainer", "register"]
+
+if TYPE_CHECKING:
+    from yolokd.distiller import YoloDistiller
+    from yolokd.errors import UserError
+    from yolokd.methods import Method, register
+    from yolokd.trainer import distillation_trainer
+
+_HOMES = {
+    "Method": "yolokd.methods",
+    "UserError": "yolokd.errors",
+    "YoloDistiller": "yolokd.distiller",
+    "distillation_trainer": "yolokd.trainer",
+    "register": "yolokd.methods",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use: Ultralytics and torch take seconds, which a typo on the CLI need not wait for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'yolokd' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

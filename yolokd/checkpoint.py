@@ -1,0 +1,111 @@
+"""Checkpoints: restricted loading, and the sidecar with what a resume needs beyond Ultralytics' checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.nn import tasks
+
+from yolokd.errors import UserError
+
+Checkpoint = dict[str, Any]
+
+
+@contextmanager
+def restricted_loading(trust: bool = False) -> Iterator[None]:
+    """Within it, every checkpoint that Ultralytics loads is rebuilt from known classes alone, running no code from it.
+
+    `trust=True` leaves Ultralytics' ordinary (unrestricted) loading in force.
+    """
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise UserError("torch", f"{torch.__version__} cannot load checkpoints safely", "install torch >= 2.6")
+    before = tasks.SAFE_LOAD
+    tasks.SAFE_LOAD = not trust
+    try:
+        yield
+    finally:
+        tasks.SAFE_LOAD = before
+
+
+def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[nn.Module, Checkpoint]:
+    """Load an Ultralytics checkpoint as (float32 model in eval mode, checkpoint dict), running no code from it.
+
+    Raises UserError, naming `argument`, where the file is missing, broken, or holds more than a known model.
+    """
+    name = f"{argument}={path}"
+    if Path(path).is_dir():
+        raise UserError(name, "is a folder", "give a .pt checkpoint")
+    try:
+        with restricted_loading(trust):
+            model, ckpt = tasks.load_checkpoint(path)
+    except UserError:
+        raise
+    except FileNotFoundError as e:
+        raise UserError(name, "no such file", "give the path of an existing .pt checkpoint") from e
+    except (ConnectionError, OSError) as e:
+        raise UserError(name, "not on disk, and the download failed", "check the path or the network") from e
+    except Exception as e:
+        raise UserError(name, _loading_problem(e), "give an intact Ultralytics .pt checkpoint") from e
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
+        raise UserError(name, "holds no Ultralytics model", "give an Ultralytics .pt checkpoint")
+    return model, ckpt
+
+
+def _loading_problem(error: Exception) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "outside the supported" in text:
+        return "holds objects other than a known model, which could run code (trust=True loads it all the same)"
+    return "not a readable checkpoint"
+
+
+def sha256(path: str | Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f.read())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` when the block succeeds: readers never see half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sidecar_path(checkpoint: Path) -> Path:
+    """Where the sidecar of `last.pt` lies: beside it."""
+    return checkpoint.with_name(f"{checkpoint.stem}.distill.pt")
+
+
+def save_sidecar(checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain data beside `checkpoint`, atomically."""
+    with atomic_path(sidecar_path(checkpoint)) as temporary:
+        torch.save(state, temporary)
+
+
+def load_sidecar(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the sidecar of `checkpoint`, or None where there is none; never runs code from it."""
+    path = sidecar_path(checkpoint)
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"resume={checkpoint}", f"its sidecar {path.name} is unreadable", "start a new run") from e
+    return state

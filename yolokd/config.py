@@ -1,0 +1,192 @@
+"""cfg/*.yaml and the user's overrides -> one validated configuration."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from yolokd.errors import UserError
+from yolokd.methods import constants_model, registered
+from yolokd.resources import shipped
+
+Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """One method of a composition, with its own gain and constants."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    gain: Gain
+    constants: dict[str, Any]
+
+
+class Distillation(BaseModel):
+    """What a run distils from and how: yolokd's own keys, validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    teacher: str | None
+    method: str
+    level_weights: Literal["confidence", "uniform"]
+    check_teacher: bool
+    probe: Annotated[int, Field(ge=1)]
+    trust: bool
+    parts: tuple[Part, ...]
+
+    def flat(self) -> dict[str, Any]:
+        """The same as plain `key: value` pairs, as a user would write them."""
+        own = self.model_dump(exclude={"parts"})
+        for part in self.parts:
+            own |= {f"{part.name}.{k}": v for k, v in {"gain": part.gain, **part.constants}.items()}
+        return own
+
+
+OWN_KEYS = frozenset(Distillation.model_fields) - {"parts"}
+
+
+@cache
+def defaults() -> dict[str, Any]:
+    """The content of cfg/default.yaml."""
+    return _read("default.yaml")
+
+
+def method_defaults(name: str) -> dict[str, Any]:
+    """A method's gain and constants: from cfg/methods/NAME.yaml, else (a user's own method) from its signature."""
+    if (shipped("cfg") / "methods" / f"{name}.yaml").is_file():
+        return _read(f"methods/{name}.yaml")
+    fields = constants_model(registered()[name]).model_fields
+    return {"gain": 1.0} | {k: f.default for k, f in fields.items() if not f.is_required()}
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((shipped("cfg") / name).read_text(encoding="utf-8"))
+    return content
+
+
+def is_own(key: str) -> bool:
+    """Whether a key is yolokd's (or a method's constant), not Ultralytics'."""
+    return key in OWN_KEYS or "." in key
+
+
+def parse(keys: Mapping[str, Any]) -> Distillation:
+    """Validate yolokd's own keys over their defaults.
+
+    Raises UserError for an unknown method or constant, and for a value of the wrong type or range.
+
+    >>> parse({"teacher": "t.pt", "method": "dfd+pdf", "dfd.alpha": 0.5}).parts[0].constants["alpha"]
+    0.5
+    """
+    own = {k: v for k, v in keys.items() if k in OWN_KEYS}
+    dotted = {k: v for k, v in keys.items() if "." in k}
+    merged = {k: v for k, v in defaults().items() if k in OWN_KEYS} | own
+    names = method_names(merged["method"])
+    for key in dotted:
+        _check_prefix(key, names)
+    parts = tuple(_part(name, {k.partition(".")[2]: v for k, v in dotted.items() if k.startswith(f"{name}.")})
+                  for name in names)  # fmt: skip
+    if names and not merged["teacher"]:
+        raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, or method=none for plain training")
+    try:
+        return Distillation(**merged, parts=parts)
+    except ValidationError as e:
+        raise _as_user_error(e, merged) from e
+
+
+def method_names(method: object) -> tuple[str, ...]:
+    """The names in `a+b`; () for none.
+
+    Raises UserError where the text is no such composition.
+
+    >>> method_names("dfd+pdf")
+    ('dfd', 'pdf')
+    """
+    known = ", ".join([*sorted(registered()), "none"])
+    argument = f"method={method}"
+    if not isinstance(method, str) or not method.strip():
+        raise UserError(argument, "is empty", f"one of: {known}; join several with +")
+    if method == "none":
+        return ()
+    names = tuple(method.split("+"))
+    for name in names:
+        if not name or name == "none":
+            raise UserError(argument, "is no list of methods joined by single +", f"for example {'+'.join(_two())}")
+        if name not in registered():
+            raise UserError(argument, f"no method {name!r}", nearest(name, registered()) or f"one of: {known}")
+    if len(set(names)) < len(names):
+        raise UserError(argument, "names a method twice", "name each method once")
+    return names
+
+
+def _two() -> list[str]:
+    return sorted(registered())[:2]
+
+
+def _check_prefix(key: str, names: tuple[str, ...]) -> None:
+    prefix = key.partition(".")[0]
+    if prefix in names:
+        return
+    if prefix in registered():
+        raise UserError(key, f"sets a constant of {prefix}, which is not in method={'+'.join(names) or 'none'}",
+                        f"add {prefix} to method=, or drop {key}")  # fmt: skip
+    raise UserError(key, "unknown key", nearest(prefix, registered()) or f"methods: {', '.join(sorted(registered()))}")
+
+
+def _part(name: str, overrides: dict[str, Any]) -> Part:
+    values = method_defaults(name)
+    model = constants_model(registered()[name])
+    for key in overrides:
+        if key != "gain" and key not in model.model_fields:
+            known = ["gain", *model.model_fields]
+            raise UserError(f"{name}.{key}", "no such constant", nearest(key, known) or f"one of: {', '.join(known)}")
+    values |= overrides
+    try:
+        constants = {k: v for k, v in values.items() if k != "gain"}
+        checked = model.model_validate(constants, strict=True).model_dump()
+        return Part(name=name, gain=values["gain"], constants=checked)
+    except ValidationError as e:
+        raise _as_user_error(e, values, prefix=f"{name}.") from e
+
+
+def _as_user_error(error: ValidationError, values: Mapping[str, Any], prefix: str = "") -> UserError:
+    first = error.errors()[0]
+    key = str(first["loc"][0]) if first["loc"] else ""
+    return UserError(f"{prefix}{key}={values.get(key)}", "not a valid value", first["msg"])
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`did you mean X?` for the closest known word, or '' where none is close.
+
+    >>> nearest("epoch", ["epochs", "batch"])
+    'did you mean epochs?'
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {match[0]}?" if match else ""
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UserError for the first key that is neither in `known` (Ultralytics') nor yolokd's own."""
+    known = {*known, *OWN_KEYS, "student"}
+    for key in keys:
+        if key not in known and "." not in key:
+            raise UserError(key, "unknown key", nearest(key, known) or "see `yolokd help` and Ultralytics' settings")
+
+
+def parse_value(text: str) -> Any:
+    """A command line value as Python sees it, plain text where it is no literal.
+
+    >>> [parse_value(v) for v in ("0.5", "True", "none", "[0, 1]", "a b.pt")]
+    [0.5, True, None, [0, 1], 'a b.pt']
+    """
+    words = {"none": None, "true": True, "false": False}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text

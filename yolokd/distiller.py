@@ -1,0 +1,155 @@
+"""YoloDistiller, the Python face."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from platformdirs import user_data_path
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.engine.model import Model
+from ultralytics.utils import callbacks
+
+from yolokd.checkpoint import atomic_path, load_model, restricted_loading
+from yolokd.config import defaults, is_own
+from yolokd.errors import UserError
+from yolokd.trainer import DistillationTrainer
+
+Source = str | Path | Model | nn.Module
+
+
+class YoloDistiller:
+    """Distils a teacher into a student, with the verbs of Ultralytics' `YOLO`.
+
+    Teacher and student are paths, loaded `YOLO`/`RTDETR` objects, or modules; further keys are yolokd's own.
+
+    >>> d = YoloDistiller(teacher="yolov8l.pt", student="yolov8n.yaml", method="dfd", **{"dfd.alpha": 0.5})
+    >>> metrics = d.train(data="coco8.yaml", epochs=100)  # doctest: +SKIP
+    >>> d.export(format="onnx")  # doctest: +SKIP
+    """
+
+    def __init__(self, teacher: Source | None = None, student: Source | None = None, method: str | None = None,
+                 **keys: Any) -> None:  # fmt: skip
+        given = {"teacher": as_path(teacher), "student": as_path(student), "method": method}
+        self.keys = keys | {k: v for k, v in given.items() if v is not None}
+        self.trainer: DistillationTrainer | None = None
+        self._callbacks = callbacks.get_default_callbacks()
+        self._model: YOLO | None = None
+
+    def add_callback(self, event: str, function: Callable[[Any], None]) -> None:
+        """Call `function(trainer)` at one of Ultralytics' events."""
+        self._callbacks[event].append(function)
+
+    def train(self, **kwargs: Any) -> Any:
+        """Train, and return Ultralytics' metrics object; keys are those of `yolo train` and yolokd's own.
+
+        Raises UserError, before anything is written, for what cannot work.
+        """
+        keys = {**self.keys, **kwargs}
+        overrides = _resumed(keys) if keys.get("resume") else _fresh(keys)
+        self.trainer = DistillationTrainer(overrides=overrides, _callbacks=self._callbacks)
+        self.trainer.train()
+        best = self.trainer.best if self.trainer.best.exists() else self.trainer.last
+        self._model = load_yolo(best)
+        metrics = getattr(self.trainer.validator, "metrics", None)
+        return metrics if metrics is not None else self._model.ckpt.get("train_metrics")
+
+    @property
+    def model(self) -> YOLO:
+        """The distilled student, as Ultralytics' own object.
+
+        Raises UserError before training.
+        """
+        if self._model is None:
+            raise UserError("model", "nothing is trained yet", "call .train() first")
+        return self._model
+
+    def val(self, **kwargs: Any) -> Any:
+        """Ultralytics' validation of the student."""
+        return self.model.val(**kwargs)
+
+    def predict(self, source: Any = None, **kwargs: Any) -> Any:
+        """Ultralytics' predictions of the student."""
+        return self.model.predict(source, **kwargs)
+
+    def export(self, **kwargs: Any) -> Path:
+        """Export the student (ONNX unless `format=` says otherwise), check parity, and return the file's path.
+
+        Raises RuntimeError where the exported model and torch disagree.
+        """
+        from yolokd.exporter import export
+
+        report = export(str(self.model.ckpt_path), **kwargs)
+        if not report.passed:
+            raise RuntimeError(f"{report.path} does not equal the torch model; see {report.parity}")
+        return report.path
+
+
+def load_yolo(path: str | Path, trust: bool = False, argument: str = "model") -> YOLO:
+    """Ultralytics' `YOLO` object of a checkpoint, loaded under restriction."""
+    if str(path).endswith(".pt"):
+        load_model(path, argument, trust)
+    with restricted_loading(trust):
+        return YOLO(str(path))
+
+
+def as_path(source: Source | None) -> str | None:
+    """A path to what was given; a model object is saved once, under the hash of its content.
+
+    Training then has a file to name in checkpoints, to hash, and to load again in a resume or in another process.
+    """
+    if source is None or isinstance(source, str | Path):
+        return None if source is None else str(source)
+    module = source.model if isinstance(source, Model) else source
+    if not isinstance(module, nn.Module):
+        return str(source.ckpt_path or module)  # type: ignore[union-attr]
+    buffer = io.BytesIO()
+    torch.save({"model": module, "train_args": {}}, buffer)
+    state = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        state.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path = user_data_path("yolokd") / "models" / f"{state.hexdigest()[:16]}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return str(path)
+
+
+def _fresh(keys: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of a new run: the student is Ultralytics' `model`, and runs land in runs/distill."""
+    student = keys.pop("student", None) or keys.pop("model", None) or defaults()["student"]
+    placed = {} if keys.get("project") or keys.get("save_dir") else {"project": str(Path("runs/distill").absolute())}
+    return {"data": defaults()["data"], "name": "train"} | placed | keys | {"model": student}
+
+
+def _resumed(keys: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of a resumed run: everything else is in its checkpoint."""
+    last = last_checkpoint(keys.pop("resume"), keys.get("project"))
+    given = {k: v for k, v in keys.items() if k not in {"student", "model"}}
+    return given | {"resume": str(last), "model": str(last), "save_dir": str(last.parent.parent)}
+
+
+def last_checkpoint(resume: object, project: str | None = None) -> Path:
+    """last.pt of a run folder, of a checkpoint's own path, or (True) of the latest run.
+
+    Raises UserError where there is none.
+    """
+    if resume is True:
+        root = Path(project or "runs/distill")
+        found = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise UserError("resume=True", f"no run with a checkpoint in {root}", "give resume=path/to/run")
+        return found[-1].absolute()
+    path = Path(str(resume))
+    last = path / "weights" / "last.pt" if path.is_dir() else path
+    if not last.is_file():
+        raise UserError(f"resume={resume}", "no checkpoint there", "give a run folder with weights/last.pt")
+    return last.absolute()
+
+
+__all__ = ["YoloDistiller", "as_path", "is_own", "last_checkpoint", "load_yolo"]

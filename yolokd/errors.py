@@ -1,0 +1,17 @@
+"""The one error that users are meant to see."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: names the argument, the problem and the cure in one line.
+
+    The CLI prints it without a traceback and exits with status 2.
+
+    >>> str(UserError("method=dfx", "no such method", "one of: dfd, pdf"))
+    'method=dfx: no such method (one of: dfd, pdf)'
+    """
+
+    def __init__(self, argument: str, problem: str, cure: str) -> None:
+        self.argument, self.problem, self.cure = argument, problem, cure
+        super().__init__(" ".join(f"{argument}: {problem} ({cure})".split()))

@@ -1,0 +1,59 @@
+"""DFD, disparity-aware feature distillation (Liu et al., ICML 2024)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from yolokd.methods.base import Level, LevelShape, Method, register
+from yolokd.methods.blocks import adapter, generator, spatial_attention, squared_error
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Regions = Literal["both", "high", "low"]
+Constraint = Literal["mixed", "plain", "transformed", "swapped"]
+
+
+@register("dfd")
+class DFD(Method):
+    """Splits a level where the spatial attention of the two models differs much or little, and treats both apart.
+
+    With A(F) = H·W·softmax(mean_c |F|), disparity D = |A(F_T) − A(F_S)| and threshold P = mean of D over the map:
+    L = α·L_HD + β·L_LD, L_LD = Σ (F_T − F_S)² where D < P, L_HD = Σ (F_T − f_trans(F_S))² where D ≥ P, both over C·H·W
+    and meaned over the batch. F_S is the adapted student map; D and the split carry no gradient.
+
+    regions: the paper's Table 1 ablation (both, high or low regions only).
+    constraint: the paper's Table 5, which regions compare through f_trans: `mixed` the high ones (the method itself),
+    `plain` none, `transformed` both, `swapped` the low ones.
+    """
+
+    paper = "Disparity-aware feature distillation, Liu et al., ICML 2024"
+
+    def __init__(
+        self, shape: LevelShape, *, alpha: Weight, beta: Weight, regions: Regions, constraint: Constraint
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha if regions != "low" else 0.0
+        self.beta = beta if regions != "high" else 0.0
+        self.transform_high = constraint in ("mixed", "transformed")
+        self.transform_low = constraint in ("swapped", "transformed")
+        self.adapt = adapter(shape)
+        transforms = self.transform_high or self.transform_low
+        self.transform = generator(shape.teacher_channels) if transforms else nn.Identity()
+
+    def forward(self, level: Level) -> Tensor:
+        """Scalar float32 loss of one level."""
+        student = self.adapt(level.student)
+        high = high_disparity(level.teacher, student)
+        plain = squared_error(student, level.teacher)
+        transformed = squared_error(self.transform(student), level.teacher)
+        high_loss = (transformed if self.transform_high else plain).where(high, 0).mean()
+        low_loss = (transformed if self.transform_low else plain).where(~high, 0).mean()
+        return self.alpha * high_loss + self.beta * low_loss
+
+
+def high_disparity(teacher: Tensor, student: Tensor) -> Tensor:
+    """(B, H, W) boolean: where the disparity of spatial attention is at least its mean over the map; no gradient."""
+    disparity = (spatial_attention(teacher) - spatial_attention(student.detach())).abs()
+    return disparity >= disparity.mean((1, 2), keepdim=True)

@@ -1,0 +1,72 @@
+"""PDF-Distil, prediction-disagreement-weighted feature distillation (Zhang et al., BMVC 2021)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from yolokd.methods.base import Level, LevelShape, Method, register
+from yolokd.methods.blocks import adapter, squared_error
+
+Distance = Literal["l2", "l1", "kl"]
+Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
+
+
+@register("pdf")
+class PDF(Method):
+    """Weights the feature error at each position with how much the two models' class predictions disagree there.
+
+    D_hw = Σ_classes F(P_T, P_S) on class probabilities, W_hw = H·W·D_hw / Σ D, L = Σ_hw W_hw Σ_c (F_T − F_S)² / (H·W·C),
+    meaned over the batch. F_S is the adapted student map; W carries no gradient.
+
+    distance: F, squared difference (the paper's best), absolute difference, or KL divergence (of Bernoulli
+    distributions, teacher first, since YOLO's classes are independent sigmoids).
+    weighting: `soft` is the method; the others are its Table 1 ablation: `uniform`, or D = 1 at the 25 % / 50 % of
+    positions that disagree most (least) and 0 elsewhere; the mean of W is 1 in each.
+    Where both models agree exactly everywhere, `soft` is uniform: the limit of equal disagreement.
+    """
+
+    paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"
+    wants_logits = True
+
+    def __init__(self, shape: LevelShape, *, distance: Distance, weighting: Weighting) -> None:
+        super().__init__()
+        self.distance: Distance = distance
+        self.weighting: Weighting = weighting
+        self.adapt = adapter(shape)
+
+    def forward(self, level: Level) -> Tensor:
+        """Scalar float32 loss of one level."""
+        assert level.teacher_logits is not None
+        assert level.student_logits is not None
+        disagreement = disagree(level.teacher_logits, level.student_logits.detach(), self.distance)
+        error = squared_error(self.adapt(level.student), level.teacher)
+        return (position_weights(disagreement, self.weighting) * error).mean()
+
+
+def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
+    """D: two (B, K, H, W) logits -> (B, H, W) float32, summed over classes."""
+    t, s = teacher.float(), student.float()
+    if distance == "kl":
+        # Each Bernoulli's KL from logits: log-probabilities by log-sigmoid stay finite where probabilities underflow.
+        p = t.sigmoid()
+        return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1)
+    difference = t.sigmoid() - s.sigmoid()
+    return (difference.square() if distance == "l2" else difference.abs()).sum(1)
+
+
+def position_weights(disagreement: Tensor, weighting: Weighting) -> Tensor:
+    """W: (B, H, W) disagreement >= 0 -> (B, H, W) weights."""
+    b, h, w = disagreement.shape
+    d = disagreement.flatten(1)
+    if weighting == "uniform":
+        return d.new_ones(b, h, w)
+    if weighting == "soft":
+        total = d.sum(1, keepdim=True)
+        return ((d * (h * w) / total.where(total > 0, 1)).where(total > 0, 1)).view(b, h, w)
+    share = 0.25 if weighting.endswith("25") else 0.5
+    kept = max(round(share * h * w), 1)
+    index = d.topk(kept, dim=1, largest=weighting.startswith("most")).indices
+    return d.new_zeros(d.shape).scatter(1, index, h * w / kept).view(b, h, w)

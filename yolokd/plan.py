@@ -1,0 +1,168 @@
+"""What a run will do, known (and refused, if it must be) before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from ultralytics.cfg import get_cfg
+from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel, guess_model_task
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+from yolokd import shapes
+from yolokd.checkpoint import load_model, sha256
+from yolokd.config import Distillation, check_keys, is_own, parse
+from yolokd.criterion import Pairing
+from yolokd.errors import UserError
+from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
+from yolokd.teacher import Teacher, check_detector
+
+KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: its configuration and, unless method=none, teacher and pairing."""
+
+    config: Distillation
+    data: dict[str, Any]
+    student: nn.Module
+    teacher: Teacher | None
+    teacher_model: nn.Module | None  # as loaded, head included: what `check_teacher` scores
+    teacher_sha256: str
+    pairing: Pairing | None
+
+
+def make_plan(keys: Mapping[str, Any]) -> Plan:
+    """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
+
+    Reads files, may download what Ultralytics can download, and trains and writes nothing.
+    Raises UserError naming the first argument that cannot work.
+    """
+    check_keys(keys, KNOWN_KEYS)
+    config = parse({k: v for k, v in keys.items() if is_own(k)})
+    settings = {k: v for k, v in keys.items() if not is_own(k)}
+    _check_settings(settings, config)
+    data = load_data(settings.get("data"), single_cls=bool(settings.get("single_cls")))
+    student = load_student(settings.get("model"), data, config.trust)
+    if not config.parts:
+        return Plan(config, data, student, None, None, "", None)
+    _check_distinct(config.teacher, settings.get("model"))
+    model, _ = load_teacher(config.teacher, config.trust)
+    teacher = Teacher(model)
+    _check_fit(teacher, config, data)
+    strides = read_pyramid(student)
+    pairing = Pairing(
+        tuple(pair_levels(teacher.pyramid, strides)), tuple(strides), pair_classes(teacher.names, data["names"])
+    )
+    return Plan(config, data, student, teacher, model, sha256(model.pt_path), pairing)
+
+
+def load_teacher(path: str | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The teacher's model, from a .pt checkpoint; `UserError` where it is none."""
+    if not str(path).endswith(".pt"):
+        raise UserError(f"teacher={path}", "is no .pt checkpoint", "give a trained model, for example yolov8l.pt")
+    model, ckpt = load_model(str(path), "teacher", trust)
+    check_detector(model, f"teacher={path}")
+    return model, ckpt
+
+
+def load_student(path: object, data: Mapping[str, Any], trust: bool) -> nn.Module:
+    """The student's model, from a .yaml (random weights) or a .pt; `UserError` where it is no plain YOLO detector."""
+    name = f"student={path}"
+    if isinstance(path, nn.Module):
+        model: nn.Module = path
+    elif str(path).endswith((".yaml", ".yml")):
+        try:
+            model = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
+        except FileNotFoundError as e:
+            raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
+        except Exception as e:
+            raise UserError(name, "does not describe a YOLO detector", "for example yolov8n.yaml") from e
+    elif str(path).endswith(".pt"):
+        model, _ = load_model(str(path), "student", trust)
+    else:
+        raise UserError(name, "is neither .yaml nor .pt", "for example yolov8n.yaml or yolov8n.pt")
+    check_detector(model, name)
+    task = guess_model_task(model)
+    if task != "detect" or not isinstance(model.model[-1], Detect):
+        raise UserError(name, f"is no plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
+                        "give a YOLO detection model")  # fmt: skip
+    return model
+
+
+def load_data(data: object, single_cls: bool = False) -> dict[str, Any]:
+    """Ultralytics' data dictionary, after a check that training and validation have images."""
+    if data is not None and not isinstance(data, str | Path):
+        raise UserError(f"data={data}", "is no data set", "give the path of a data set's .yaml")
+    try:
+        loaded: dict[str, Any] = check_det_dataset(data_file(data))
+    except UserError:
+        raise
+    except Exception as e:
+        problem = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"data={data}", f"not usable: {problem}", "give a data set's .yaml, or data=shapes") from e
+    for split in ("train", "val"):
+        if not any(_images(loaded[split])):
+            raise UserError(f"data={data}", f"no images in its {split} split ({loaded[split]})", "check its paths")
+    if single_cls:
+        loaded |= {"names": {0: "item"}, "nc": 1}
+    return loaded
+
+
+def data_file(data: object) -> str:
+    """The .yaml to hand to Ultralytics: `shapes` (and none given) is the embedded data set, made on first use."""
+    return str(shapes.ensure()) if data in (None, "shapes") else str(data)
+
+
+def _images(paths: object) -> Iterable[Path]:
+    for path in map(Path, paths if isinstance(paths, list) else [paths]):  # type: ignore[arg-type]
+        if path.is_dir():
+            yield from (f for f in path.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS)
+        elif path.is_file():
+            yield from map(Path, path.read_text(encoding="utf-8").split())
+
+
+def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
+    """Refuse what Ultralytics would refuse too late, and what does not go with a teacher."""
+    try:
+        args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
+    except (TypeError, ValueError, SyntaxError, AssertionError) as e:
+        problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError("settings", problem, "see Ultralytics' train settings") from e
+    if not isinstance(args.epochs, int) or args.epochs < 1:
+        raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
+    if not config.parts:
+        return
+    if args.distill_model:
+        raise UserError("distill_model", "is Ultralytics' own distillation", "use teacher=, or drop the teacher")
+    if args.quantize == 8:
+        raise UserError("quantize=8", "quantization-aware training does not work with a teacher", "drop quantize")
+    if args.compile:
+        raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
+    if args.batch < 1:
+        raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
+
+
+def _check_distinct(teacher: object, student: object) -> None:
+    if isinstance(student, str | Path) and teacher is not None:
+        t, s = Path(str(teacher)), Path(student)
+        if t == s or (t.exists() and s.exists() and t.samefile(s)):
+            raise UserError(f"student={student}", "is the teacher's own file", "give a smaller model as the student")
+
+
+def _check_fit(teacher: Teacher, config: Distillation, data: Mapping[str, Any]) -> None:
+    from yolokd.methods import registered
+
+    if teacher.channels != data["channels"]:
+        raise UserError(f"teacher={config.teacher}", f"takes {teacher.channels} channels, the data {data['channels']}",
+                        "use a teacher trained on such images")  # fmt: skip
+    wanting = [p.name for p in config.parts if registered()[p.name].wants_logits]
+    if wanting and not teacher.has_logits:
+        raise UserError(f"teacher={config.teacher}", f"has no class scores per position, which {wanting[0]} needs",
+                        "use a YOLO teacher, or a method that compares feature maps alone, such as dfd")  # fmt: skip

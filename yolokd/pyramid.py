@@ -1,0 +1,149 @@
+"""What teacher and student share: strides of their feature pyramids, and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from yolokd.errors import UserError
+
+
+@dataclass(frozen=True)
+class LevelShape:
+    """One paired level: its stride in pixels, and the channels of both models' maps there."""
+
+    stride: int
+    student_channels: int
+    teacher_channels: int
+
+
+@dataclass
+class Level:
+    """One stride's maps of a batch, on the student's grid.
+
+    student: (B, C_S, H, W), carries gradient. teacher: (B, C_T, H, W), no gradient.
+    student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None where no method wants them.
+    """
+
+    stride: int
+    student: Tensor
+    teacher: Tensor
+    student_logits: Tensor | None = None
+    teacher_logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ClassPairing:
+    """Which class channels of both heads mean the same; empty where no name is shared.
+
+    With no shared name the highest class score of each model stands in, as a single objectness channel.
+    """
+
+    teacher: tuple[int, ...]
+    student: tuple[int, ...]
+
+    @property
+    def objectness(self) -> bool:
+        """Whether no class is shared."""
+        return not self.teacher
+
+    @property
+    def mapping(self) -> dict[int, int]:
+        """{student's class: teacher's class}."""
+        return dict(zip(self.student, self.teacher, strict=True))
+
+    def of_teacher(self, logits: Tensor) -> Tensor:
+        """(B, nc_T, H, W) -> (B, K, H, W)."""
+        return _pick(logits, self.teacher)
+
+    def of_student(self, logits: Tensor) -> Tensor:
+        """(B, nc_S, H, W) -> (B, K, H, W)."""
+        return _pick(logits, self.student)
+
+
+def _pick(logits: Tensor, index: tuple[int, ...]) -> Tensor:
+    if not index:
+        return logits.amax(1, keepdim=True)
+    return logits if index == tuple(range(logits.shape[1])) else logits[:, list(index)]
+
+
+def pair_classes(teacher: Mapping[int, str], student: Mapping[int, str]) -> ClassPairing:
+    """Pair classes by name, ignoring case and surrounding space, in the student's order.
+
+    >>> pair_classes({0: "dog", 1: "Cat "}, {0: "cat", 1: "cow"})
+    ClassPairing(teacher=(1,), student=(0,))
+    """
+    index = {_normal(name): i for i, name in reversed(list(teacher.items()))}
+    pairs = [(index[_normal(name)], i) for i, name in student.items() if _normal(name) in index]
+    return ClassPairing(tuple(t for t, _ in pairs), tuple(s for _, s in pairs))
+
+
+def _normal(name: str) -> str:
+    return str(name).strip().lower()
+
+
+def pair_levels(teacher: Mapping[int, int], student: Mapping[int, int]) -> list[LevelShape]:
+    """Pair the pyramids, given as {stride: channels}, at the strides that both have, finest first.
+
+    Raises UserError where there is none.
+
+    >>> pair_levels({8: 64, 16: 128}, {4: 16, 8: 32})
+    [LevelShape(stride=8, student_channels=32, teacher_channels=64)]
+    """
+    common = sorted(set(teacher) & set(student))
+    if not common:
+        raise UserError(
+            "teacher", f"strides {sorted(teacher)} and the student's {sorted(student)} have none in common",
+            "choose models whose heads share a stride",
+        )  # fmt: skip
+    return [LevelShape(s, student[s], teacher[s]) for s in common]
+
+
+def on_grid_of(reference: Tensor, maps: Tensor) -> Tensor:
+    """Resample `maps` (B, C, h, w) bilinearly to the grid of `reference` (B, *, H, W); untouched where equal."""
+    if maps.shape[-2:] == reference.shape[-2:]:
+        return maps
+    return F.interpolate(maps.float(), size=reference.shape[-2:], mode="bilinear", align_corners=False).to(maps.dtype)
+
+
+def split_levels(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Cut a head's (B, C, anchors) output into one (B, C, H, W) per map."""
+    sizes = [m.shape[-2] * m.shape[-1] for m in maps]
+    parts = flat.split(sizes, dim=-1)
+    return [p.unflatten(-1, m.shape[-2:]) for p, m in zip(parts, maps, strict=True)]
+
+
+def confidence_shares(logits: Sequence[Tensor]) -> Tensor:
+    """(L,) share of each level in the teacher's confidence: the sum over positions of its top class probability."""
+    sums = torch.stack([t.float().amax(1).sigmoid().sum() for t in logits])
+    return sums / sums.sum()
+
+
+@torch.no_grad()
+def read_pyramid(model: nn.Module, size: int = 256) -> dict[int, int]:
+    """{stride: channels} of the maps that enter a detector's last layer, finest first, read off one forward pass.
+
+    Works for any family: strides come from the maps' sizes. `size` (pixels) must be a multiple of every stride.
+    """
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.extend(inputs[0])
+
+    head = model.model[-1]  # type: ignore[index]
+    modes = [(m, m.training) for m in model.modules()]
+    handle = head.register_forward_pre_hook(keep)
+    try:
+        parameter = next(model.parameters())
+        channels = model.yaml.get("channels", 3)  # type: ignore[union-attr]
+        model.eval()(parameter.new_zeros(1, channels, size, size))
+    finally:
+        handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    return {size // m.shape[-1]: m.shape[1] for m in seen}

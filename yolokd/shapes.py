@@ -1,0 +1,209 @@
+"""`data=shapes`: a small detection data set that is drawn, not downloaded.
+
+Each picture is seeded by (seed, split, number) alone. Things are placed from front to back, and one is left out
+of the picture when too little of it would show: every drawn thing of a class is therefore labelled, and a box is
+tight to the pixels of it that can be seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import platformdirs
+import yaml
+from rich.console import Console
+from rich.progress import track
+
+from yolokd.errors import UserError
+
+Array = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Outline = npt.NDArray[np.complex128]  # the corners of a closed line, as x + iy
+
+CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
+COUNTS: Mapping[str, int] = MappingProxyType({"train": 480, "val": 120, "test": 120})
+SIZE = 128
+
+_VERSION = 1  # part of the folder's name: raise it whenever the pictures change
+_FINE = 4  # outlines are filled on a grid this much finer than the picture, for soft edges
+_SHOWING = 0.5  # the least share of a thing that must be seen
+_DISTRACTORS = ("blob", "bar", "pentagon", "half")
+
+
+def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = COUNTS) -> Path:
+    """The path of the data set's data.yaml; draws the set on first use, into the user's data folder or `root`.
+
+    Raises UserError for a negative seed and OSError where the folder can't be written.
+
+    >>> import tempfile
+    >>> ensure(seed=1, root=Path(tempfile.mkdtemp()), counts={"train": 2, "val": 1}).name
+    'data.yaml'
+    """
+    if seed < 0:
+        raise UserError(f"seed={seed}", "must not be negative", "try seed=0")
+    root = root or platformdirs.user_data_path("yolokd")
+    sizes = [] if counts == COUNTS else list(counts.values())
+    home = root / "-".join(map(str, ["shapes", seed, f"v{_VERSION}", *sizes]))
+    if not (home / "data.yaml").exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=root, prefix=f".{home.name}-") as scratch:
+            _publish(_generate(Path(scratch) / home.name, seed, counts), home)
+    return home / "data.yaml"
+
+
+def _publish(drawn: Path, home: Path) -> None:
+    try:
+        os.rename(drawn, home)
+    except OSError:  # another process was first: its set is the same as ours
+        if not (home / "data.yaml").exists():
+            raise
+
+
+def _generate(folder: Path, seed: int, counts: Mapping[str, int]) -> Path:
+    for kind in ("images", "labels"):
+        for split in counts:
+            (folder / kind / split).mkdir(parents=True)
+    jobs = [(split, number) for split, count in counts.items() for number in range(count)]
+    for split, number in track(jobs, "Drawing the shapes data set", console=Console(stderr=True), transient=True):
+        # By name and not by position: a set without `test` has the same training pictures.
+        rng = np.random.default_rng([seed, *split.encode(), number])
+        jpeg, labels = _picture(rng)
+        (folder / "images" / split / f"{number:04}.jpg").write_bytes(jpeg)
+        (folder / "labels" / split / f"{number:04}.txt").write_bytes(labels.encode())
+    # No `path`: Ultralytics then resolves the splits against this file's folder.
+    card = {**{split: f"images/{split}" for split in counts}, "names": dict(enumerate(CLASSES))}
+    (folder / "data.yaml").write_bytes(yaml.safe_dump(card, sort_keys=False).encode())
+    return folder
+
+
+class _Thing(NamedTuple):
+    name: str
+    cover: Array  # how much of each pixel it covers
+    seen: Mask  # the pixels of it that nothing hides
+    centre: complex
+    radius: float
+
+
+def _picture(rng: np.random.Generator) -> tuple[bytes, str]:
+    things = list(_scene(rng))
+    light = np.exp(1j * rng.uniform(0, 2 * np.pi))
+    image = _surface(rng, rng.uniform(0.1, 0.9, 3), contrast=0.25)
+    for thing in reversed(things):
+        image = _paint(rng, image, thing, light)
+    labels = "".join(_label(thing) for thing in things if thing.name in CLASSES)
+    return _photograph(rng, image, light), labels
+
+
+def _scene(rng: np.random.Generator) -> Iterator[_Thing]:
+    names = [*rng.choice(CLASSES, rng.integers(2, 9)), *rng.choice(_DISTRACTORS, rng.integers(0, 4))]
+    hidden = np.zeros((SIZE, SIZE), bool)
+    for name in map(str, rng.permutation(names)):
+        radius = SIZE * np.exp(rng.uniform(np.log(0.07), np.log(0.26)))
+        centre = complex(*rng.uniform(0.6 * radius, SIZE - 0.6 * radius, 2))
+        turn, tilt = np.exp(1j * rng.uniform(0, 2 * np.pi, 2))
+        squeeze = rng.uniform(0.65, 1)
+        lines = [_squeeze(line * tilt, squeeze) * turn * radius + centre for line in _outlines(rng, name)]
+        cover = _fill(lines)
+        whole = cover >= 0.5
+        seen = whole & ~hidden
+        if seen.sum() >= _SHOWING * whole.sum():
+            hidden |= whole
+            yield _Thing(name, cover, seen, centre, radius)
+
+
+def _label(thing: _Thing) -> str:
+    x, y, w, h = cv2.boundingRect(thing.seen.astype(np.uint8))
+    box = np.array([x + w / 2, y + h / 2, w, h]) / SIZE
+    return " ".join([str(CLASSES.index(thing.name)), *(f"{value:.6f}" for value in box)]) + "\n"
+
+
+def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:
+    """The lines that bound a thing, in the unit circle; inside two of them is outside the thing."""
+    circle = np.ones(48)
+    match name:
+        case "disc":
+            return [_polar(circle)]
+        case "ring":
+            return [_polar(circle), _polar(circle * rng.uniform(0.5, 0.7))]
+        case "triangle" | "square" | "pentagon":
+            return [_polar(np.ones({"triangle": 3, "square": 4, "pentagon": 5}[name]))]
+        case "star":
+            return [_polar(np.tile([1, rng.uniform(0.4, 0.55)], 5))]
+        case "cross":
+            arm = rng.uniform(0.25, 0.4)
+            return [np.concatenate([np.array([1 - arm * 1j, 1 + arm * 1j, arm + arm * 1j]) * 1j**k for k in range(4)])]
+        case "half":
+            return [_polar(circle)[:25]]
+        case "bar":
+            return [_squeeze(_polar(np.ones(4)) * np.exp(0.25j * np.pi), rng.uniform(0.2, 0.35))]
+        case _:
+            return [_polar(np.interp(np.arange(48) / 48 * 7, range(8), np.resize(rng.uniform(0.4, 1, 7), 8)))]
+
+
+def _polar(radii: npt.NDArray[np.float64]) -> Outline:
+    return radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
+
+
+def _squeeze(line: Outline, share: float) -> Outline:
+    return line.real + 1j * share * line.imag
+
+
+def _fill(lines: list[Outline]) -> Array:
+    fine = np.zeros((SIZE * _FINE, SIZE * _FINE), np.float32)
+    bits = 4  # of a fine pixel's fraction, in OpenCV's fixed point
+    corners = [np.stack([line.real, line.imag], 1) * _FINE * 2**bits for line in lines]
+    cv2.fillPoly(fine, [np.rint(points).astype(np.int32) for points in corners], 1.0, shift=bits)
+    return cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+
+
+def _noise(rng: np.random.Generator) -> Array:
+    """Five octaves of it, from 0 to 1."""
+    total = np.zeros((SIZE, SIZE), np.float32)
+    for octave in range(1, 6):
+        coarse = rng.random((2**octave, 2**octave), np.float32)
+        total += cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) / octave
+    return cv2.normalize(total, None, 0, 1, cv2.NORM_MINMAX)
+
+
+def _surface(rng: np.random.Generator, colour: npt.NDArray[np.float64], contrast: float) -> Array:
+    grain = _noise(rng)
+    if rng.random() < 0.3:
+        rows, columns = np.mgrid[:SIZE, :SIZE] * rng.uniform(-1, 1, (2, 1, 1))
+        grain = (grain + np.sin(rows + columns)) / 2
+    return (colour + (grain[..., None] - 0.5) * rng.normal(0, 2 * contrast, 3)).astype(np.float32)
+
+
+def _slope(centre: complex, radius: float, light: complex) -> Array:
+    """How far each pixel lies towards the light, in radii."""
+    rows, columns = np.mgrid[:SIZE, :SIZE]
+    return ((columns - centre.real) * light.real + (rows - centre.imag) * light.imag).astype(np.float32) / radius
+
+
+def _paint(rng: np.random.Generator, image: Array, thing: _Thing, light: complex) -> Array:
+    colour = rng.uniform(0.1, 0.9, 3)
+    skin = _surface(rng, colour, contrast=0.15)
+    skin = skin * (1 + rng.uniform(0, 0.35) * _slope(thing.centre, thing.radius, light))[..., None]
+    away = -light * thing.radius * rng.uniform(0.05, 0.25)
+    move = np.array([[1, 0, away.real], [0, 1, away.imag]])
+    shadow = cv2.GaussianBlur(cv2.warpAffine(thing.cover, move, (SIZE, SIZE)), (0, 0), 1 + 0.08 * thing.radius)
+    ground = image * (1 - rng.uniform(0.2, 0.6) * shadow)[..., None]
+    return ground + (skin - ground) * thing.cover[..., None]
+
+
+def _photograph(rng: np.random.Generator, image: Array, light: complex) -> bytes:
+    """What a cheap camera makes of the scene: uneven light, blur, noise and JPEG's artefacts."""
+    lit = image * (1 + rng.uniform(0, 0.35) * _slope(complex(SIZE, SIZE) / 2, SIZE / 2, light))[..., None]
+    soft = cv2.GaussianBlur(lit, (0, 0), rng.uniform(0.3, 1.2))
+    noisy = soft * rng.uniform(0.7, 1.2) + rng.normal(0, rng.uniform(0.01, 0.06), image.shape)
+    pixels = np.rint(np.clip(noisy, 0, 1) * 255).astype(np.uint8)
+    ok, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(50, 95))])
+    assert ok, "OpenCV can always write a JPEG into memory"
+    return bytes(jpeg)

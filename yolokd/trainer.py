@@ -1,0 +1,301 @@
+"""DistillationTrainer: builds the pieces and hands them to Ultralytics' training loop, of which it owns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import ultralytics
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+from ultralytics.models.rtdetr.val import RTDETRValidator
+from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
+from ultralytics.nn.modules.head import RTDETRDecoder
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
+from ultralytics.utils.torch_utils import unwrap_model
+
+import yolokd
+from yolokd.checkpoint import load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
+from yolokd.config import is_own
+from yolokd.criterion import DistillationCriterion
+from yolokd.errors import UserError
+from yolokd.plan import KNOWN_KEYS, Plan, data_file, make_plan
+from yolokd.probe import level_name
+from yolokd.teacher import aligned_copy
+
+MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
+USELESS = 0.05  # ours: mAP50-95 under which a teacher has nothing to teach on this data
+
+
+class DistillationTrainer(DetectionTrainer):
+    """Ultralytics' detection trainer with a teacher.
+
+    `overrides` takes yolokd's keys (`teacher`, `method`, `dfd.alpha`, …) beside those of `yolo train`.
+    Raises UserError, before anything is written, for what cannot work.
+    """
+
+    def __init__(
+        self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
+    ) -> None:
+        keys = {**overrides} if overrides else {}
+        if keys.get("data") in (None, "shapes") and not keys.get("resume"):
+            keys["data"] = data_file(None)
+        self.plan: Plan = make_plan(_planned(cfg, keys))
+        own = self.plan.config.flat()
+        with restricted_loading(self.plan.config.trust):
+            super().__init__(cfg, {k: v for k, v in keys.items() if not is_own(k)}, _callbacks)
+        vars(self.args).update(own)
+        self.args.save_dir = str(self.save_dir)
+        self._clip: list[float] = []
+        if RANK in {-1, 0} and not self.resume:
+            self._save_repeatable(own)
+
+    def _save_repeatable(self, own: dict[str, Any]) -> None:
+        """Write distill.yaml, from which `yolokd train cfg=` repeats the run."""
+        given = YAML.load(self.save_dir / "args.yaml")
+        run_only = {"save_dir", "resume", "mode", "task", "cfg"}
+        YAML.save(self.save_dir / "distill.yaml", {k: v for k, v in given.items() if k not in run_only} | own)
+
+    @property
+    def criterion(self) -> DistillationCriterion | None:
+        """Ours, or None for method=none."""
+        found = unwrap_model(self.model)._modules.get("criterion")
+        return found if isinstance(found, DistillationCriterion) else None
+
+    def train(self) -> Any:
+        """Run Ultralytics' loop, loading every checkpoint under restriction."""
+        with restricted_loading(self.plan.config.trust):
+            return super().train()
+
+    # Building the pieces
+
+    def set_model_attributes(self) -> None:
+        """Attach the criterion, after `model.args` is set and before optimizer, DDP and EMA are built."""
+        super().set_model_attributes()
+        plan = self.plan
+        if plan.teacher is None or plan.pairing is None:
+            return
+        self.model.yolokd = provenance(plan)
+        criterion = DistillationCriterion(
+            self.model, plan.teacher.to(self.device), plan.config, plan.pairing, self.args.seed
+        )
+        self.model.criterion = criterion.to(self.device)
+
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        self.ema.ema._modules.pop("criterion", None)
+        if RANK in {-1, 0} and self.plan.teacher is not None:
+            _announce(self.plan)
+            if self.plan.config.check_teacher and not self.resume:
+                self._check_teacher()
+
+    def get_validator(self) -> DetectionValidator:
+        """Ultralytics' validator, which would reject yolokd's keys among its own."""
+        with self._own_keys_hidden():
+            return super().get_validator()
+
+    @contextmanager
+    def _own_keys_hidden(self) -> Iterator[None]:
+        args = self.args
+        self.args = copy(args)
+        for key in [k for k in vars(args) if is_own(k)]:
+            delattr(self.args, key)
+        try:
+            yield
+        finally:
+            self.args = args
+
+    # The loop
+
+    def optimizer_step(self) -> None:
+        """Clip adapters apart from the student: in a joint norm, large adapter gradients shrink the student's step."""
+        criterion = self.criterion
+        if criterion is None:
+            super().optimizer_step()
+            return
+        adapters = list(criterion.parameters())
+        apart = {id(p) for p in adapters}
+        student = [p for p in self.model.parameters() if id(p) not in apart]
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(student, max_norm=MAX_NORM)
+        clip_grad_norm_(adapters, max_norm=MAX_NORM)
+        self._clip.append(min(1.0, MAX_NORM / (float(norm) + 1e-6)))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model)
+
+    # Logs
+
+    def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
+        """Label loss items; validation has no distillation losses."""
+        labels = super().label_loss_items(loss_items, prefix)
+        if prefix == "train":
+            return labels
+        kept = [k for k in labels if k.removeprefix(f"{prefix}/") not in self._item_names()]
+        return kept if isinstance(labels, list) else {k: labels[k] for k in kept}
+
+    def _item_names(self) -> set[str]:
+        return {f"{p.name}_{what}" for p in self.plan.config.parts for what in ("loss", "gain")}
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """Add the measurements per level and the student's clip coefficient to results.csv, and log them."""
+        criterion = self.criterion
+        if criterion is not None:
+            means = criterion.probe.means()
+            clip = sum(self._clip) / len(self._clip) if self._clip else 1.0
+            self._clip = []
+            metrics = metrics | {f"level/{k}": v for k, v in means.items()} | {"clip/student": clip}
+            LOGGER.info(_balance_line(self.plan, means, clip))
+        super().save_metrics(metrics)
+
+    # Checkpoints
+
+    def save_model(self) -> bool:
+        """Save Ultralytics' checkpoint, and the sidecar beside last.pt."""
+        saved: bool = super().save_model()
+        criterion = self.criterion
+        if saved and criterion is not None:
+            save_sidecar(self.last, {"epoch": self.epoch, "criterion": criterion.private_state()})
+        return saved
+
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        """Resume with our criterion out of the way: Ultralytics assigns its own on end-to-end heads."""
+        model = unwrap_model(self.model)
+        criterion = model._modules.pop("criterion", None)
+        super().resume_training(ckpt)
+        if criterion is None:
+            return
+        base = model.__dict__.pop("criterion", None)
+        model.criterion = criterion
+        if base is not None:
+            criterion.base = base
+        if self.resume:
+            self._restore_sidecar(Path(str(self.args.model)))
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        """Restore optimizer and EMA, which is rebuilt from the live model and must shed the criterion again."""
+        super()._load_checkpoint_state(ckpt)
+        self.ema.ema._modules.pop("criterion", None)
+        if self.criterion is not None:  # NaN recovery; in a resume the criterion is put back, then restored
+            self._restore_sidecar(self.last)
+
+    def _restore_sidecar(self, checkpoint: Path) -> None:
+        state = load_sidecar(checkpoint)
+        if state is None:
+            LOGGER.warning(f"{checkpoint} has no sidecar: adapters start anew")
+        elif self.criterion is not None:
+            self.criterion.load_private_state(state["criterion"])
+
+    def final_eval(self) -> None:
+        """Finish as Ultralytics does, and drop the sidecar: a finished run has nothing to resume."""
+        super().final_eval()
+        if RANK in {-1, 0}:
+            sidecar_path(self.last).unlink(missing_ok=True)
+
+    # The teacher's score
+
+    def _check_teacher(self) -> None:
+        """Score the teacher on the validation set, and say what it means if it is useless there."""
+        model, pairing = self.plan.teacher_model, self.plan.pairing
+        assert model is not None
+        assert pairing is not None
+        if pairing.classes.objectness:
+            LOGGER.warning(
+                f"teacher: knows none of the data set's classes ({', '.join(self.data['names'].values())}): its score "
+                "is not measured; features still carry over, class scores count as objectness only"
+            )
+            return
+        score = self._teacher_score(aligned_copy(model, self.data["names"], pairing.classes.mapping))
+        missing = set(self.data["names"]) - set(pairing.classes.student)
+        LOGGER.info(f"teacher: mAP50-95 {score['metrics/mAP50-95(B)']:.3f}, mAP50 {score['metrics/mAP50(B)']:.3f}")
+        if missing:
+            names = ", ".join(self.data["names"][i] for i in sorted(missing))
+            LOGGER.warning(f"teacher: does not know {names}: for these the student learns from the labels alone")
+        if score["metrics/mAP50-95(B)"] < USELESS:
+            LOGGER.warning(
+                "teacher: useless on this validation set: the student is pulled towards maps that do not find these "
+                "objects and will likely end up worse than trained alone; use a teacher trained on such images"
+            )
+
+    def _teacher_score(self, model: nn.Module) -> dict[str, float]:
+        kind = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
+        settings = {"data": self.args.data, "imgsz": self.args.imgsz, "batch": self.batch_size * 2, "plots": False,
+                    "device": self.args.device, "workers": self.args.workers, "split": self.args.split,
+                    "single_cls": self.args.single_cls, "mode": "val", "task": "detect", "rect": True}  # fmt: skip
+        score: dict[str, float] = kind(save_dir=self.save_dir, args=settings)(model=model)
+        return score
+
+
+def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
+    """A trainer for Ultralytics' own extension point, `YOLO(...).train(trainer=...)`, with yolokd's keys bound.
+
+    >>> from ultralytics import YOLO
+    >>> trainer = distillation_trainer(teacher="yolov8l.pt", method="dfd")
+    >>> YOLO("yolov8n.yaml").train(data="coco8.yaml", trainer=trainer)  # doctest: +SKIP
+    """
+
+    def build(
+        cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
+    ) -> DistillationTrainer:
+        return DistillationTrainer(cfg, {**(overrides or {}), **keys}, _callbacks)
+
+    return build
+
+
+def _planned(cfg: Any, keys: dict[str, Any]) -> dict[str, Any]:
+    """The flat keys of the run to be: of the checkpoint, where one is resumed, under those given."""
+    base = {k: v for k, v in (dict(cfg) if isinstance(cfg, dict) else {}).items() if k in KNOWN_KEYS}
+    if not keys.get("resume"):
+        return base | keys
+    last = str(keys["resume"] if keys["resume"] is not True else keys.get("model"))
+    _, ckpt = load_model(last, "resume", bool(keys.get("trust")))
+    saved = {k: v for k, v in ckpt.get("train_args", {}).items() if k in KNOWN_KEYS or is_own(k)}
+    if ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None:
+        raise UserError(f"resume={last}", "is finished, nothing to resume", f"start a new run with student={last}")
+    changed = [k for k, v in keys.items() if is_own(k) and k not in {"teacher", "trust"} and saved.get(k) != v]
+    if changed:
+        raise UserError(changed[0], "cannot change in a resumed run", "start a new run, or drop it")
+    return base | saved | {k: v for k, v in keys.items() if v is not None} | {"model": last, "resume": last}
+
+
+def _announce(plan: Plan) -> None:
+    """Log what is paired with what."""
+    assert plan.pairing is not None
+    for level in plan.pairing.levels:
+        LOGGER.info(f"distil {level_name(level.stride)}: student {level.student_channels} channels, "
+                    f"teacher {level.teacher_channels}")  # fmt: skip
+    classes = plan.pairing.classes
+    if classes.objectness:
+        LOGGER.info("distil classes: none shared by name, the highest class score of each model is one objectness")
+    else:
+        LOGGER.info(f"distil classes: {len(classes.student)} of {len(plan.data['names'])} shared by name")
+
+
+def _balance_line(plan: Plan, means: dict[str, float], clip: float) -> str:
+    """Ratios of distillation to task gradient, level by level, as one line of log."""
+    names = [level_name(level.stride) for level in plan.pairing.levels] if plan.pairing else []
+    ratios = (
+        f"{part.name} " + " ".join(f"{n} {means[f'{n}/{part.name}_ratio']:.3g}" for n in names)
+        for part in plan.config.parts
+    )
+    share = " ".join(f"{n} {means[f'{n}/share']:.2%}" for n in names)
+    return f"gradients, distillation/task: {'; '.join(ratios)}; teacher's confidence: {share}; student's clip {clip:.3g}"
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Where a student comes from, as plain data that travels in its checkpoint."""
+    config = plan.config
+    return {
+        "teacher": {"file": Path(str(config.teacher)).name, "sha256": plan.teacher_sha256},
+        "method": config.method,
+        "gains": {p.name: p.gain for p in config.parts},
+        "constants": {p.name: p.constants for p in config.parts},
+        "versions": {"yolokd": yolokd.__version__, "ultralytics": ultralytics.__version__,
+                     "torch": str(torch.__version__)},  # fmt: skip
+    }
