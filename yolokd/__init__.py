@@ -23,7 +23,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import public names on first use: Ultralytics and torch take seconds, which a typo on the CLI need not wait for."""
+    """Import public names on first use: a typo on the command line need not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'yolokd' has no attribute {name!r}")
     from importlib import import_module

@@ -14,6 +14,7 @@ from torch import nn
 from ultralytics.nn import tasks
 
 from yolokd.errors import UserError
+from yolokd.pyramid import Detector
 
 Checkpoint = dict[str, Any]
 
@@ -34,7 +35,7 @@ def restricted_loading(trust: bool = False) -> Iterator[None]:
         tasks.SAFE_LOAD = before
 
 
-def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[nn.Module, Checkpoint]:
+def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[Detector, Checkpoint]:
     """Load an Ultralytics checkpoint as (float32 model in eval mode, checkpoint dict), running no code from it.
 
     Raises UserError, naming `argument`, where the file is missing, broken, or holds more than a known model.
@@ -68,11 +69,7 @@ def _loading_problem(error: Exception) -> str:
 def sha256(path: str | Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f.read())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(f.read()).hexdigest()
 
 
 @contextmanager

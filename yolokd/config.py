@@ -47,7 +47,7 @@ class Distillation(BaseModel):
         return own
 
 
-OWN_KEYS = frozenset(Distillation.model_fields) - {"parts"}
+OWN_KEYS = frozenset(Distillation.model_fields) - {"parts"}  # of `yolokd train`, beside `student` and constants
 
 
 @cache
@@ -88,8 +88,9 @@ def parse(keys: Mapping[str, Any]) -> Distillation:
     names = method_names(merged["method"])
     for key in dotted:
         _check_prefix(key, names)
-    parts = tuple(_part(name, {k.partition(".")[2]: v for k, v in dotted.items() if k.startswith(f"{name}.")})
-                  for name in names)  # fmt: skip
+    parts = tuple(
+        _part(name, {k.partition(".")[2]: v for k, v in dotted.items() if k.startswith(f"{name}.")}) for name in names
+    )
     if names and not merged["teacher"]:
         raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, or method=none for plain training")
     try:
@@ -117,7 +118,7 @@ def method_names(method: object) -> tuple[str, ...]:
         if not name or name == "none":
             raise UserError(argument, "is no list of methods joined by single +", f"for example {'+'.join(_two())}")
         if name not in registered():
-            raise UserError(argument, f"no method {name!r}", nearest(name, registered()) or f"one of: {known}")
+            raise UserError(argument, f"no method {name!r}", f"one of: {known}; join several with +")
     if len(set(names)) < len(names):
         raise UserError(argument, "names a method twice", "name each method once")
     return names
@@ -132,8 +133,11 @@ def _check_prefix(key: str, names: tuple[str, ...]) -> None:
     if prefix in names:
         return
     if prefix in registered():
-        raise UserError(key, f"sets a constant of {prefix}, which is not in method={'+'.join(names) or 'none'}",
-                        f"add {prefix} to method=, or drop {key}")  # fmt: skip
+        raise UserError(
+            key,
+            f"sets a constant of {prefix}, which is not in method={'+'.join(names) or 'none'}",
+            f"add {prefix} to method=, or drop {key}",
+        )
     raise UserError(key, "unknown key", nearest(prefix, registered()) or f"methods: {', '.join(sorted(registered()))}")
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from yolokd.config import Distillation, Part
-from yolokd.methods import Method, registered
+from yolokd.methods import registered
 from yolokd.probe import Probe
-from yolokd.pyramid import ClassPairing, Level, LevelShape, confidence_shares, on_grid_of, split_levels
+from yolokd.pyramid import ClassPairing, Detector, Level, LevelShape, confidence_shares, on_grid_of, split_levels
 from yolokd.teacher import Teacher, TeacherOutput
 
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -38,7 +38,7 @@ class DistillationCriterion(nn.Module):
     share: Tensor
     steps: Tensor
 
-    def __init__(self, student: nn.Module, teacher: Teacher, config: Distillation, pairing: Pairing, seed: int) -> None:
+    def __init__(self, student: Detector, teacher: Teacher, config: Distillation, pairing: Pairing, seed: int) -> None:
         super().__init__()
         self._student = weakref.ref(student)
         self._base: Any = None
@@ -49,7 +49,7 @@ class DistillationCriterion(nn.Module):
         levels = len(pairing.levels)
         self.register_buffer("share", torch.full((levels,), 1 / levels))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_load_state_dict_post_hook(_forgive_missing)
+        self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]
 
     @property
     def base(self) -> Any:
@@ -92,8 +92,8 @@ class DistillationCriterion(nn.Module):
     def _losses(self, levels: Sequence[Level]) -> dict[str, Tensor]:
         """Each method's (L,) weighted losses, without gain."""
         return {
-            name: torch.stack([m(level) for m, level in zip(methods, levels, strict=True)]) * self._level_weights()
-            for name, methods in self.methods.items()
+            part.name: method(levels) * self._level_weights()
+            for part, method in zip(self.config.parts, self.methods, strict=True)
         }
 
     def _level_weights(self) -> Tensor:
@@ -117,7 +117,7 @@ class DistillationCriterion(nn.Module):
             paired.append(level)
         return paired
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Nothing: the student's checkpoints and EMA are those of the student alone."""
         return kwargs.get("destination") or (args[0] if args else {})
 
@@ -135,18 +135,22 @@ class DistillationCriterion(nn.Module):
                 own[key].copy_(value)
 
 
-def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int) -> nn.ModuleDict:
-    """{name: one Method per level}, initialized from a random stream of their own.
+class PerLevel(nn.ModuleList):
+    """One method at every level: L levels in, (L,) losses out."""
+
+    def forward(self, levels: Sequence[Level]) -> Tensor:
+        """Each level's loss, unscaled."""
+        return torch.stack([method(level) for method, level in zip(self, levels, strict=True)])
+
+
+def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int) -> nn.ModuleList:
+    """A PerLevel for each part, initialized from a random stream of their own.
 
     The student's initial weights and augmentations are then the same whatever the method.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.ModuleDict({p.name: nn.ModuleList(_build(p, shape) for shape in levels) for p in parts})
-
-
-def _build(part: Part, shape: LevelShape) -> Method:
-    return registered()[part.name](shape, **part.constants)
+        return nn.ModuleList(PerLevel(registered()[p.name](shape, **p.constants) for shape in levels) for p in parts)
 
 
 def _forgive_missing(_module: nn.Module, keys: Any) -> None:

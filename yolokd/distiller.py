@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from platformdirs import user_data_path
@@ -16,11 +16,11 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import callbacks
 
 from yolokd.checkpoint import atomic_path, load_model, restricted_loading
-from yolokd.config import defaults, is_own
 from yolokd.errors import UserError
+from yolokd.plan import training_keys
 from yolokd.trainer import DistillationTrainer
 
-Source = str | Path | Model | nn.Module
+Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
 
 
 class YoloDistiller:
@@ -33,8 +33,9 @@ class YoloDistiller:
     >>> d.export(format="onnx")  # doctest: +SKIP
     """
 
-    def __init__(self, teacher: Source | None = None, student: Source | None = None, method: str | None = None,
-                 **keys: Any) -> None:  # fmt: skip
+    def __init__(
+        self, teacher: Source | None = None, student: Source | None = None, method: str | None = None, **keys: Any
+    ) -> None:
         given = {"teacher": as_path(teacher), "student": as_path(student), "method": method}
         self.keys = keys | {k: v for k, v in given.items() if v is not None}
         self.trainer: DistillationTrainer | None = None
@@ -107,7 +108,7 @@ def as_path(source: Source | None) -> str | None:
         return None if source is None else str(source)
     module = source.model if isinstance(source, Model) else source
     if not isinstance(module, nn.Module):
-        return str(source.ckpt_path or module)  # type: ignore[union-attr]
+        return str(source.ckpt_path or module)
     buffer = io.BytesIO()
     torch.save({"model": module, "train_args": {}}, buffer)
     state = hashlib.sha256()
@@ -121,10 +122,9 @@ def as_path(source: Source | None) -> str | None:
 
 
 def _fresh(keys: dict[str, Any]) -> dict[str, Any]:
-    """Overrides of a new run: the student is Ultralytics' `model`, and runs land in runs/distill."""
-    student = keys.pop("student", None) or keys.pop("model", None) or defaults()["student"]
+    """Overrides of a new run, which lands in runs/distill unless the keys say otherwise."""
     placed = {} if keys.get("project") or keys.get("save_dir") else {"project": str(Path("runs/distill").absolute())}
-    return {"data": defaults()["data"], "name": "train"} | placed | keys | {"model": student}
+    return {"name": "train"} | placed | training_keys(keys)
 
 
 def _resumed(keys: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +150,3 @@ def last_checkpoint(resume: object, project: str | None = None) -> Path:
     if not last.is_file():
         raise UserError(f"resume={resume}", "no checkpoint there", "give a run folder with weights/last.pt")
     return last.absolute()
-
-
-__all__ = ["YoloDistiller", "as_path", "is_own", "last_checkpoint", "load_yolo"]

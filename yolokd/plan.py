@@ -16,10 +16,11 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolokd import shapes
 from yolokd.checkpoint import load_model, sha256
-from yolokd.config import Distillation, check_keys, is_own, parse
+from yolokd.config import Distillation, check_keys, defaults, is_own, parse
 from yolokd.criterion import Pairing
 from yolokd.errors import UserError
-from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
+from yolokd.methods import registered
+from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
 from yolokd.teacher import Teacher, check_detector
 
 KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"}
@@ -31,9 +32,9 @@ class Plan:
 
     config: Distillation
     data: dict[str, Any]
-    student: nn.Module
+    student: Detector
     teacher: Teacher | None
-    teacher_model: nn.Module | None  # as loaded, head included: what `check_teacher` scores
+    teacher_model: Detector | None  # as loaded, head included: what `check_teacher` scores
     teacher_sha256: str
     pairing: Pairing | None
 
@@ -63,7 +64,14 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
     return Plan(config, data, student, teacher, model, sha256(model.pt_path), pairing)
 
 
-def load_teacher(path: str | None, trust: bool) -> tuple[nn.Module, dict[str, Any]]:
+def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a new run, defaults filled in: the student becomes Ultralytics' `model`."""
+    student = keys.get("student") or keys.get("model") or defaults()["student"]
+    rest = {k: v for k, v in keys.items() if k not in {"student", "model"}}
+    return {"data": defaults()["data"]} | rest | {"model": str(student) if isinstance(student, Path) else student}
+
+
+def load_teacher(path: str | None, trust: bool) -> tuple[Detector, dict[str, Any]]:
     """The teacher's model, from a .pt checkpoint; `UserError` where it is none."""
     if not str(path).endswith(".pt"):
         raise UserError(f"teacher={path}", "is no .pt checkpoint", "give a trained model, for example yolov8l.pt")
@@ -72,11 +80,11 @@ def load_teacher(path: str | None, trust: bool) -> tuple[nn.Module, dict[str, An
     return model, ckpt
 
 
-def load_student(path: object, data: Mapping[str, Any], trust: bool) -> nn.Module:
+def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
     """The student's model, from a .yaml (random weights) or a .pt; `UserError` where it is no plain YOLO detector."""
     name = f"student={path}"
     if isinstance(path, nn.Module):
-        model: nn.Module = path
+        model: Detector = path
     elif str(path).endswith((".yaml", ".yml")):
         try:
             model = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
@@ -91,8 +99,11 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> nn.Modul
     check_detector(model, name)
     task = guess_model_task(model)
     if task != "detect" or not isinstance(model.model[-1], Detect):
-        raise UserError(name, f"is no plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
-                        "give a YOLO detection model")  # fmt: skip
+        raise UserError(
+            name,
+            f"is no plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
+            "give a YOLO detection model",
+        )
     return model
 
 
@@ -121,7 +132,7 @@ def data_file(data: object) -> str:
 
 
 def _images(paths: object) -> Iterable[Path]:
-    for path in map(Path, paths if isinstance(paths, list) else [paths]):  # type: ignore[arg-type]
+    for path in map(Path, paths if isinstance(paths, list) else [paths]):
         if path.is_dir():
             yield from (f for f in path.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS)
         elif path.is_file():
@@ -157,12 +168,16 @@ def _check_distinct(teacher: object, student: object) -> None:
 
 
 def _check_fit(teacher: Teacher, config: Distillation, data: Mapping[str, Any]) -> None:
-    from yolokd.methods import registered
-
     if teacher.channels != data["channels"]:
-        raise UserError(f"teacher={config.teacher}", f"takes {teacher.channels} channels, the data {data['channels']}",
-                        "use a teacher trained on such images")  # fmt: skip
+        raise UserError(
+            f"teacher={config.teacher}",
+            f"takes {teacher.channels} channels, the data {data['channels']}",
+            "use a teacher trained on such images",
+        )
     wanting = [p.name for p in config.parts if registered()[p.name].wants_logits]
     if wanting and not teacher.has_logits:
-        raise UserError(f"teacher={config.teacher}", f"has no class scores per position, which {wanting[0]} needs",
-                        "use a YOLO teacher, or a method that compares feature maps alone, such as dfd")  # fmt: skip
+        raise UserError(
+            f"teacher={config.teacher}",
+            f"has no class scores per position, which {wanting[0]} needs",
+            "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
+        )

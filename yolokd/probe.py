@@ -19,7 +19,7 @@ class Probe:
 
     def __init__(self) -> None:
         self._records: list[dict[str, float]] = []
-        self._means: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # what `means` gave last; a resume restores it
 
     def measure(self, task: Tensor, methods: Mapping[str, Tensor], levels: Sequence[Level], share: Tensor) -> None:
         """Take both gradients at the student's neck maps: one extra backward through the head, no further."""
@@ -27,8 +27,10 @@ class Probe:
         pull = _norms(task, maps)
         record: dict[str, float] = {}
         for i, level in enumerate(levels):
-            record |= {f"{level_name(level.stride)}/share": float(share[i]),
-                       f"{level_name(level.stride)}/task_grad": pull[i]}  # fmt: skip
+            record |= {
+                f"{level_name(level.stride)}/share": float(share[i]),
+                f"{level_name(level.stride)}/task_grad": pull[i],
+            }
         for name, loss in methods.items():
             for level, task_norm, norm in zip(levels, pull, _norms(loss, maps), strict=True):
                 key = f"{level_name(level.stride)}/{name}"
@@ -38,9 +40,9 @@ class Probe:
     def means(self) -> dict[str, float]:
         """The means since the last call; those of the last call where nothing was measured since."""
         if self._records:
-            self._means = {k: sum(r[k] for r in self._records) / len(self._records) for k in self._records[0]}
+            self.last = {k: sum(r[k] for r in self._records) / len(self._records) for k in self._records[0]}
             self._records = []
-        return self._means
+        return self.last
 
 
 def level_name(stride: int) -> str:

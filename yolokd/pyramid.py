@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolokd.errors import UserError
+
+
+# An Ultralytics model: an nn.Module whose attributes (model, yaml, names, stride) torch's types do not know.
+Detector: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class LevelShape:
     teacher_channels: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Level:
     """One stride's maps of a batch, on the student's grid.
 
@@ -98,9 +102,10 @@ def pair_levels(teacher: Mapping[int, int], student: Mapping[int, int]) -> list[
     common = sorted(set(teacher) & set(student))
     if not common:
         raise UserError(
-            "teacher", f"strides {sorted(teacher)} and the student's {sorted(student)} have none in common",
+            "teacher",
+            f"strides {sorted(teacher)} and the student's {sorted(student)} have none in common",
             "choose models whose heads share a stride",
-        )  # fmt: skip
+        )
     return [LevelShape(s, student[s], teacher[s]) for s in common]
 
 
@@ -125,7 +130,7 @@ def confidence_shares(logits: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def read_pyramid(model: nn.Module, size: int = 256) -> dict[int, int]:
+def read_pyramid(model: Detector, size: int = 256) -> dict[int, int]:
     """{stride: channels} of the maps that enter a detector's last layer, finest first, read off one forward pass.
 
     Works for any family: strides come from the maps' sizes. `size` (pixels) must be a multiple of every stride.
@@ -135,12 +140,12 @@ def read_pyramid(model: nn.Module, size: int = 256) -> dict[int, int]:
     def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen.extend(inputs[0])
 
-    head = model.model[-1]  # type: ignore[index]
+    head = model.model[-1]
     modes = [(m, m.training) for m in model.modules()]
     handle = head.register_forward_pre_hook(keep)
     try:
         parameter = next(model.parameters())
-        channels = model.yaml.get("channels", 3)  # type: ignore[union-attr]
+        channels = model.yaml.get("channels", 3)
         model.eval()(parameter.new_zeros(1, channels, size, size))
     finally:
         handle.remove()

@@ -34,8 +34,8 @@ SIZE = 128
 
 _VERSION = 1  # part of the folder's name: raise it whenever the pictures change
 _FINE = 4  # outlines are filled on a grid this much finer than the picture, for soft edges
-_SHOWING = 0.5  # the least share of a thing that must be seen
-_DISTRACTORS = ("blob", "bar", "pentagon", "half")
+_SHOWING = 0.6  # the least share of a thing that must be seen
+_DISTRACTORS = ("blob", "bar")
 
 
 def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = COUNTS) -> Path:
@@ -50,8 +50,8 @@ def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = 
     if seed < 0:
         raise UserError(f"seed={seed}", "must not be negative", "try seed=0")
     root = root or platformdirs.user_data_path("yolokd")
-    sizes = [] if counts == COUNTS else list(counts.values())
-    home = root / "-".join(map(str, ["shapes", seed, f"v{_VERSION}", *sizes]))
+    sizes = [] if counts == COUNTS else [f"{split}{count}" for split, count in counts.items()]
+    home = root / "-".join(["shapes", str(seed), f"v{_VERSION}", *sizes])
     if not (home / "data.yaml").exists():
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root, prefix=f".{home.name}-") as scratch:
@@ -95,7 +95,7 @@ class _Thing(NamedTuple):
 def _picture(rng: np.random.Generator) -> tuple[bytes, str]:
     things = list(_scene(rng))
     light = np.exp(1j * rng.uniform(0, 2 * np.pi))
-    image = _surface(rng, rng.uniform(0.1, 0.9, 3), contrast=0.25)
+    image = _surface(rng, _colour(rng), contrast=0.2)
     for thing in reversed(things):
         image = _paint(rng, image, thing, light)
     labels = "".join(_label(thing) for thing in things if thing.name in CLASSES)
@@ -103,13 +103,13 @@ def _picture(rng: np.random.Generator) -> tuple[bytes, str]:
 
 
 def _scene(rng: np.random.Generator) -> Iterator[_Thing]:
-    names = [*rng.choice(CLASSES, rng.integers(2, 9)), *rng.choice(_DISTRACTORS, rng.integers(0, 4))]
+    names = [*rng.choice(CLASSES, rng.integers(1, 8)), *rng.choice(_DISTRACTORS, rng.integers(0, 3))]
     hidden = np.zeros((SIZE, SIZE), bool)
     for name in map(str, rng.permutation(names)):
-        radius = SIZE * np.exp(rng.uniform(np.log(0.07), np.log(0.26)))
+        radius = SIZE * np.exp(rng.uniform(np.log(0.09), np.log(0.25)))
         centre = complex(*rng.uniform(0.6 * radius, SIZE - 0.6 * radius, 2))
-        turn, tilt = np.exp(1j * rng.uniform(0, 2 * np.pi, 2))
-        squeeze = rng.uniform(0.65, 1)
+        turn, tilt = np.exp(1j * rng.uniform(-0.25, 0.25, 2))
+        squeeze = rng.uniform(0.75, 1)
         lines = [_squeeze(line * tilt, squeeze) * turn * radius + centre for line in _outlines(rng, name)]
         cover = _fill(lines)
         whole = cover >= 0.5
@@ -133,23 +133,25 @@ def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:
             return [_polar(circle)]
         case "ring":
             return [_polar(circle), _polar(circle * rng.uniform(0.5, 0.7))]
-        case "triangle" | "square" | "pentagon":
-            return [_polar(np.ones({"triangle": 3, "square": 4, "pentagon": 5}[name]))]
+        case "triangle":
+            return [_polar(np.ones(3)) * -1j]
+        case "square":
+            return [_polar(np.ones(4)) * np.exp(0.25j * np.pi)]
         case "star":
-            return [_polar(np.tile([1, rng.uniform(0.4, 0.55)], 5))]
+            return [_polar(np.tile([1, rng.uniform(0.4, 0.55)], 5)) * -1j]
         case "cross":
             arm = rng.uniform(0.25, 0.4)
             return [np.concatenate([np.array([1 - arm * 1j, 1 + arm * 1j, arm + arm * 1j]) * 1j**k for k in range(4)])]
-        case "half":
-            return [_polar(circle)[:25]]
         case "bar":
-            return [_squeeze(_polar(np.ones(4)) * np.exp(0.25j * np.pi), rng.uniform(0.2, 0.35))]
+            bar = _squeeze(_polar(np.ones(4)) * np.exp(0.25j * np.pi), rng.uniform(0.2, 0.35))
+            return [bar * np.exp(1j * rng.uniform(0, np.pi))]
         case _:
             return [_polar(np.interp(np.arange(48) / 48 * 7, range(8), np.resize(rng.uniform(0.4, 1, 7), 8)))]
 
 
 def _polar(radii: npt.NDArray[np.float64]) -> Outline:
-    return radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
+    corners: Outline = radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
+    return corners
 
 
 def _squeeze(line: Outline, share: float) -> Outline:
@@ -161,7 +163,8 @@ def _fill(lines: list[Outline]) -> Array:
     bits = 4  # of a fine pixel's fraction, in OpenCV's fixed point
     corners = [np.stack([line.real, line.imag], 1) * _FINE * 2**bits for line in lines]
     cv2.fillPoly(fine, [np.rint(points).astype(np.int32) for points in corners], 1.0, shift=bits)
-    return cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    cover: Array = cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    return cover
 
 
 def _noise(rng: np.random.Generator) -> Array:
@@ -170,39 +173,46 @@ def _noise(rng: np.random.Generator) -> Array:
     for octave in range(1, 6):
         coarse = rng.random((2**octave, 2**octave), np.float32)
         total += cv2.resize(coarse, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) / octave
-    return cv2.normalize(total, None, 0, 1, cv2.NORM_MINMAX)
+    lowest, highest = total.min(), total.max()
+    return np.asarray((total - lowest) / (highest - lowest), np.float32)
+
+
+def _colour(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    grey, tint = rng.uniform(0.15, 0.85), rng.uniform(0.1, 0.9, 3)
+    return grey + (tint - grey) * rng.uniform(0, 1)
 
 
 def _surface(rng: np.random.Generator, colour: npt.NDArray[np.float64], contrast: float) -> Array:
     grain = _noise(rng)
-    if rng.random() < 0.3:
+    if rng.random() < 0.25:
         rows, columns = np.mgrid[:SIZE, :SIZE] * rng.uniform(-1, 1, (2, 1, 1))
         grain = (grain + np.sin(rows + columns)) / 2
-    return (colour + (grain[..., None] - 0.5) * rng.normal(0, 2 * contrast, 3)).astype(np.float32)
+    swing = rng.normal(0, contrast) + rng.normal(0, contrast, 3)
+    return np.asarray(colour + (grain[..., None] - 0.5) * swing, np.float32)
 
 
 def _slope(centre: complex, radius: float, light: complex) -> Array:
     """How far each pixel lies towards the light, in radii."""
     rows, columns = np.mgrid[:SIZE, :SIZE]
-    return ((columns - centre.real) * light.real + (rows - centre.imag) * light.imag).astype(np.float32) / radius
+    towards = (columns - centre.real) * light.real + (rows - centre.imag) * light.imag
+    return np.asarray(towards / radius, np.float32)
 
 
 def _paint(rng: np.random.Generator, image: Array, thing: _Thing, light: complex) -> Array:
-    colour = rng.uniform(0.1, 0.9, 3)
-    skin = _surface(rng, colour, contrast=0.15)
+    skin = _surface(rng, _colour(rng), contrast=0.12)
     skin = skin * (1 + rng.uniform(0, 0.35) * _slope(thing.centre, thing.radius, light))[..., None]
     away = -light * thing.radius * rng.uniform(0.05, 0.25)
     move = np.array([[1, 0, away.real], [0, 1, away.imag]])
     shadow = cv2.GaussianBlur(cv2.warpAffine(thing.cover, move, (SIZE, SIZE)), (0, 0), 1 + 0.08 * thing.radius)
-    ground = image * (1 - rng.uniform(0.2, 0.6) * shadow)[..., None]
+    ground: Array = image * (1 - rng.uniform(0.2, 0.6) * shadow)[..., None]
     return ground + (skin - ground) * thing.cover[..., None]
 
 
 def _photograph(rng: np.random.Generator, image: Array, light: complex) -> bytes:
     """What a cheap camera makes of the scene: uneven light, blur, noise and JPEG's artefacts."""
     lit = image * (1 + rng.uniform(0, 0.35) * _slope(complex(SIZE, SIZE) / 2, SIZE / 2, light))[..., None]
-    soft = cv2.GaussianBlur(lit, (0, 0), rng.uniform(0.3, 1.2))
-    noisy = soft * rng.uniform(0.7, 1.2) + rng.normal(0, rng.uniform(0.01, 0.06), image.shape)
+    soft = cv2.GaussianBlur(lit, (0, 0), rng.uniform(0.3, 1))
+    noisy = soft * rng.uniform(0.7, 1.2) + rng.normal(0, rng.uniform(0.01, 0.04), image.shape)
     pixels = np.rint(np.clip(noisy, 0, 1) * 255).astype(np.uint8)
     ok, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(50, 95))])
     assert ok, "OpenCV can always write a JPEG into memory"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder, WorldDetect, YOLOEDetect
 
 from yolokd.errors import UserError
-from yolokd.pyramid import read_pyramid
+from yolokd.pyramid import Detector, read_pyramid
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Teacher:
     Raises UserError for a model that detects nothing (a classifier, say).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Detector) -> None:
         check_detector(model, "teacher")
         model = deepcopy(model).float().eval().requires_grad_(False)
         self.names: dict[int, str] = dict(model.names)
@@ -70,7 +70,7 @@ class Teacher:
 class _Tap(nn.Module):
     """Stands in for the head: returns the neck maps, and keeps the class branch at hand."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: Any) -> None:
         super().__init__()
         self.f, self.i, self.type, self.np = head.f, head.i, "tap", 0  # where Ultralytics' forward feeds it from
         self.class_branch = _class_branch(head)
@@ -79,7 +79,7 @@ class _Tap(nn.Module):
         return list(maps)
 
 
-def _class_branch(head: nn.Module) -> nn.ModuleList | None:
+def _class_branch(head: Any) -> nn.ModuleList | None:
     """The convolutions that give dense class logits, one per level; None for heads that have none."""
     if not isinstance(head, Detect) or isinstance(head, WorldDetect | YOLOEDetect):
         return None
@@ -87,7 +87,7 @@ def _class_branch(head: nn.Module) -> nn.ModuleList | None:
     return branch
 
 
-def check_detector(model: nn.Module, argument: str) -> None:
+def check_detector(model: Detector, argument: str) -> None:
     """Raise UserError unless `model` ends in a detection head with a feature pyramid."""
     layers = getattr(model, "model", None)
     head = layers[-1] if isinstance(layers, nn.Sequential) else None
@@ -96,7 +96,7 @@ def check_detector(model: nn.Module, argument: str) -> None:
         raise UserError(argument, f"is no detector (its last layer is {kind})", "give a YOLO or RT-DETR detector")
 
 
-def aligned_copy(model: nn.Module, names: Mapping[int, str], teacher_index: Mapping[int, int]) -> nn.Module:
+def aligned_copy(model: Detector, names: Mapping[int, str], teacher_index: Mapping[int, int]) -> Detector:
     """A copy whose class channels follow `names`, for scoring: {data class: teacher class}, 0 for classes not known."""
     copy = deepcopy(model).float().eval()
     nc = len(names)

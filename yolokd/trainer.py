@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import ultralytics
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
+from ultralytics.engine import trainer as engine
 from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.nn.modules.head import RTDETRDecoder
@@ -25,6 +25,7 @@ from yolokd.criterion import DistillationCriterion
 from yolokd.errors import UserError
 from yolokd.plan import KNOWN_KEYS, Plan, data_file, make_plan
 from yolokd.probe import level_name
+from yolokd.pyramid import Detector
 from yolokd.teacher import aligned_copy
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
@@ -38,6 +39,8 @@ class DistillationTrainer(DetectionTrainer):
     Raises UserError, before anything is written, for what cannot work.
     """
 
+    args: Any
+
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
@@ -50,6 +53,7 @@ class DistillationTrainer(DetectionTrainer):
             super().__init__(cfg, {k: v for k, v in keys.items() if not is_own(k)}, _callbacks)
         vars(self.args).update(own)
         self.args.save_dir = str(self.save_dir)
+        self.teacher_score: float | None = None  # mAP50-95 on the validation set, where it was measured
         self._clip: list[float] = []
         if RANK in {-1, 0} and not self.resume:
             self._save_repeatable(own)
@@ -68,7 +72,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def train(self) -> Any:
         """Run Ultralytics' loop, loading every checkpoint under restriction."""
-        with restricted_loading(self.plan.config.trust):
+        with restricted_loading(self.plan.config.trust), bfloat16_on_cpu():
             return super().train()
 
     # Building the pieces
@@ -161,7 +165,8 @@ class DistillationTrainer(DetectionTrainer):
         saved: bool = super().save_model()
         criterion = self.criterion
         if saved and criterion is not None:
-            save_sidecar(self.last, {"epoch": self.epoch, "criterion": criterion.private_state()})
+            state = {"criterion": criterion.private_state(), "measured": criterion.probe.last}
+            save_sidecar(self.last, {"epoch": self.epoch} | state)
         return saved
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
@@ -191,6 +196,7 @@ class DistillationTrainer(DetectionTrainer):
             LOGGER.warning(f"{checkpoint} has no sidecar: adapters start anew")
         elif self.criterion is not None:
             self.criterion.load_private_state(state["criterion"])
+            self.criterion.probe.last = state["measured"]
 
     def final_eval(self) -> None:
         """Finish as Ultralytics does, and drop the sidecar: a finished run has nothing to resume."""
@@ -211,25 +217,53 @@ class DistillationTrainer(DetectionTrainer):
                 "is not measured; features still carry over, class scores count as objectness only"
             )
             return
-        score = self._teacher_score(aligned_copy(model, self.data["names"], pairing.classes.mapping))
+        score = self._score(aligned_copy(model, self.data["names"], pairing.classes.mapping))
+        self.teacher_score = score["metrics/mAP50-95(B)"]
         missing = set(self.data["names"]) - set(pairing.classes.student)
-        LOGGER.info(f"teacher: mAP50-95 {score['metrics/mAP50-95(B)']:.3f}, mAP50 {score['metrics/mAP50(B)']:.3f}")
+        LOGGER.info(f"teacher: mAP50-95 {self.teacher_score:.3f}, mAP50 {score['metrics/mAP50(B)']:.3f}")
         if missing:
             names = ", ".join(self.data["names"][i] for i in sorted(missing))
             LOGGER.warning(f"teacher: does not know {names}: for these the student learns from the labels alone")
-        if score["metrics/mAP50-95(B)"] < USELESS:
+        if self.teacher_score < USELESS:
             LOGGER.warning(
                 "teacher: useless on this validation set: the student is pulled towards maps that do not find these "
                 "objects and will likely end up worse than trained alone; use a teacher trained on such images"
             )
 
-    def _teacher_score(self, model: nn.Module) -> dict[str, float]:
+    def _score(self, model: Detector) -> dict[str, float]:
         kind = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
-        settings = {"data": self.args.data, "imgsz": self.args.imgsz, "batch": self.batch_size * 2, "plots": False,
-                    "device": self.args.device, "workers": self.args.workers, "split": self.args.split,
-                    "single_cls": self.args.single_cls, "mode": "val", "task": "detect", "rect": True}  # fmt: skip
+        settings = {
+            "data": self.args.data,
+            "imgsz": self.args.imgsz,
+            "batch": self.batch_size * 2,
+            "plots": False,
+            "device": self.args.device,
+            "workers": self.args.workers,
+            "split": self.args.split,
+            "single_cls": self.args.single_cls,
+            "mode": "val",
+            "task": "detect",
+            "rect": True,
+        }
         score: dict[str, float] = kind(save_dir=self.save_dir, args=settings)(model=model)
         return score
+
+
+@contextmanager
+def bfloat16_on_cpu() -> Iterator[None]:
+    """Within it, `amp=bf16` works on CPUs too, where Ultralytics' loop refuses it; other settings are as ever."""
+    theirs = engine.autocast
+
+    def autocast(enabled: bool | torch.dtype, device: str = "cuda") -> Any:
+        if device == "cpu" and enabled is torch.bfloat16:
+            return torch.autocast("cpu", torch.bfloat16)
+        return theirs(enabled, device)
+
+    engine.autocast = autocast
+    try:
+        yield
+    finally:
+        engine.autocast = theirs
 
 
 def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
@@ -268,8 +302,10 @@ def _announce(plan: Plan) -> None:
     """Log what is paired with what."""
     assert plan.pairing is not None
     for level in plan.pairing.levels:
-        LOGGER.info(f"distil {level_name(level.stride)}: student {level.student_channels} channels, "
-                    f"teacher {level.teacher_channels}")  # fmt: skip
+        LOGGER.info(
+            f"distil {level_name(level.stride)}: student {level.student_channels} channels, "
+            f"teacher {level.teacher_channels}"
+        )
     classes = plan.pairing.classes
     if classes.objectness:
         LOGGER.info("distil classes: none shared by name, the highest class score of each model is one objectness")
@@ -285,7 +321,9 @@ def _balance_line(plan: Plan, means: dict[str, float], clip: float) -> str:
         for part in plan.config.parts
     )
     share = " ".join(f"{n} {means[f'{n}/share']:.2%}" for n in names)
-    return f"gradients, distillation/task: {'; '.join(ratios)}; teacher's confidence: {share}; student's clip {clip:.3g}"
+    return (
+        f"gradients, distillation/task: {'; '.join(ratios)}; teacher's confidence: {share}; student's clip {clip:.3g}"
+    )
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
@@ -296,6 +334,9 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "method": config.method,
         "gains": {p.name: p.gain for p in config.parts},
         "constants": {p.name: p.constants for p in config.parts},
-        "versions": {"yolokd": yolokd.__version__, "ultralytics": ultralytics.__version__,
-                     "torch": str(torch.__version__)},  # fmt: skip
+        "versions": {
+            "yolokd": yolokd.__version__,
+            "ultralytics": ultralytics.__version__,
+            "torch": str(torch.__version__),
+        },
     }

@@ -16,8 +16,9 @@ class Method(nn.Module):
     """One method at one pyramid level: maps (and class logits) in, one scalar loss out.
 
     A method is built once per level, so it needs no loop of its own; its trained parts (adapters, …) are ordinary
-    submodules. Its constants are keyword-only arguments of `__init__`: `yolokd train NAME.constant=value` sets them, and
-    their annotations (pydantic's, so `Annotated[float, Field(ge=0)]` works) say what is valid. It knows tensors only.
+    submodules. Its constants are keyword-only arguments of `__init__`: `yolokd train NAME.constant=value` sets them,
+    and their annotations (pydantic's, so `Annotated[float, Field(ge=0)]` works) say what is valid. It knows tensors
+    only.
 
     >>> import torch.nn.functional as F
     >>> from yolokd.methods.blocks import adapter

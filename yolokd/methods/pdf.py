@@ -18,8 +18,9 @@ Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
 class PDF(Method):
     """Weights the feature error at each position with how much the two models' class predictions disagree there.
 
-    D_hw = Σ_classes F(P_T, P_S) on class probabilities, W_hw = H·W·D_hw / Σ D, L = Σ_hw W_hw Σ_c (F_T − F_S)² / (H·W·C),
-    meaned over the batch. F_S is the adapted student map; W carries no gradient.
+    D_hw = Σ_classes F(P_T, P_S) on class probabilities, W_hw = H·W·D_hw / Σ D,
+    L = Σ_hw W_hw Σ_c (F_T − F_S)² / (H·W·C), meaned over the batch. F_S is the adapted student map; W carries no
+    gradient.
 
     distance: F, squared difference (the paper's best), absolute difference, or KL divergence (of Bernoulli
     distributions, teacher first, since YOLO's classes are independent sigmoids).

@@ -1,0 +1,91 @@
+"""Shared fixtures: a tiny data set and tiny checkpoints, made on the spot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+import cv2
+import numpy as np
+import torch
+import yaml
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+NAMES = {0: "disc", 1: "box"}
+TINY = {"imgsz": 64, "batch": 4, "nbs": 4, "plots": False, "verbose": False, "seed": 3, "patience": 50}
+
+
+def save_checkpoint(model: nn.Module, path: Path) -> Path:
+    """An Ultralytics checkpoint of a model, as its trainer would leave it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.half(), "ema": None, "train_args": {}, "epoch": -1, "optimizer": None}, path)
+    model.float()
+    return path
+
+
+def random_detector(cfg: str = "yolov8n.yaml", names: dict[int, str] = NAMES, seed: int = 0) -> DetectionModel:
+    """A random model whose batch norms have seen something, so that its maps vary."""
+    torch.manual_seed(seed)
+    model = DetectionModel(cfg, nc=len(names), verbose=False)
+    model.names = dict(names)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def write_dataset(root: Path, names: dict[int, str] = NAMES, train: int = 12, val: int = 6, size: int = 80) -> Path:
+    """Photograph-sized noise with discs and boxes, as JPEGs and YOLO labels."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            image = rng.integers(0, 90, (size, size + 16, 3), dtype=np.uint8)
+            lines = []
+            for _ in range(int(rng.integers(1, 4))):
+                x, y = (int(rng.integers(20, n - 20)) for n in (size + 16, size))
+                r, c = int(rng.integers(8, 18)), int(rng.integers(0, len(names)))
+                color = tuple(int(v) for v in rng.integers(140, 255, 3))
+                if c % 2:
+                    cv2.rectangle(image, (x - r, y - r), (x + r, y + r), color, -1)
+                else:
+                    cv2.circle(image, (x, y), r, color, -1)
+                x1, y1, x2, y2 = max(x - r, 0), max(y - r, 0), min(x + r, size + 16), min(y + r, size)
+                box = ((x1 + x2) / 2 / (size + 16), (y1 + y2) / 2 / size, (x2 - x1) / (size + 16), (y2 - y1) / size)
+                lines.append(" ".join([str(c), *(f"{v:.6f}" for v in box)]))
+            cv2.imwrite(str(root / "images" / split / f"{i}.jpg"), image)
+            (root / "labels" / split / f"{i}.txt").write_text("\n".join(lines))
+    path = root / "data.yaml"
+    path.write_text(yaml.safe_dump({"train": "images/train", "val": "images/val", "names": dict(names)}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_dataset(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_checkpoint(random_detector("yolov8s.yaml", seed=1), tmp_path_factory.mktemp("t") / "teacher.pt"))
+
+
+@pytest.fixture
+def tiny(data: str, tmp_path: Path) -> dict[str, Any]:
+    """Settings of a training of seconds, in a folder of its own."""
+    return {**TINY, "data": data, "project": str(tmp_path / "runs"), "epochs": 2, "check_teacher": False}
+
+
+def states_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit, names included."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

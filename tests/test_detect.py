@@ -1,0 +1,289 @@
+"""export/detect.py against Ultralytics' own predictions, and alone, as on a device."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from conftest import NAMES
+from onnxruntime.transformers import float16
+from onnxruntime.transformers.onnx_model import OnnxModel
+from PIL import Image
+from test_exporter import SIZE, make_checkpoint
+from ultralytics import YOLO
+
+from yolokd.resources import shipped
+
+SCRIPT = shipped("export") / "detect.py"
+SIDES = ((80, 96), (200, 120), (97, 173), (160, 160), (61, 333))  # height, width
+# What a device has not: importing it there fails.
+ABSENT = (
+    "torch",
+    "torchvision",
+    "ultralytics",
+    "yolokd",
+    "onnx",
+    "PIL",
+    "scipy",
+    "yaml",
+    "rich",
+    "pydantic",
+    "matplotlib",
+)
+ON_DEVICE = f"""
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("detect", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["detect"] = module  # where dataclasses looks for the names in annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+detect = load(SCRIPT)
+
+
+@pytest.fixture(scope="session")
+def photos(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of JPEGs of several shapes."""
+    folder = tmp_path_factory.mktemp("photos")
+    sources = sorted((Path(data).parent / "images" / "val").iterdir())
+    for number, (height, width) in enumerate(SIDES):
+        image = cv2.imread(str(sources[number]))
+        cv2.imwrite(str(folder / f"{number}.jpg"), cv2.resize(image, (width, height)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Pairs of checkpoint and ONNX file, by kind."""
+    root = tmp_path_factory.mktemp("models")
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "static": ("yolov8n.yaml", {"imgsz": [128, SIZE]}),
+        "dynamic": ("yolov8n.yaml", {"dynamic": True}),
+        "embedded": ("yolov8n.yaml", {"nms": True, "batch": 2}),
+        "end2end": ("yolo26n.yaml", {"nms": False, "dynamic": True}),
+    }
+    made = {}
+    for kind, (cfg, arguments) in kinds.items():
+        checkpoint = make_checkpoint(cfg, data, root / f"{kind}.pt")
+        made[kind] = checkpoint, Path(YOLO(checkpoint).export(format="onnx", **arguments))
+    return made
+
+
+def ultralytics(model: Path, source: Path, **arguments: Any) -> list[np.ndarray]:
+    """The predictions of Ultralytics, per picture as rows (n, 6): box, score, class."""
+    results = YOLO(model, task="detect").predict(source, conf=0.25, iou=0.7, verbose=False, save=False, **arguments)
+    return [result.boxes.data.numpy() for result in results]
+
+
+def rows(found: list[Any]) -> np.ndarray:
+    return np.array([[*each.box, each.score, each.class_id] for each in found]).reshape(-1, 6)
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray, pixels: float) -> None:
+    assert found.shape == expected.shape
+    assert (found[:, 5] == expected[:, 5]).all()
+    assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < 1e-4
+    assert np.abs(found[:, :4] - expected[:, :4]).max(initial=0) < pixels
+
+
+KINDS = ("static", "dynamic", "embedded", "end2end")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_ultralytics_on_the_same_file(kind: str, models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+    path = models[kind][1]
+    detector = detect.Detector(path)
+    found = [rows(detector(cv2.imread(str(photo)))) for photo in sorted(photos.iterdir())]
+    expected = ultralytics(path, photos, imgsz=SIZE)
+    assert sum(map(len, found)) > 10
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_same(ours, theirs, pixels=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_ultralytics_on_the_checkpoint(kind: str, models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+    checkpoint, path = models[kind]
+    detector = detect.Detector(path)
+    # A static file sees full padding, also in Ultralytics.
+    how = {"imgsz": list(detector.size), "rect": detector.dynamic} | ({"nms": False} if kind == "end2end" else {})
+    expected = ultralytics(checkpoint, photos, **how)
+    for photo, theirs in zip(sorted(photos.iterdir()), expected, strict=True):
+        assert_same(rows(detector(cv2.imread(str(photo)))), theirs, pixels=0.05)
+
+
+def test_detections_are_named_and_inside_the_picture(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+    detector = detect.Detector(models["dynamic"][1])
+    image = cv2.imread(str(photos / "1.jpg"))
+    found = detector(image)
+    assert found
+    for each in found:
+        assert each.name == NAMES[each.class_id]
+        assert 0.25 < each.score <= 1
+        x1, y1, x2, y2 = each.box
+        assert 0 <= x1 < x2 <= image.shape[1]
+        assert 0 <= y1 < y2 <= image.shape[0]
+    assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
+
+
+def test_thresholds(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+    detector = detect.Detector(models["dynamic"][1])
+    image = cv2.imread(str(photos / "0.jpg"))
+    many, usual, few = (detector(image, conf=conf) for conf in (0.05, 0.25, 0.4))
+    assert len(many) > len(usual) > len(few)
+    assert len(detector(image, iou=1.0)) > len(usual) > len(detector(image, iou=0.1))
+    assert detector(image, max_det=2) == usual[:2]
+
+
+def test_float16_input(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+    """Such files come from exports on a GPU; there the network takes and gives float16 itself."""
+    original = onnx.load(models["static"][1])
+    graph = float16.convert_float_to_float16(original, keep_io_types=False)
+    OnnxModel(graph).topological_sort()
+    onnx.save(graph, tmp_path / "half.onnx")
+    detector = detect.Detector(tmp_path / "half.onnx")
+    assert detector.dtype == np.float16
+    (expected,) = ultralytics(tmp_path / "half.onnx", photos / "0.jpg", quantize=16)
+    found = rows(detector(cv2.imread(str(photos / "0.jpg"))))
+    assert len(found) == len(expected) > 0
+    assert np.abs(found - expected).max() < 0.5  # a coordinate's last bit
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_exif_orientation(orientation: int, models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(photos / "1.jpg").save(turned, exif=exif, quality=95)
+    image = detect.read_image(turned)
+    assert image.shape[:2] == ((200, 120) if orientation == 3 else (120, 200))
+    (expected,) = ultralytics(models["dynamic"][1], turned, imgsz=SIZE)
+    assert len(expected)
+    assert_same(rows(detect.Detector(models["dynamic"][1])(image)), expected, pixels=0.01)
+
+
+def test_video(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+    video, path = tmp_path / "clip.avi", models["static"][1]
+    frame = cv2.imread(str(photos / "0.jpg"))
+    writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"MJPG"), 5, (96, 80))
+    for shift in range(4):
+        writer.write(np.roll(frame, 6 * shift, axis=1))
+    writer.release()
+    code = detect.main([str(path), str(video), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")])
+    assert code == 0
+    records = json.loads((tmp_path / "found.json").read_text())
+    assert [(record["image"], record["frame"]) for record in records] == [(str(video), number) for number in range(4)]
+    for record, expected in zip(records, ultralytics(path, video), strict=True):
+        found = [[*each["box"], each["score"], each["class"]] for each in record["detections"]]
+        assert_same(np.array(found).reshape(-1, 6), expected, pixels=0.01)
+    copy = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
+    assert copy.get(cv2.CAP_PROP_FPS) == 5
+    frames = 0
+    while copy.read()[0]:
+        frames += 1
+    assert frames == 4
+
+
+def on_device(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a Python file where numpy, OpenCV and onnxruntime are all there is."""
+    command = [sys.executable, "-c", ON_DEVICE, *map(str, words)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_stands_alone(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "probe.py").write_text("import torch")
+    assert "ModuleNotFoundError: torch" in on_device(tmp_path, "probe.py").stderr
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copy(models["dynamic"][1], tmp_path / "best.onnx")
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "photos" / "notes.txt").write_text("no picture at all")
+    done = on_device(tmp_path, "detect.py", "best.onnx", "photos", "--out", "runs/out", "--json", "runs/found.json")
+    assert done.returncode == 0, done.stderr
+    assert "broken.jpg: unreadable image, skipped" in done.stderr
+    assert done.stdout.startswith("5 images, ")
+    records = json.loads((tmp_path / "runs" / "found.json").read_text())
+    assert [record["image"] for record in records] == [str(Path("photos") / f"{n}.jpg") for n in range(5)]
+    for record, expected in zip(records, ultralytics(models["dynamic"][1], photos, imgsz=SIZE), strict=True):
+        found = [[*each["box"], each["score"], each["class"]] for each in record["detections"]]
+        assert_same(np.array(found).reshape(-1, 6), expected, pixels=0.01)
+        assert all(set(each) == {"class", "name", "score", "box"} for each in record["detections"])
+        copy = cv2.imread(str(tmp_path / "runs" / "out" / Path(record["image"]).name))
+        original = cv2.imread(str(tmp_path / record["image"]))
+        assert copy.shape == original.shape
+        assert np.abs(copy.astype(int) - original).max() > 60  # something is drawn on it
+
+
+def test_mistakes_are_told_in_one_line(
+    models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    static, dynamic = (str(models[kind][1]) for kind in ("static", "dynamic"))
+    photo, empty, garbage = str(photos / "0.jpg"), tmp_path / "empty", tmp_path / "garbage.onnx"
+    empty.mkdir()
+    garbage.write_bytes(b"no model")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    out = ["--out", str(tmp_path / "out")]
+    cases: list[tuple[list[str], str]] = [
+        (["none.onnx", photo], "no such model file"),
+        ([str(garbage), photo], "can't load it"),
+        ([static, "nowhere"], "no such file or folder"),
+        ([static, str(empty)], "no images here"),
+        ([static, str(tmp_path / "broken.png")], "none of the images could be read"),
+        ([static, str(tmp_path / "broken.mp4")], "no frame of this video could be read"),
+        ([static, photo, "--imgsz", "64"], "runs at 128x160 only"),
+        ([dynamic, photo, "--imgsz", "1", "2", "3"], "height and width"),
+        ([dynamic, photo, "--out", str(photos)], "holds the source"),
+    ]
+    for words, message in cases:
+        assert detect.main([*words[:2], *out, *words[2:]]) == 2, words
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("detect.py: ")
+        assert message in error
+    assert sorted(path.name for path in photos.iterdir()) == [f"{number}.jpg" for number in range(5)]
+
+
+def test_a_size_too_small_for_an_end_to_end_model(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+    detector = detect.Detector(models["end2end"][1], imgsz=32)
+    with pytest.raises(detect.DetectError, match="does not run at 32x32: .*try another imgsz"):
+        detector(cv2.imread(str(photos / "0.jpg")))
+
+
+def test_other_networks_are_refused(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    graph = onnx.load(models["static"][1])
+    (names,) = (entry for entry in graph.metadata_props if entry.key == "names")
+    names.value = "{0: 'one class too few'}"
+    onnx.save(graph, tmp_path / "other.onnx")
+    with pytest.raises(detect.DetectError, match="not a YOLO detector"):
+        detect.Detector(tmp_path / "other.onnx")
+
+
+def test_pictures_are_checked(models: dict[str, tuple[Path, Path]]) -> None:
+    detector = detect.Detector(models["static"][1])
+    for picture in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)):
+        with pytest.raises(detect.DetectError, match="BGR"):
+            detector(picture)
+    assert detector(np.zeros((1, 900, 3), np.uint8), conf=0.9) == []

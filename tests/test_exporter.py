@@ -1,0 +1,315 @@
+"""Export and its parity check, on small random detectors and real JPEGs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from conftest import NAMES, random_detector, save_checkpoint
+from onnx import numpy_helper
+from torch import nn
+from ultralytics.data.augment import LetterBox
+from ultralytics.nn.tasks import ClassificationModel
+
+from yolokd import exporter
+from yolokd.checkpoint import load_model
+from yolokd.errors import UserError
+from yolokd.exporter import ExportReport, Limits, Thresholds, export, validation_images, verify
+
+SIZE = 160
+PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pdf", "gains": {"dfd": 1.0, "pdf": 0.5}}
+
+
+def sighted(cfg: str, data: str) -> nn.Module:
+    """A random detector that tells places apart: a few detections a picture, as a trained one has."""
+    model = random_detector(cfg)
+    letterbox = LetterBox((SIZE, SIZE))
+    batch = np.stack([letterbox(image=image)[..., ::-1].transpose(2, 0, 1) for image in validation_images(data)])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.from_numpy(batch).float() / 255)
+    head = model.model[-1]
+    sides = torch.full((4,), 1.2)
+    if head.reg_max > 1:
+        sides = (-((torch.arange(head.reg_max) - 1.2) ** 2)).repeat(4)
+    for branch in ("", "one2one_"):
+        for box, classes in zip(getattr(head, f"{branch}cv2", ()), getattr(head, f"{branch}cv3", ()), strict=True):
+            nn.init.normal_(classes[-1].weight, std=0.25)
+            nn.init.constant_(classes[-1].bias, -4.0)
+            # Boxes of two to three strides: those of neighbouring places are then no copies of each other.
+            box[-1].weight.data *= 0.3
+            box[-1].bias.data = sides.clone()
+    return model.eval()
+
+
+def make_checkpoint(cfg: str, data: str, path: Path, **attributes: Any) -> Path:
+    """A checkpoint of a sighted detector that was trained on `data`, it says."""
+    model = sighted(cfg, data)
+    vars(model).update(attributes)
+    content = torch.load(save_checkpoint(model, path), weights_only=False)
+    torch.save(content | {"train_args": {"data": data, "imgsz": SIZE}}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        "v8": make_checkpoint("yolov8n.yaml", data, root / "v8.pt", yolokd=PROVENANCE),
+        "v26": make_checkpoint("yolo26n.yaml", data, root / "v26.pt"),
+    }
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    """The static float32 export of yolov8n."""
+    return export(shutil.copy(checkpoints["v8"], tmp_path_factory.mktemp("plain") / "best.pt"))
+
+
+@pytest.fixture
+def copied(plain: ExportReport, tmp_path: Path) -> Path:
+    """A copy of that ONNX file, to be spoilt."""
+    return Path(shutil.copy(plain.path, tmp_path / "best.onnx"))
+
+
+def check(path: Path, checkpoint: Path, data: str) -> ExportReport:
+    return verify(path, load_model(checkpoint, "model")[0], validation_images(data), Thresholds())
+
+
+def metadata(path: Path) -> dict[str, str]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return dict(session.get_modelmeta().custom_metadata_map)
+
+
+def sizes(report: ExportReport) -> list[tuple[int, int, int]]:
+    return [(row.batch, row.height, row.width) for row in report.rows]
+
+
+def test_static(plain: ExportReport) -> None:
+    assert plain.passed
+    assert sizes(plain) == [(1, SIZE, SIZE)]
+    (row,) = plain.rows
+    assert row.raw < 1e-5
+    assert row.images == 6
+    assert row.torch_detections == row.onnx_detections > 20
+
+
+def test_table_is_written_beside_the_file(plain: ExportReport) -> None:
+    assert plain.parity == plain.path.with_name("best.parity.json")
+    record = json.loads(plain.parity.read_text())
+    assert record["passed"] is True
+    assert record["onnx"] == "best.onnx"
+    assert record["rows"] == [row.model_dump() for row in plain.rows]
+    assert record["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert set(record["versions"]) == {"torch", "onnx", "onnxruntime", "ultralytics"}
+    assert sorted(path.name for path in plain.path.parent.iterdir()) == ["best.onnx", "best.parity.json", "best.pt"]
+
+
+def test_metadata_and_provenance(plain: ExportReport) -> None:
+    meta = metadata(plain.path)
+    assert meta["names"] == str(NAMES)
+    assert meta["stride"] == "32"
+    assert meta["teacher"] == "big.pt"
+    assert meta["method"] == "dfd+pdf"
+    assert json.loads(meta["yolokd"]) == PROVENANCE
+
+
+def test_dynamic_is_tried_at_two_batches_and_two_sizes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    report = export(shutil.copy(checkpoints["v8"], tmp_path), dynamic=True)
+    assert report.passed
+    assert sizes(report) == [(1, 160, 160), (3, 160, 160), (1, 96, 160), (3, 96, 160)]
+    assert all(row.torch_detections for row in report.rows)
+
+
+def test_static_batch_is_filled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    report = export(shutil.copy(checkpoints["v8"], tmp_path), batch=4, imgsz=[64, 96])
+    assert report.passed
+    assert sizes(report) == [(4, 64, 96)]
+    assert report.rows[0].images == 8  # of six, two are seen again
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "end2end", "tried"),
+    [
+        ("v26", {"nms": False, "dynamic": True}, "True", [(1, 160, 160), (3, 160, 160), (1, 96, 160), (3, 96, 160)]),
+        ("v26", {"imgsz": 96}, "False", [(1, 96, 96)]),
+        ("v8", {"nms": True, "dynamic": True, "batch": 2}, "False", [(n, h, 160) for h in (160, 96) for n in (1, 2)]),
+    ],
+)
+def test_models_that_choose_their_boxes(
+    family: str, arguments: dict[str, Any], end2end: str, tried: list[Any], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    report = export(shutil.copy(checkpoints[family], tmp_path), **arguments)
+    assert report.passed
+    assert sizes(report) == tried
+    assert all(row.torch_detections == row.onnx_detections > 5 for row in report.rows)
+    assert metadata(report.path)["end2end"] == end2end
+    if family == "v26":
+        assert not {"teacher", "method", "yolokd"} & metadata(report.path).keys()
+
+
+def test_end_to_end_is_not_tried_with_fewer_anchors_than_rows(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    report = export(shutil.copy(checkpoints["v26"], tmp_path), nms=False, dynamic=True, imgsz=64)
+    assert report.passed
+    assert {row.height for row in report.rows} == {64, 96}
+
+
+def test_float16_is_valid_and_has_limits_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    report = export(shutil.copy(checkpoints["v8"], tmp_path), half=True)
+    assert report.parity
+    assert report.passed
+    assert json.loads(report.parity.read_text())["precision"] == "float16"
+    assert 1e-5 < report.rows[0].raw < 1e-2
+    onnx.checker.check_model(onnx.load(report.path), full_check=True)
+
+
+def test_other_formats_are_left_to_ultralytics(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    report = export(shutil.copy(checkpoints["v8"], tmp_path / "m.pt"), format="torchscript", imgsz=64)
+    assert report == ExportReport(path=tmp_path / "m.torchscript")
+    assert torch.jit.load(report.path)(torch.zeros(1, 3, 64, 64)).shape == (1, 6, 84)
+
+
+def spoil(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    graph = onnx.load(path)
+    (weight,) = (tensor for tensor in graph.graph.initializer if tensor.name.endswith(name))
+    weight.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weight)), weight.name))
+    onnx.save(graph, path)
+
+
+@pytest.mark.parametrize("factor", [1.01, -1.0, np.nan])
+def test_a_changed_weight_fails(factor: float, copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    spoil(copied, "model.9.cv2.conv.weight", lambda weight: weight * np.float32(factor))
+    report = check(copied, checkpoints["v8"], data)
+    assert not report.passed
+    assert not any(row.passed for row in report.rows)
+    assert report.parity
+    assert json.loads(report.parity.read_text())["passed"] is False
+
+
+def test_slightly_wrong_scores_fail(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    spoil(copied, "cv3.0.2.bias", lambda bias: bias + np.float32(0.002))
+    report = check(copied, checkpoints["v8"], data)
+    assert report.rows[0].raw < 1e-4  # the boxes, hundreds of pixels wide, drown it
+    assert report.rows[0].scores > 1e-4
+    assert not report.passed
+
+
+def test_a_wrong_class_fails(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    for level in range(3):
+        spoil(copied, f"cv3.{level}.2.weight", lambda weight: weight[::-1].copy())
+    (row,) = check(copied, checkpoints["v8"], data).rows
+    assert row.torch_detections > 0
+    assert row.worst_iou == 0
+    assert not row.passed
+
+
+@pytest.mark.parametrize("length", [0, 1000, 100_000])
+def test_a_broken_onnx_file_fails(length: int, copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    copied.write_bytes(copied.read_bytes()[:length])
+    report = check(copied, checkpoints["v8"], data)
+    assert not report.passed
+    assert report.problem
+
+
+def test_wrong_names_fail(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    graph = onnx.load(copied)
+    onnx.helper.set_model_props(graph, metadata(copied) | {"names": "{0: 'cat', 1: 'dog'}"})
+    onnx.save(graph, copied)
+    report = check(copied, checkpoints["v8"], data)
+    assert not report.passed
+    assert "names" in str(report.problem)
+
+
+def test_export_reports_failure_and_does_not_raise(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Limits(raw=0, scores=0, iou=1, margin=1e-3, ties=False)
+    monkeypatch.setattr(exporter, "LIMITS", {"float32": nothing})
+    report = export(shutil.copy(checkpoints["v8"], tmp_path), imgsz=64)
+    assert not report.passed
+    assert report.path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"dynamik": True}, ["dynamik", "did you mean dynamic?"]),
+        ({"format": "onxx"}, ["format=onxx", "did you mean onnx?"]),
+        ({"format": "exe42"}, ["format=exe42", "one of:", "openvino"]),
+        ({"imgsz": "abc"}, ["imgsz=abc"]),
+        ({"opset": 3}, ["opset>=9"]),
+        ({"quantize": "w8a32"}, ["w8a32", "not supported"]),
+        ({"data": "nowhere.yaml"}, ["data=nowhere.yaml", "existing"]),
+    ],
+)
+def test_bad_arguments(
+    arguments: dict[str, Any], words: list[str], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
+    with pytest.raises(UserError) as error:
+        export(model, **arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_missing_and_broken_models(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model=.*none\.pt"):
+        export(tmp_path / "none.pt")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(checkpoints["v8"].read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"model=.*broken\.pt"):
+        export(broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.pt"]
+
+
+def test_only_detectors(data: str, tmp_path: Path) -> None:
+    model = save_checkpoint(ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False), tmp_path / "cls.pt")
+    with pytest.raises(UserError, match="no YOLO detector but ClassificationModel"):
+        export(model, data=data)
+
+
+def test_a_data_set_that_is_gone(checkpoints: dict[str, Path], data: str, tmp_path: Path) -> None:
+    content = torch.load(checkpoints["v8"], weights_only=False)
+    gone = tmp_path / "gone.pt"
+    torch.save(content | {"train_args": {"data": str(tmp_path / "gone.yaml"), "imgsz": 64}}, gone)
+    with pytest.raises(UserError, match=r"gone\.yaml.*give data="):
+        export(gone)
+    torch.save(content | {"train_args": {"imgsz": 64}}, gone)
+    with pytest.raises(UserError, match=r"names no data set.*give data="):
+        export(gone)
+    assert export(gone, data=data).passed
+
+
+def test_validation_images_of_folders_and_lists(data: str, tmp_path: Path) -> None:
+    root = Path(data).parent
+    for name in ("a.jpg", "b.PNG"):
+        cv2.imwrite(str(tmp_path / name), np.full((20, 30, 3), 7, np.uint8))
+    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "list.txt").write_text(f"./a.jpg\n{tmp_path / 'b.PNG'}\n\n")
+    folder, listed = str(root / "images" / "val"), str(tmp_path / "list.txt")
+    for val, count in ((folder, 6), (listed, 2), ([folder, listed], 8), (str(root / "images" / "train"), 8)):
+        config = tmp_path / "data.yaml"
+        config.write_text(yaml.safe_dump({"train": folder, "val": val, "names": NAMES}))
+        assert len(validation_images(str(config))) == count
+
+
+def test_unreadable_validation_images(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "a.jpg").write_bytes(b"no picture")
+    config = tmp_path / "data.yaml"
+    config.write_text(yaml.safe_dump({"train": "val", "val": "val", "names": NAMES}))
+    with pytest.raises(UserError, match="no readable validation image"):
+        validation_images(str(config))

@@ -1,0 +1,116 @@
+"""Pairing of strides and classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import random_detector, states_equal
+from hypothesis import given
+from hypothesis import strategies as st
+from ultralytics.nn.tasks import RTDETRDetectionModel
+
+from yolokd import UserError
+from yolokd.pyramid import (
+    ClassPairing,
+    confidence_shares,
+    on_grid_of,
+    pair_classes,
+    pair_levels,
+    read_pyramid,
+    split_levels,
+)
+from yolokd.teacher import Teacher
+
+strides = st.dictionaries(st.sampled_from([4, 8, 16, 32, 64]), st.integers(1, 512), max_size=5)
+names = st.dictionaries(st.integers(0, 9), st.sampled_from(["cat", "Dog ", "dog", "cow", "CAT", ""]), max_size=6)
+
+
+@given(strides, strides)
+def test_levels_pair_at_shared_strides(teacher: dict[int, int], student: dict[int, int]) -> None:
+    shared = sorted(teacher.keys() & student.keys())
+    if not shared:
+        with pytest.raises(UserError, match="none in common"):
+            pair_levels(teacher, student)
+        return
+    levels = pair_levels(teacher, student)
+    assert [x.stride for x in levels] == shared
+    assert all((x.teacher_channels, x.student_channels) == (teacher[x.stride], student[x.stride]) for x in levels)
+
+
+@given(names, names)
+def test_classes_pair_by_name(teacher: dict[int, str], student: dict[int, str]) -> None:
+    pairing = pair_classes(teacher, student)
+    for t, s in zip(pairing.teacher, pairing.student, strict=True):
+        assert teacher[t].strip().lower() == student[s].strip().lower()
+    shared = {n.strip().lower() for n in teacher.values()} & {n.strip().lower() for n in student.values()}
+    assert {student[s].strip().lower() for s in pairing.student} == shared
+    assert pairing.objectness == (not shared)
+
+
+def test_class_scores_come_in_the_same_order() -> None:
+    pairing = pair_classes({0: "a", 1: "b", 2: "c"}, {0: "c", 1: "x", 2: "a"})
+    teacher, student = torch.arange(3.0).view(1, 3, 1, 1), torch.arange(3.0).view(1, 3, 1, 1)
+    assert pairing.of_teacher(teacher).flatten().tolist() == [2, 0]
+    assert pairing.of_student(student).flatten().tolist() == [0, 2]
+
+
+def test_no_shared_class_means_objectness() -> None:
+    logits = torch.tensor([[1.0, 5.0], [3.0, -2.0]]).view(1, 2, 1, 2)
+    assert ClassPairing((), ()).of_teacher(logits).flatten().tolist() == [3, 5]
+
+
+def test_maps_of_another_grid_are_resampled() -> None:
+    small, large = torch.rand(2, 3, 4, 5), torch.rand(2, 7, 8, 10)
+    assert on_grid_of(small, large).shape == (2, 7, 4, 5)
+    assert on_grid_of(small, small) is small
+
+
+def test_flat_outputs_split_into_levels() -> None:
+    maps = [torch.zeros(2, 1, 4, 6), torch.zeros(2, 1, 2, 3)]
+    flat = torch.arange(2 * 5 * 30.0).view(2, 5, 30)
+    parts = split_levels(flat, maps)
+    assert [p.shape for p in parts] == [(2, 5, 4, 6), (2, 5, 2, 3)]
+    assert torch.equal(torch.cat([p.flatten(2) for p in parts], 2), flat)
+
+
+def test_confidence_shares_sum_to_one() -> None:
+    shares = confidence_shares([torch.full((1, 2, 4, 4), 3.0), torch.full((1, 2, 2, 2), -20.0)])
+    assert float(shares.sum()) == pytest.approx(1)
+    assert float(shares[1]) < 1e-6
+
+
+@pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolov8n-p2.yaml", "yolov8n-p6.yaml", "yolo11n.yaml", "yolo26n.yaml"])
+def test_pyramids_are_read_off_any_family(cfg: str) -> None:
+    model = random_detector(cfg)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()
+    pyramid = read_pyramid(model)
+    assert list(pyramid) == [int(s) for s in model.stride]
+    assert model.training
+    assert states_equal(before, model.state_dict())
+
+
+def test_teachers_give_maps_and_logits_as_the_model_itself() -> None:
+    for cfg in ("yolov8n.yaml", "yolo26n.yaml"):
+        model = random_detector(cfg)
+        images = torch.rand(2, 3, 64, 96)
+        head = model.model[-1]
+        head.training = True
+        with torch.no_grad():
+            raw = model(images)
+        raw = raw.get("one2many", raw)
+        head.training = False
+        output = Teacher(model)(images, logits=True)
+        logits = split_levels(raw["scores"], raw["feats"])
+        for stride, expected, logit in zip([8, 16, 32], raw["feats"], logits, strict=True):
+            assert torch.allclose(output.maps[stride], expected, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(output.logits[stride], logit, rtol=1e-3, atol=1e-3)
+
+
+def test_an_rtdetr_teacher_gives_maps_alone() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(RTDETRDetectionModel("rtdetr-l.yaml", nc=2, verbose=False))
+    output = teacher(torch.rand(1, 3, 64, 64), logits=True)
+    assert {k: v.shape for k, v in output.maps.items()} == {s: (1, 256, 64 // s, 64 // s) for s in (8, 16, 32)}
+    assert not teacher.has_logits
+    assert not output.logits

@@ -1,0 +1,357 @@
+"""The trainer, on real small trainings."""
+
+from __future__ import annotations
+
+import csv
+import math
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, random_detector, save_checkpoint, states_equal, write_dataset
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolokd import UserError, YoloDistiller, distillation_trainer, register
+from yolokd.checkpoint import sidecar_path
+from yolokd.criterion import DistillationCriterion
+from yolokd.methods import Method
+
+STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in unwrap_model(trainer.model).state_dict().items()}
+
+
+def rows(trainer: Any) -> list[dict[str, str]]:
+    with open(trainer.csv) as f:
+        return list(csv.DictReader(f))
+
+
+class Stop(Exception):
+    """A cut in the middle of a run."""
+
+
+def plain(student: str, tiny: dict[str, Any], **more: Any) -> Any:
+    """Ultralytics' own training with the same settings."""
+    model = YOLO(student)
+    model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, name="plain", **more)
+    return model.trainer
+
+
+def distil(teacher: str, student: str, tiny: dict[str, Any], **more: Any) -> YoloDistiller:
+    d = YoloDistiller(teacher=teacher, student=student, method=more.pop("method", "dfd+pdf"))
+    d.train(**tiny, **more)
+    return d
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -> None:
+    ours = YoloDistiller(student=student, method="none")
+    ours.train(**tiny)
+    theirs = plain(student, tiny)
+    assert states_equal(weights(ours.trainer), weights(theirs))
+    assert states_equal(ours.trainer.ema.ema.state_dict(), theirs.ema.ema.state_dict())
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_gain_zero_leaves_the_students_weights_as_in_plain_training(
+    student: str, tiny: dict[str, Any], teacher: str
+) -> None:
+    d = distil(teacher, student, tiny, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
+    assert states_equal(weights(d.trainer), weights(plain(student, tiny)))
+
+
+def test_a_gain_changes_the_student(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny)
+    assert not states_equal(weights(d.trainer), weights(plain("yolov8n.yaml", tiny)))
+
+
+def test_class_weights_keep_working(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny, cls_pw=0.7, **{"dfd.gain": 0, "pdf.gain": 0})
+    assert d.trainer.criterion.base.class_weights is not None
+    assert states_equal(weights(d.trainer), weights(plain("yolov8n.yaml", tiny, cls_pw=0.7)))
+
+
+def test_end_to_end_losses_keep_changing_their_mix(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 3})
+    base = d.trainer.criterion.base
+    assert base.updates == 3
+    assert base.o2m < 0.8
+
+
+def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
+    seen: dict[str, Any] = {}
+
+    def remember(trainer: Any) -> None:
+        seen["before"] = {k: v.clone() for k, v in trainer.plan.teacher.state_dict().items()}
+        seen["loaded"] = {k: v.clone() for k, v in trainer.plan.teacher_model.state_dict().items()}
+
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf")
+    d.add_callback("on_pretrain_routine_end", remember)
+    d.train(**tiny | {"check_teacher": True})
+    assert states_equal(seen["before"], d.trainer.plan.teacher.state_dict())
+    assert states_equal(seen["loaded"], d.trainer.plan.teacher_model.state_dict())
+    assert not any("teacher" in k for k in d.trainer.ema.ema.state_dict())
+
+
+def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny, probe=2, **{"pdf.gain": 0.5})
+    results = rows(d.trainer)
+    assert len(results) == 2
+    for row in results:
+        assert float(row["train/dfd_loss"]) > 0
+        assert float(row["train/pdf_gain"]) == 0.5
+        for level in ("P3", "P4", "P5"):
+            task, ours = (float(row[f"level/{level}/{k}_grad"]) for k in ("task", "pdf"))
+            assert task > 0
+            assert ours > 0
+            assert math.isclose(
+                float(row[f"level/{level}/dfd_ratio"]), float(row[f"level/{level}/dfd_grad"]) / task, rel_tol=0.5
+            )
+        assert math.isclose(sum(float(row[f"level/{p}/share"]) for p in ("P3", "P4", "P5")), 1, rel_tol=1e-3)
+        assert 0 < float(row["clip/student"]) <= 1
+        assert "val/box_loss" in row
+        assert "val/dfd_loss" not in row
+
+
+def test_validation_off_keeps_the_columns(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny | {"val": False})
+    assert all(None not in row and None not in row.values() for row in rows(d.trainer))
+
+
+def test_adapters_are_clipped_apart_from_the_student(tiny: dict[str, Any], teacher: str) -> None:
+    """With adapters in the joint norm, their huge gradients would shrink the student's."""
+
+    @register("loud")
+    class Loud(Method):
+        def __init__(self, shape: Any) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, level: Any) -> torch.Tensor:
+            return self.weight * 1e8 + 0 * level.student.sum()
+
+    d = distil(teacher, "yolov8n.yaml", tiny, method="loud")
+    assert states_equal(weights(d.trainer), weights(plain("yolov8n.yaml", tiny)))
+
+
+CHECK_PLAIN = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] == 'yolokd':
+            raise ImportError('yolokd is not installed')
+sys.meta_path.insert(0, Block())
+import torch
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+path, data, project = sys.argv[1:]
+y = YOLO(path)
+assert list(y.model._modules) == ['model'], list(y.model._modules)
+assert not y.model._forward_hooks and not y.model._forward_pre_hooks
+assert isinstance(y.model.yolokd, dict) and y.model.yolokd['method'] == 'dfd+pdf', y.model.yolokd
+reference = type(y.model)(y.model.yaml, nc=2, verbose=False)
+assert reference.state_dict().keys() == y.model.state_dict().keys()
+assert [n for n, _ in reference.named_modules()] == [n for n, _ in y.model.named_modules()]
+y.model.args = get_cfg()
+batch = {'img': torch.rand(2, 3, 64, 64), 'cls': torch.zeros(2, 1), 'bboxes': torch.full((2, 4), .5),
+         'batch_idx': torch.arange(2.)}
+loss, items = y.model.loss(batch)
+assert torch.isfinite(loss).all() and set(items) <= {'box_loss', 'cls_loss', 'dfl_loss', 'l1_loss'}, items
+YOLO(path).train(data=data, epochs=1, imgsz=64, batch=4, plots=False, project=project, name='again')
+print('plain')
+"""
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_checkpoints_are_plain_without_yolokd(student: str, tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    d = YoloDistiller(teacher=teacher, student=student, method="dfd+pdf")
+    mid_run = tmp_path / "mid-run.pt"
+    d.add_callback("on_model_save", lambda t: mid_run.write_bytes(t.last.read_bytes()))
+    d.train(**tiny | {"epochs": 1})
+    for path in (d.trainer.best, d.trainer.last, mid_run):
+        done = subprocess.run(
+            [sys.executable, "-c", CHECK_PLAIN, path, tiny["data"], str(tmp_path)], capture_output=True, text=True
+        )
+        assert done.stdout.endswith("plain\n"), done.stderr
+
+
+def test_provenance_is_inside(tiny: dict[str, Any], teacher: str) -> None:
+    import hashlib
+
+    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, **{"pdf.gain": 2})
+    origin = YOLO(d.trainer.best).model.yolokd
+    assert origin["teacher"] == {"file": "teacher.pt", "sha256": hashlib.sha256(Path(teacher).read_bytes()).hexdigest()}
+    assert origin["gains"]["pdf"] == 2
+    assert {"yolokd", "ultralytics", "torch"} <= origin["versions"].keys()
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any], teacher: str) -> None:
+    tiny = tiny | {"epochs": 3}
+    d = YoloDistiller(teacher=teacher, student=student, method="dfd+pdf", **{"dfd.gain": 2})
+    seen: dict[str, Any] = {}
+
+    def cut(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            seen["adapters"] = {k: v.clone() for k, v in trainer.criterion.private_state().items()}
+            raise Stop
+
+    d.add_callback("on_model_save", cut)
+    with pytest.raises(Stop):
+        d.train(**tiny)
+    folder = d.trainer.save_dir
+    assert sidecar_path(d.trainer.last).is_file()
+
+    again = YoloDistiller()
+    again.add_callback("on_train_start", lambda t: seen.update(restored=deepcopy(t.criterion.private_state())))
+    again.train(resume=str(folder))
+    assert states_equal(seen["adapters"], seen["restored"])
+    assert again.trainer.start_epoch == 2
+    assert again.trainer.plan.config.parts[0].gain == 2
+    assert isinstance(again.trainer.criterion, DistillationCriterion)
+    assert [r["epoch"] for r in rows(again.trainer)] == ["1", "2", "3"]
+    assert again.trainer.save_dir == folder
+    assert not sidecar_path(again.trainer.last).exists()
+    if student == "yolo26n.yaml":
+        assert again.trainer.criterion.base.updates == 3
+
+    with pytest.raises(UserError, match="finished"):
+        YoloDistiller().train(resume=str(folder))
+
+
+def test_resume_refuses_another_method(tiny: dict[str, Any], teacher: str) -> None:
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd")
+
+    def cut(trainer: Any) -> None:
+        raise Stop
+
+    d.add_callback("on_model_save", cut)
+    with pytest.raises(Stop):
+        d.train(**tiny)
+    with pytest.raises(UserError, match="method: cannot change"):
+        YoloDistiller(method="pdf").train(resume=str(d.trainer.save_dir))
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str, Any], teacher: str) -> None:
+    d = YoloDistiller(teacher=teacher, student=student, method="dfd+pdf")
+    seen: dict[str, Any] = {"recovered": 0}
+
+    def poison(trainer: Any) -> None:
+        if trainer.epoch == 1 and not seen.get("poisoned"):
+            seen["poisoned"] = True
+            with torch.no_grad():
+                next(trainer.criterion.parameters()).fill_(math.nan)
+
+    def look(trainer: Any) -> None:
+        if seen.get("poisoned") and not seen["recovered"]:
+            seen["recovered"] = trainer.nan_recovery_attempts
+            seen["finite"] = all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+    d.add_callback("on_train_epoch_start", look)
+    d.add_callback("on_train_batch_start", poison)
+    d.train(**tiny | {"epochs": 3})
+    assert seen["recovered"] == 1
+    assert seen["finite"]
+    assert list(d.trainer.ema.ema._modules) == ["model"]
+    assert len(rows(d.trainer)) == 3
+
+
+def test_the_run_folder_repeats_the_run(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny, **{"dfd.alpha": 0.5})
+    cfg = yaml.safe_load((d.trainer.save_dir / "distill.yaml").read_text())
+    assert cfg["dfd.alpha"] == 0.5
+    assert cfg["method"] == "dfd+pdf"
+    again = YoloDistiller()
+    again.train(**cfg)
+    assert again.trainer.save_dir != d.trainer.save_dir
+    assert states_equal(weights(again.trainer), weights(d.trainer))
+
+
+def test_three_faces_share_one_path(tiny: dict[str, Any], teacher: str) -> None:
+    ours = distil(teacher, "yolov8n.yaml", tiny, method="dfd")
+    trainer = distillation_trainer(teacher=teacher, method="dfd", check_teacher=False)
+    model = YOLO("yolov8n.yaml")
+    model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, trainer=trainer)
+    assert states_equal(weights(ours.trainer), weights(model.trainer))
+
+
+def test_models_may_be_objects(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
+    save_checkpoint(random_detector("yolov8s.yaml", seed=1), tmp_path / "t.pt")
+    student = random_detector(seed=5)
+    d = YoloDistiller(teacher=YOLO(tmp_path / "t.pt"), student=student, method="pdf")
+    metrics = d.train(**tiny | {"epochs": 1})
+    assert metrics.box.map >= 0
+    assert Path(d.trainer.args.teacher).is_file()
+
+
+def test_a_methods_own_in_ten_lines(tiny: dict[str, Any], teacher: str) -> None:
+    @register("half")
+    class Half(Method):
+        def __init__(self, shape: Any, *, power: float = 2.0) -> None:
+            super().__init__()
+            self.adapt = nn.Conv2d(shape.student_channels, shape.teacher_channels, 1)
+            self.power = power
+
+        def forward(self, level: Any) -> torch.Tensor:
+            return (self.adapt(level.student) - level.teacher).abs().pow(self.power).mean()
+
+    d = distil(teacher, "yolov8n.yaml", tiny, method="half+dfd", **{"half.power": 1.5})
+    assert float(rows(d.trainer)[-1]["train/half_loss"]) > 0
+    with pytest.raises(UserError, match=r"half\.power"):
+        distil(teacher, "yolov8n.yaml", tiny, method="half", **{"half.power": "much"})
+
+
+def test_other_classes_fall_back_to_objectness(tiny: dict[str, Any], tmp_path: Path) -> None:
+    other = save_checkpoint(random_detector("yolov8s.yaml", {0: "cat", 1: "dog", 2: "cow"}), tmp_path / "other.pt")
+    d = distil(str(other), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
+    assert d.trainer.plan.pairing.classes.objectness
+    assert float(rows(d.trainer)[0]["train/pdf_loss"]) > 0
+
+
+def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A teacher that orders the classes differently, and knows more, scores as the same teacher in the data's order."""
+    data = write_dataset(tmp_path / "d", val=12)
+    d = YoloDistiller(student="yolov8s.yaml", method="none")
+    d.train(
+        **TINY
+        | {
+            "data": str(data),
+            "project": tiny["project"],
+            "epochs": 25,
+            "lr0": 0.003,
+            "optimizer": "AdamW",
+            "close_mosaic": 25,
+        }
+    )
+    known = YOLO(d.trainer.best).model.float()
+    permuted = deepcopy(known)
+    permuted.names = {0: "cat", 1: "box", 2: "disc"}
+    head = permuted.model[-1]
+    head.nc, head.no = 3, head.no + 1
+    for i, branch in enumerate(head.cv3):
+        old = known.model[-1].cv3[i][-1]
+        new = nn.Conv2d(old.in_channels, 3, 1)
+        with torch.no_grad():
+            new.weight.copy_(torch.stack([old.weight[0] * 0, old.weight[1], old.weight[0]]))
+            new.bias.copy_(torch.stack([old.bias[0] * 0 - 9, old.bias[1], old.bias[0]]))
+        branch[-1] = new
+    scores = []
+    for name, model in (("known", known), ("permuted", permuted)):
+        path = save_checkpoint(model.half(), tmp_path / f"{name}.pt")
+        d = YoloDistiller(teacher=str(path), student="yolov8n.yaml", method="pdf")
+        d.train(**tiny | {"data": str(data), "epochs": 1, "check_teacher": True})
+        scores.append(d.trainer.teacher_score)
+    first, second = scores
+    assert first > 0.05
+    assert second == pytest.approx(first, abs=1e-3)

@@ -1,0 +1,175 @@
+"""yolokd VERB key=value …: the command line, thin over YoloDistiller."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+
+from yolokd.config import check_keys, nearest, parse_value
+from yolokd.errors import UserError
+
+HELP = """yolokd distils a large Ultralytics YOLO into a small one.
+
+  yolokd train teacher=yolov8l.pt student=yolov8n.yaml method=dfd data=coco8.yaml epochs=100 imgsz=640
+  yolokd train cfg=runs/distill/train/distill.yaml   # repeat a run
+  yolokd train resume=runs/distill/train             # or resume=True: the latest
+  yolokd check teacher=… student=… method=… data=…   # a dry run: what would be paired, and what refused
+  yolokd val|predict model=runs/distill/train/weights/best.pt …
+  yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True
+  yolokd methods                                     # the methods and their constants
+  yolokd demo                                        # the whole story, at most ten minutes on two CPU cores
+
+Every key of `yolo train` passes through. --debug shows tracebacks."""
+
+Keys = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 failed, 2 something in the command cannot work."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        status = run([w for w in words if w != "--debug"])
+    except UserError as e:
+        if debug:
+            traceback.print_exc()
+        print(f"yolokd: error: {e}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("yolokd: interrupted", file=sys.stderr)
+        status = 130
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        first = (str(e).strip().splitlines() or [""])[0]
+        print(f"yolokd: failed: {type(e).__name__}: {first} (--debug shows the traceback)", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def run(words: Sequence[str]) -> int:
+    """Dispatch `VERB key=value …`; returns the exit status."""
+    verb = words[0] if words else "help"
+    if verb in {"help", "-h", "--help"}:
+        print(HELP)
+        return 0
+    if verb in {"version", "--version"}:
+        from yolokd import __version__
+
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        raise UserError(verb, "unknown verb", nearest(verb, VERBS) or f"one of: {', '.join(VERBS)}")
+    return VERBS[verb](parse_words(words[1:]))
+
+
+def parse_words(words: Sequence[str]) -> Keys:
+    """`key=value` words as a dict; a bare word stands for word=True, as in Ultralytics.
+
+    >>> parse_words(["epochs=3", "resume", "data=a=b.yaml"])
+    {'epochs': 3, 'resume': True, 'data': 'a=b.yaml'}
+    """
+    keys: Keys = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or (equals and not value):
+            raise UserError(word, "is no key=value", "for example epochs=100")
+        if key in keys:
+            raise UserError(key, "is given twice", "give it once")
+        keys[key] = parse_value(value) if equals else True
+    return keys
+
+
+def train(keys: Keys) -> int:
+    """Distil, or train plainly with method=none."""
+    from yolokd.distiller import YoloDistiller
+
+    keys = _with_file(keys)
+    YoloDistiller().train(**keys)
+    return 0
+
+
+def check(keys: Keys) -> int:
+    """Print what `train` with the same keys would do."""
+    from yolokd.report import check_report
+
+    check_report(_with_file(keys))
+    return 0
+
+
+def val(keys: Keys) -> int:
+    """Ultralytics' validation."""
+    _model(keys).val(**keys)
+    return 0
+
+
+def predict(keys: Keys) -> int:
+    """Ultralytics' prediction."""
+    for _ in _model(keys).predict(stream=True, **keys):
+        pass
+    return 0
+
+
+def export(keys: Keys) -> int:
+    """Export, and check that the exported model equals the torch model."""
+    from yolokd.exporter import export as run_export
+
+    if "model" not in keys:
+        raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
+    return 0 if run_export(keys.pop("model"), **keys).passed else 1
+
+
+def methods(keys: Keys) -> int:
+    """Print the methods."""
+    from yolokd.report import methods_report
+
+    check_keys(keys, ())
+    methods_report()
+    return 0
+
+
+def demo(keys: Keys) -> int:
+    """The embedded default: teacher, student, distilled student, export, parity, detection."""
+    from yolokd.demo import run_demo
+
+    run_demo(**keys)
+    return 0
+
+
+VERBS: dict[str, Callable[[Keys], int]] = {f.__name__: f for f in (train, check, val, predict, export, methods, demo)}
+
+
+def _with_file(keys: Keys) -> Keys:
+    """Keys of `cfg=FILE` under those given."""
+    path = keys.get("cfg")
+    if path is None:
+        return keys
+    try:
+        with open(str(path), encoding="utf-8") as f:
+            content = yaml.safe_load(f)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"cfg={path}", "cannot be read", "give a run's distill.yaml") from e
+    if not isinstance(content, dict):
+        raise UserError(f"cfg={path}", "holds no key: value pairs", "give a run's distill.yaml")
+    return content | {k: v for k, v in keys.items() if k != "cfg"}
+
+
+def _model(keys: Keys) -> Any:
+    """The Ultralytics object of `model=`, removed from the keys with `trust=`."""
+    from yolokd.distiller import load_yolo
+    from yolokd.plan import KNOWN_KEYS
+
+    check_keys(keys, KNOWN_KEYS)
+    if "model" not in keys:
+        raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
+    return load_yolo(keys.pop("model"), bool(keys.pop("trust", False)))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+    main()
