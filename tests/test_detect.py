@@ -19,12 +19,14 @@ from conftest import NAMES
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
-from test_exporter import SIZE, make_checkpoint
+from test_exporter import SIZE, make_checkpoint, sighted
 from ultralytics import YOLO
 
 from yolokd.resources import shipped
 
 SCRIPT = shipped("export") / "detect.py"
+# An end-to-end model can't run on fewer anchors than it gives rows: narrow pictures need the larger size.
+KINDS = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
 SIDES = ((80, 96), (200, 120), (97, 173), (160, 160), (61, 333))  # height, width
 # What a device has not: importing it there fails.
 ABSENT = (
@@ -66,20 +68,23 @@ detect = load(SCRIPT)
 
 
 @pytest.fixture(scope="session")
-def photos(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of JPEGs of several shapes."""
-    folder = tmp_path_factory.mktemp("photos")
-    sources = sorted((Path(data).parent / "images" / "val").iterdir())
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of JPEGs of several shapes, with discs on clouds."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number, (height, width) in enumerate(SIDES):
-        image = cv2.imread(str(sources[number]))
-        cv2.imwrite(str(folder / f"{number}.jpg"), cv2.resize(image, (width, height)))
+        clouds = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        image = cv2.resize(clouds, (width, height), interpolation=cv2.INTER_CUBIC)
+        for x, y in rng.integers(0, (width, height), (6, 2)).tolist():
+            cv2.circle(image, (x, y), max(height, width) // 12, rng.integers(0, 256, 3).tolist(), cv2.FILLED)
+        cv2.imwrite(str(folder / f"{number}.jpg"), image)
     return folder
 
 
 @pytest.fixture(scope="session")
-def models(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def models(data: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Pairs of checkpoint and ONNX file, by kind."""
     root = tmp_path_factory.mktemp("models")
+    images = [cv2.imread(str(photo)) for photo in sorted(photos.iterdir())]
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "static": ("yolov8n.yaml", {"imgsz": [128, SIZE]}),
         "dynamic": ("yolov8n.yaml", {"dynamic": True}),
@@ -88,14 +93,15 @@ def models(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     }
     made = {}
     for kind, (cfg, arguments) in kinds.items():
-        checkpoint = make_checkpoint(cfg, data, root / f"{kind}.pt")
+        checkpoint = make_checkpoint(sighted(cfg, images, KINDS[kind]), data, root / f"{kind}.pt")
         made[kind] = checkpoint, Path(YOLO(checkpoint).export(format="onnx", **arguments))
     return made
 
 
 def ultralytics(model: Path, source: Path, **arguments: Any) -> list[np.ndarray]:
     """The predictions of Ultralytics, per picture as rows (n, 6): box, score, class."""
-    results = YOLO(model, task="detect").predict(source, conf=0.25, iou=0.7, verbose=False, save=False, **arguments)
+    settings = {"conf": 0.25, "iou": 0.7, "verbose": False, "save": False}
+    results = YOLO(model, task="detect").predict(source, **settings | arguments)
     return [result.boxes.data.numpy() for result in results]
 
 
@@ -103,36 +109,33 @@ def rows(found: list[Any]) -> np.ndarray:
     return np.array([[*each.box, each.score, each.class_id] for each in found]).reshape(-1, 6)
 
 
-def assert_same(found: np.ndarray, expected: np.ndarray, pixels: float) -> None:
+def assert_same(found: np.ndarray, expected: np.ndarray, pixels: float = 0.01, score: float = 1e-4) -> None:
     assert found.shape == expected.shape
     assert (found[:, 5] == expected[:, 5]).all()
-    assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < 1e-4
+    assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < score
     assert np.abs(found[:, :4] - expected[:, :4]).max(initial=0) < pixels
-
-
-KINDS = ("static", "dynamic", "embedded", "end2end")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_ultralytics_on_the_same_file(kind: str, models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     path = models[kind][1]
-    detector = detect.Detector(path)
+    detector = detect.Detector(path, imgsz=KINDS[kind] if kind in ("dynamic", "end2end") else None)
     found = [rows(detector(cv2.imread(str(photo)))) for photo in sorted(photos.iterdir())]
-    expected = ultralytics(path, photos, imgsz=SIZE)
+    expected = ultralytics(path, photos, imgsz=KINDS[kind])
     assert sum(map(len, found)) > 10
     for ours, theirs in zip(found, expected, strict=True):
-        assert_same(ours, theirs, pixels=0.01)
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_ultralytics_on_the_checkpoint(kind: str, models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     checkpoint, path = models[kind]
-    detector = detect.Detector(path)
+    detector = detect.Detector(path, imgsz=KINDS[kind] if kind in ("dynamic", "end2end") else None)
     # A static file sees full padding, also in Ultralytics.
     how = {"imgsz": list(detector.size), "rect": detector.dynamic} | ({"nms": False} if kind == "end2end" else {})
     expected = ultralytics(checkpoint, photos, **how)
     for photo, theirs in zip(sorted(photos.iterdir()), expected, strict=True):
-        assert_same(rows(detector(cv2.imread(str(photo)))), theirs, pixels=0.05)
+        assert_same(rows(detector(cv2.imread(str(photo)))), theirs, pixels=0.05, score=1e-3)
 
 
 def test_detections_are_named_and_inside_the_picture(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
@@ -144,18 +147,21 @@ def test_detections_are_named_and_inside_the_picture(models: dict[str, tuple[Pat
         assert each.name == NAMES[each.class_id]
         assert 0.25 < each.score <= 1
         x1, y1, x2, y2 = each.box
-        assert 0 <= x1 < x2 <= image.shape[1]
-        assert 0 <= y1 < y2 <= image.shape[0]
+        assert 0 <= x1 <= x2 <= image.shape[1]
+        assert 0 <= y1 <= y2 <= image.shape[0]
     assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
 
 
 def test_thresholds(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     detector = detect.Detector(models["dynamic"][1])
-    image = cv2.imread(str(photos / "0.jpg"))
-    many, usual, few = (detector(image, conf=conf) for conf in (0.05, 0.25, 0.4))
-    assert len(many) > len(usual) > len(few)
-    assert len(detector(image, iou=1.0)) > len(usual) > len(detector(image, iou=0.1))
-    assert detector(image, max_det=2) == usual[:2]
+    image = cv2.imread(str(photos / "3.jpg"))
+    all_boxes, many, few = (detector(image, conf=0.05, iou=iou) for iou in (1.0, 0.7, 0.1))
+    assert len(all_boxes) > len(many) > len(few)
+    assert len(many) > len(detector(image)) > len(detector(image, conf=0.4)) > 0
+    assert detector(image, max_det=2) == detector(image)[:2]
+    for conf, iou in ((0.05, 0.7), (0.05, 0.3), (0.25, 0.5)):
+        (expected,) = ultralytics(models["dynamic"][1], photos / "3.jpg", imgsz=SIZE, conf=conf, iou=iou)
+        assert_same(rows(detector(image, conf=conf, iou=iou)), expected)
 
 
 def test_float16_input(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_exif_orientation(orientation: int, models: dict[str, tuple[Path, Path]]
     assert image.shape[:2] == ((200, 120) if orientation == 3 else (120, 200))
     (expected,) = ultralytics(models["dynamic"][1], turned, imgsz=SIZE)
     assert len(expected)
-    assert_same(rows(detect.Detector(models["dynamic"][1])(image)), expected, pixels=0.01)
+    assert_same(rows(detect.Detector(models["dynamic"][1])(image)), expected)
 
 
 def test_video(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
@@ -198,7 +204,7 @@ def test_video(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Pat
     assert [(record["image"], record["frame"]) for record in records] == [(str(video), number) for number in range(4)]
     for record, expected in zip(records, ultralytics(path, video), strict=True):
         found = [[*each["box"], each["score"], each["class"]] for each in record["detections"]]
-        assert_same(np.array(found).reshape(-1, 6), expected, pixels=0.01)
+        assert_same(np.array(found).reshape(-1, 6), expected)
     copy = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert copy.get(cv2.CAP_PROP_FPS) == 5
     frames = 0
@@ -226,15 +232,20 @@ def test_stands_alone(models: dict[str, tuple[Path, Path]], photos: Path, tmp_pa
     assert "broken.jpg: unreadable image, skipped" in done.stderr
     assert done.stdout.startswith("5 images, ")
     records = json.loads((tmp_path / "runs" / "found.json").read_text())
+    detector = detect.Detector(models["dynamic"][1])
     assert [record["image"] for record in records] == [str(Path("photos") / f"{n}.jpg") for n in range(5)]
     for record, expected in zip(records, ultralytics(models["dynamic"][1], photos, imgsz=SIZE), strict=True):
         found = [[*each["box"], each["score"], each["class"]] for each in record["detections"]]
-        assert_same(np.array(found).reshape(-1, 6), expected, pixels=0.01)
+        assert_same(np.array(found).reshape(-1, 6), expected)
         assert all(set(each) == {"class", "name", "score", "box"} for each in record["detections"])
-        copy = cv2.imread(str(tmp_path / "runs" / "out" / Path(record["image"]).name))
-        original = cv2.imread(str(tmp_path / record["image"]))
-        assert copy.shape == original.shape
-        assert np.abs(copy.astype(int) - original).max() > 60  # something is drawn on it
+        original, copy = (
+            cv2.imread(str(folder / Path(record["image"]).name)).astype(int)
+            for folder in (tmp_path / "photos", tmp_path / "runs" / "out")
+        )
+        drawn = detect.draw(original.astype(np.uint8), detector(original.astype(np.uint8)))
+        if record["detections"]:  # the rest is a JPEG's artefacts
+            assert np.abs(copy - drawn).mean() < np.abs(copy - original).mean() / 2
+    assert sum(len(record["detections"]) for record in records) > 10
 
 
 def test_mistakes_are_told_in_one_line(
@@ -268,7 +279,7 @@ def test_mistakes_are_told_in_one_line(
 
 def test_a_size_too_small_for_an_end_to_end_model(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     detector = detect.Detector(models["end2end"][1], imgsz=32)
-    with pytest.raises(detect.DetectError, match="does not run at 32x32: .*try another imgsz"):
+    with pytest.raises(detect.DetectError, match=r"does not run at 32x32: .*try another imgsz"):
         detector(cv2.imread(str(photos / "0.jpg")))
 
 

@@ -44,8 +44,8 @@ def test_same_seed_same_bytes(card: Path, tmp_path: Path) -> None:
     assert len(contents(card.parent)) == 1 + 2 * sum(TINY.values())
 
 
-def test_another_seed_changes_every_picture(card: Path, tmp_path: Path) -> None:
-    other = shapes.ensure(seed=1, root=tmp_path, counts=TINY)
+def test_another_seed_changes_every_picture(card: Path) -> None:
+    other = shapes.ensure(seed=1, root=card.parent.parent, counts=TINY)
     pictures = {digest for name, digest in contents(card.parent).items() if name.endswith(".jpg")}
     assert len(pictures) == sum(TINY.values())
     assert pictures.isdisjoint(contents(other.parent).values())

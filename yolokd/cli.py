@@ -77,8 +77,10 @@ def parse_words(words: Sequence[str]) -> Keys:
     keys: Keys = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if not key or (equals and not value):
+        if not key:
             raise UserError(word, "is no key=value", "for example epochs=100")
+        if equals and not value:
+            raise UserError(word, "is empty", f"give a value, or drop {key}")
         if key in keys:
             raise UserError(key, "is given twice", "give it once")
         keys[key] = parse_value(value) if equals else True

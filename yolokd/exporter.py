@@ -26,6 +26,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torchvision.ops import box_iou
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
@@ -60,12 +61,12 @@ class Limits(BaseModel):
     ties: bool  # whether NMS may choose the other box of a tie
 
 
-# float16 rounds a coordinate of 600 to a half, and scores to some 0.005: enough to move small boxes and to turn a
+# float16 rounds a coordinate of 600 to a half, and moves scores by up to 0.01: enough to move small boxes and to turn a
 # choice between two boxes of one object, which in float32 practically never happens.
 LIMITS: Mapping[str, Limits] = MappingProxyType(
     {
         "float32": Limits(raw=1e-4, scores=1e-4, iou=0.99, margin=1e-3, ties=False),
-        "float16": Limits(raw=1e-2, scores=5e-2, iou=0.95, margin=1e-2, ties=True),
+        "float16": Limits(raw=1e-2, scores=5e-2, iou=0.95, margin=2e-2, ties=True),
     }
 )
 
@@ -109,7 +110,7 @@ class View(NamedTuple):
     """What one runtime sees in one image, in comparable form."""
 
     raw: Tensor  # (4 + classes, anchors), or final rows (n, 6)
-    candidates: Tensor  # (anchors, 6) before NMS: x1, y1, x2, y2, score, class
+    candidates: Tensor  # (m, 6) before NMS: x1, y1, x2, y2, score, class
     detections: Tensor  # (n, 6) after it
 
 
@@ -353,13 +354,17 @@ def _batches(images: Sequence[Image], batch: int, height: int, width: int) -> It
 def _view(raw: Tensor, thresholds: Thresholds) -> View:
     conf, iou, agnostic = thresholds
     detections = non_max_suppression(raw[None], conf, iou, agnostic=agnostic)[0]
-    return View(raw, raw if raw.shape[-1] == 6 else _boxes(raw), detections)
+    return View(raw, raw if raw.shape[-1] == 6 else _boxes(raw, conf / 2), detections)
 
 
-def _boxes(raw: Tensor) -> Tensor:
-    """(4 + classes, anchors) -> (anchors, 6): every anchor with its best class."""
-    scores, classes = raw[4:].max(0)
-    return torch.cat([xywh2xyxy(raw[:4].T), scores[:, None], classes[:, None]], 1)
+def _boxes(raw: Tensor, least: float) -> Tensor:
+    """(4 + classes, anchors) -> (m, 6): every anchor with every class that scores above `least`, and a row of zeros.
+
+    Two classes may tie as two boxes may. Thanks to the zeros there is always a candidate, however far from the mark.
+    """
+    classes, anchors = (raw[4:] > least).nonzero(as_tuple=True)
+    rows = torch.cat([xywh2xyxy(raw[:4, anchors].T), raw[4 + classes, anchors, None], classes[:, None]], 1)
+    return pad(rows, (0, 0, 0, 1))
 
 
 def _row(shape: tuple[int, int, int], pairs: Sequence[Pair], limits: Limits, conf: float) -> Row:
@@ -405,7 +410,7 @@ def _aligned(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor, T
     it stands, and a row near the lowest score looks for none. With an embedded NMS the partner is sought among
     the boxes before NMS; whether NMS chose the same ones is for the detections to tell.
     """
-    judged = rows[rows[:, 4] > max(float(side[:, 4].min()) for side in (candidates, rows)) + margin]
+    judged = rows[rows[:, 4] > rows[:, 4].min() + margin]
     weight = torch.tensor([1, 1, 1, 1, 100, 1e4])  # of sides in pixels, score and class
     gap = torch.cdist(judged * weight, candidates * weight, compute_mode="donot_use_mm_for_euclid_dist")
     return candidates[gap.argmin(1)], judged

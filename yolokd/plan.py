@@ -13,6 +13,8 @@ from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd import shapes
 from yolokd.checkpoint import load_model, sha256
@@ -23,6 +25,7 @@ from yolokd.methods import registered
 from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
 from yolokd.teacher import Teacher, check_detector
 
+OPTIMIZERS = ("auto", "sgd", "musgd", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")  # Ultralytics' own
 KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"}
 
 
@@ -143,11 +146,15 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
     """Refuse what Ultralytics would refuse too late, and what does not go with a teacher."""
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
+        check_imgsz(args.imgsz, max_dim=1)
+        select_device(parse_device(args.device), verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError("settings", problem, "see Ultralytics' train settings") from e
     if not isinstance(args.epochs, int) or args.epochs < 1:
         raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
+    if str(args.optimizer).lower() not in OPTIMIZERS:
+        raise UserError(f"optimizer={args.optimizer}", "no such optimizer", f"one of: {', '.join(OPTIMIZERS)}")
     if not config.parts:
         return
     if args.distill_model:

@@ -119,7 +119,7 @@ def on_grid_of(reference: Tensor, maps: Tensor) -> Tensor:
 def split_levels(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
     """Cut a head's (B, C, anchors) output into one (B, C, H, W) per map."""
     sizes = [m.shape[-2] * m.shape[-1] for m in maps]
-    parts = flat.split(sizes, dim=-1)
+    parts = torch.split(flat, sizes, dim=-1)
     return [p.unflatten(-1, m.shape[-2:]) for p, m in zip(parts, maps, strict=True)]
 
 

@@ -72,7 +72,7 @@ class _Tap(nn.Module):
 
     def __init__(self, head: Any) -> None:
         super().__init__()
-        self.f, self.i, self.type, self.np = head.f, head.i, "tap", 0  # where Ultralytics' forward feeds it from
+        self.f, self.i = head.f, head.i  # where Ultralytics' forward feeds it from
         self.class_branch = _class_branch(head)
 
     def forward(self, maps: list[Tensor], *_: object) -> list[Tensor]:

@@ -1,0 +1,200 @@
+"""The command line, as a subprocess: what works, and what bad input gets."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ultralytics.nn.tasks import ClassificationModel
+
+from conftest import random_detector, save_checkpoint, write_dataset
+
+RUN = [sys.executable, "-m", "yolokd.cli"]
+
+
+def yolokd(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"YOLO_AUTOINSTALL": "false", "COLUMNS": "200"}
+    return subprocess.run([*RUN, *words], cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def detector_at(layer: int, path: Path) -> str:
+    """A model yaml whose head sits on a single layer of yolov8n's neck."""
+    from ultralytics.utils.checks import check_yaml
+
+    content = yaml.safe_load(Path(check_yaml("yolov8.yaml")).read_text())
+    content |= {"scale": "n", "nc": 2}
+    content["head"][-1] = [[layer], 1, "Detect", ["nc"]]
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+class Evil:
+    """Writes a file when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.target,)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the cases below name in braces."""
+    root = tmp_path_factory.mktemp("files")
+    teacher = save_checkpoint(random_detector("yolov8s.yaml"), root / "teacher.pt")
+    (root / "truncated.pt").write_bytes(teacher.read_bytes()[:50_000])
+    (root / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": torch.zeros(3)}, root / "tensor.pt")
+    save_checkpoint(ClassificationModel("yolov8n-cls.yaml", nc=3, verbose=False), root / "classifier.pt")
+    coarse = detector_at(21, root / "coarse.yaml")
+    save_checkpoint(random_detector(detector_at(15, root / "fine.yaml")), root / "fine.pt")
+    write_dataset(root / "d")
+    (root / "empty" / "images" / "train").mkdir(parents=True)
+    (root / "empty" / "images" / "val").mkdir(parents=True)
+    (root / "empty.yaml").write_text(
+        yaml.safe_dump({"path": str(root / "empty"), "train": "images/train", "val": "images/val", "names": ["a"]})
+    )
+    (root / "list.yaml").write_text("- 1\n- 2\n")
+    evil = {"model": Evil(root / "written"), "train_args": {}, "epoch": 1, "optimizer": {}}
+    with open(root / "evil.pt", "wb"):
+        torch.save(evil, root / "evil.pt", pickle_module=pickle)
+    return {
+        "teacher": str(teacher), "truncated": str(root / "truncated.pt"), "text": str(root / "text.pt"),
+        "tensor": str(root / "tensor.pt"), "classifier": str(root / "classifier.pt"), "coarse": coarse,
+        "fine": str(root / "fine.pt"), "data": str(root / "d" / "data.yaml"), "empty": str(root / "empty.yaml"),
+        "evil": str(root / "evil.pt"), "written": str(root / "written"), "list": str(root / "list.yaml"),
+    }  # fmt: skip
+
+
+OK = "train teacher={teacher} data={data}"
+BAD = {
+    "frobnicate": "frobnicate: unknown verb",
+    "trian": "did you mean train?",
+    f"{OK} epoch=3": "epoch: unknown key (did you mean epochs?)",
+    f"{OK} epochs=3 epochs=4": "epochs: is given twice",
+    f"{OK} method=dfx": "method=dfx: no method",
+    f"{OK} method=dfd++pdf": "method=dfd++pdf",
+    f"{OK} method=": "method=: is empty",
+    f"{OK} dfd.alpha=-1": "dfd.alpha=-1",
+    f"{OK} dfd.alpha=much": "dfd.alpha=much",
+    f"{OK} dfd.alhpa=1": "dfd.alhpa",
+    f"{OK} epochs=-1": "epochs",
+    f"{OK} epochs=many": "epochs",
+    f"{OK} imgsz=wide": "imgsz",
+    f"{OK} optimizer=best": "optimizer=best",
+    f"{OK} device=7": "device=7",
+    f"{OK} distill_model={{teacher}}": "distill_model",
+    f"{OK} quantize=8": "quantize=8",
+    f"{OK} batch=-1": "batch=-1",
+    f"{OK} compile=True": "compile=True",
+    f"{OK} student=nothere.pt": "student=nothere.pt",
+    f"{OK} student=nothere.yaml": "student=nothere.yaml",
+    f"{OK} student=model.onnx": "neither .yaml nor .pt",
+    f"{OK} student={{classifier}}": "student={classifier}",
+    f"{OK} student={{teacher}}": "is the teacher's own file",
+    f"{OK} student={{evil}}": "student={evil}",
+    f"{OK} student={{coarse}} teacher2=x": "teacher2: unknown key",
+    "train data={data}": "teacher: is missing",
+    "train data={data} teacher=nothere.pt": "teacher=nothere.pt",
+    "train data={data} teacher=yolov8l.pt": "teacher=yolov8l.pt",
+    "train data={data} teacher=yolov8l.yaml": "teacher=yolov8l.yaml",
+    "train data={data} teacher={truncated}": "teacher={truncated}",
+    "train data={data} teacher={text}": "teacher={text}",
+    "train data={data} teacher={tensor}": "teacher={tensor}",
+    "train data={data} teacher={classifier}": "teacher={classifier}: is no detector",
+    "train data={data} teacher={evil}": "could run code",
+    "train data={data} teacher={fine} student={coarse}": "none in common",
+    "train teacher={teacher} data=nothere.yaml": "data=nothere.yaml",
+    "train teacher={teacher} data={empty}": "no images",
+    "train teacher={teacher} data=3": "data=3",
+    "train resume=nothere": "resume=nothere",
+    "train resume=True": "resume=True",
+    "train resume={evil}": "could run code",
+    "train cfg=nothere.yaml": "cfg=nothere.yaml",
+    "train cfg={list}": "cfg={list}",
+    "check teacher={teacher} data={data} method=dfd epochs=0": "epochs",
+    "val": "model: is missing",
+    "val model=nothere.pt": "model=nothere.pt",
+    "predict model={evil} source=x.jpg": "model={evil}",
+    "export": "model: is missing",
+    "export model=nothere.pt": "nothere.pt",
+    "export model={truncated}": "truncated.pt",
+    "export model={evil}": "evil.pt",
+    "methods all=True": "all: unknown key",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_input_gets_one_line_and_status_2(line: str, files: dict[str, str], tmp_path: Path) -> None:
+    done = yolokd(*(word.format(**files) for word in line.split(" ")), cwd=tmp_path)
+    errors = [e for e in done.stderr.splitlines() if e.startswith("yolokd: error: ")]
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(errors) == 1
+    assert BAD[line].format(**files) in errors[0]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert not Path(files["written"]).exists()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = yolokd("train", "method=dfx", "--debug", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_trust_loads_what_would_run_code(files: dict[str, str], tmp_path: Path) -> None:
+    """The same file is really dangerous: trusted, it does write."""
+    done = yolokd("check", f"teacher={files['evil']}", f"data={files['data']}", "trust=True", cwd=tmp_path)
+    try:
+        assert done.returncode == 2
+        assert Path(files["written"]).exists()
+    finally:
+        Path(files["written"]).unlink(missing_ok=True)
+
+
+def test_methods_lists_papers_and_constants(tmp_path: Path) -> None:
+    done = yolokd("methods", cwd=tmp_path)
+    assert done.returncode == 0
+    assert all(text in done.stdout for text in ("dfd.alpha=", "pdf.distance=l2", "ICML 2024", "BMVC 2021"))
+
+
+def test_check_pairs_and_writes_nothing(files: dict[str, str], tmp_path: Path) -> None:
+    done = yolokd("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
+                  "method=dfd+pdf", "imgsz=64", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("P3", "P5", "8x8", "adapters", "classes paired: 2 of 2 (disc, box)", "dfd.gain=", "GFLOPs"):
+        assert text in done.stdout
+    assert "P2" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_then_val_predict_and_repeat(files: dict[str, str], tmp_path: Path) -> None:
+    common = ["imgsz=64", "batch=4", "epochs=1", "plots=False"]
+    done = yolokd("train", f"teacher={files['teacher']}", "student=yolov8n.yaml", "method=dfd+pdf",
+                  f"data={files['data']}", "dfd.alpha=0.5", "pdf.gain=2", *common, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "distill" / "train"
+    assert "teacher: mAP50-95" in done.stdout + done.stderr
+    assert yaml.safe_load((run / "distill.yaml").read_text())["dfd.alpha"] == 0.5
+    best = run / "weights" / "best.pt"
+
+    done = yolokd("val", f"model={best}", f"data={files['data']}", "imgsz=64", "plots=False", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    image = next((Path(files["data"]).parent / "images" / "val").glob("*.jpg"))
+    done = yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    done = yolokd("train", f"cfg={run / 'distill.yaml'}", "check_teacher=False", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs" / "distill").glob("train*/weights/best.pt"))) == 2
+
+    done = yolokd("train", f"resume={run}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "finished" in done.stderr

@@ -1,0 +1,105 @@
+"""The configuration: defaults, overrides, refusals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from yolokd import UserError
+from yolokd.cli import parse_words
+from yolokd.config import OWN_KEYS, defaults, method_defaults, method_names, parse, parse_value
+from yolokd.methods import constants_model, registered
+from yolokd.resources import shipped
+
+T = {"teacher": "t.pt"}
+
+
+def test_defaults_are_those_of_the_yaml_files() -> None:
+    config = parse(T)
+    assert config.method == defaults()["method"] == "dfd"
+    assert config.parts[0].gain == method_defaults("dfd")["gain"]
+    assert defaults().keys() - OWN_KEYS == {"student", "data"}
+
+
+@pytest.mark.parametrize("name", ["dfd", "pdf"])
+def test_each_yaml_holds_exactly_the_methods_constants(name: str) -> None:
+    content = yaml.safe_load((shipped("cfg") / "methods" / f"{name}.yaml").read_text())
+    assert content.keys() == {"gain", *constants_model(registered()[name]).model_fields}
+
+
+def test_flat_keys_parse_back_to_the_same() -> None:
+    config = parse({**T, "method": "dfd+pdf", "dfd.alpha": 0.5, "pdf.gain": 3, "level_weights": "uniform"})
+    assert parse(config.flat()) == config
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"method": "dfx"}, "method=dfx: no method 'dfx'"),
+        ({"method": ""}, "is empty"),
+        ({"method": None}, "is empty"),
+        ({"method": 3}, "is empty"),
+        ({"method": "dfd++pdf"}, "joined by single"),
+        ({"method": "dfd+"}, "joined by single"),
+        ({"method": "dfd+none"}, "joined by single"),
+        ({"method": "dfd+dfd"}, "twice"),
+        ({"method": "dfd", "pdf.gain": 1}, "pdf.gain: sets a constant of pdf"),
+        ({"method": "dfd", "dfd.alhpa": 1}, "did you mean alpha"),
+        ({"method": "dfd", "dgd.alpha": 1}, "did you mean dfd"),
+        ({"method": "dfd", "dfd.alpha": -1}, "dfd.alpha=-1: not a valid value"),
+        ({"method": "dfd", "dfd.alpha": "much"}, "dfd.alpha=much"),
+        ({"method": "dfd", "dfd.alpha": float("nan")}, "dfd.alpha=nan"),
+        ({"method": "dfd", "dfd.alpha": True}, "dfd.alpha=True"),
+        ({"method": "dfd", "dfd.gain": -0.1}, "dfd.gain=-0.1"),
+        ({"method": "dfd", "dfd.gain": float("inf")}, "dfd.gain=inf"),
+        ({"method": "dfd", "dfd.regions": "middle"}, "dfd.regions=middle"),
+        ({"method": "pdf", "pdf.distance": 2}, "pdf.distance=2"),
+        ({"method": "dfd", "probe": 0}, "probe=0"),
+        ({"method": "dfd", "level_weights": "some"}, "level_weights=some"),
+        ({"method": "dfd", "check_teacher": "maybe"}, "check_teacher=maybe"),
+        ({"method": "dfd", "teacher": None}, "teacher: is missing"),
+    ],
+)
+def test_what_cannot_work_is_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as e:
+        parse(T | keys)
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_none_needs_no_teacher() -> None:
+    assert parse({"method": "none"}).parts == ()
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_method_list_or_a_user_error(text: str) -> None:
+    try:
+        names = method_names(text)
+    except UserError as e:
+        assert len(str(e).splitlines()) == 1
+    else:
+        assert text == "none" or "+".join(names) == text
+
+
+@given(st.text(max_size=20))
+def test_any_value_parses(text: str) -> None:
+    parse_value(text)
+
+
+@given(st.one_of(st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False, allow_infinity=False)))
+def test_python_values_survive_the_command_line(value: Any) -> None:
+    assert parse_value(str(value)) == value
+
+
+@given(st.lists(st.text(min_size=1, max_size=10), max_size=5))
+def test_any_words_parse_or_are_user_errors(words: list[str]) -> None:
+    try:
+        keys = parse_words(words)
+    except UserError as e:
+        assert len(str(e).splitlines()) == 1
+    else:
+        assert len(keys) == len(words)
