@@ -143,6 +143,12 @@ def test_bad_input_gets_one_line_and_status_2(line: str, files: dict[str, str], 
     assert not Path(files["written"]).exists()
 
 
+def test_method_none_is_plain_training(files: dict[str, str], tmp_path: Path) -> None:
+    done = yolokd("check", "method=none", f"data={files['data']}", "imgsz=64", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "plain Ultralytics training" in done.stdout
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = yolokd("train", "method=dfx", "--debug", cwd=tmp_path)
     assert done.returncode == 2

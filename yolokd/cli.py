@@ -83,8 +83,12 @@ def parse_words(words: Sequence[str]) -> Keys:
             raise UserError(word, "is empty", f"give a value, or drop {key}")
         if key in keys:
             raise UserError(key, "is given twice", "give it once")
-        keys[key] = parse_value(value) if equals else True
+        keys[key] = _value(key, value) if equals else True
     return keys
+
+
+def _value(key: str, text: str) -> Any:
+    return text if key == "method" else parse_value(text)  # method=none is a name, not Python's None
 
 
 def train(keys: Keys) -> int:
