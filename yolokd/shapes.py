@@ -128,6 +128,7 @@ def _label(thing: _Thing) -> str:
 def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:
     """The lines that bound a thing, in the unit circle; inside two of them is outside the thing."""
     circle = np.ones(48)
+    square = _polar(np.ones(4)) * np.exp(0.25j * np.pi)
     match name:
         case "disc":
             return [_polar(circle)]
@@ -136,16 +137,16 @@ def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:
         case "triangle":
             return [_polar(np.ones(3)) * -1j]
         case "square":
-            return [_polar(np.ones(4)) * np.exp(0.25j * np.pi)]
+            return [square]
         case "star":
             return [_polar(np.tile([1, rng.uniform(0.4, 0.55)], 5)) * -1j]
         case "cross":
             arm = rng.uniform(0.25, 0.4)
-            return [np.concatenate([np.array([1 - arm * 1j, 1 + arm * 1j, arm + arm * 1j]) * 1j**k for k in range(4)])]
+            quarter = np.array([1 - arm * 1j, 1 + arm * 1j, arm + arm * 1j])
+            return [np.concatenate([quarter * 1j**turn for turn in range(4)])]
         case "bar":
-            bar = _squeeze(_polar(np.ones(4)) * np.exp(0.25j * np.pi), rng.uniform(0.2, 0.35))
-            return [bar * np.exp(1j * rng.uniform(0, np.pi))]
-        case _:
+            return [_squeeze(square, rng.uniform(0.2, 0.35)) * np.exp(1j * rng.uniform(0, np.pi))]
+        case _:  # a blob
             return [_polar(np.interp(np.arange(48) / 48 * 7, range(8), np.resize(rng.uniform(0.4, 1, 7), 8)))]
 
 
