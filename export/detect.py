@@ -94,7 +94,9 @@ class Detector:
         self.size = self._choose_size(own if imgsz is None else imgsz, own)
 
     def _fits(self, output: Sequence[int | str]) -> bool:
-        return output[2] == 6 if self.final else output[1] == 4 + len(self.names)
+        # Some dynamic files give the sides of their output names, not numbers.
+        expected, fields = (6, output[2]) if self.final else (4 + len(self.names), output[1])
+        return fields == expected or isinstance(fields, str)
 
     def _choose_size(self, asked: int | Sequence[int], own: Sequence[int]) -> tuple[int, int]:
         sides = [asked] if isinstance(asked, int) else list(asked)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ultralytics.nn.tasks import ClassificationModel
-
 from conftest import random_detector, save_checkpoint, write_dataset
+from ultralytics.nn.tasks import ClassificationModel
 
 RUN = [sys.executable, "-m", "yolokd.cli"]
 

@@ -152,7 +152,12 @@ def test_static_batch_is_filled(checkpoints: dict[str, Path], tmp_path: Path) ->
     [
         ("v26", {"nms": False, "dynamic": True}, "True", [(1, 160, 160), (3, 160, 160), (1, 96, 160), (3, 96, 160)]),
         ("v26", {"imgsz": 96}, "False", [(1, 96, 96)]),
-        ("v8", {"nms": True, "dynamic": True, "batch": 2}, "False", [(n, h, 160) for h in (160, 96) for n in (1, 2)]),
+        (
+            "v8",
+            {"nms": True, "dynamic": True, "batch": 2, "max_det": 9},
+            "False",
+            [(n, h, 160) for h in (160, 96) for n in (1, 2)],
+        ),
     ],
 )
 def test_models_that_choose_their_boxes(
@@ -161,14 +166,14 @@ def test_models_that_choose_their_boxes(
     report = export(shutil.copy(checkpoints[family], tmp_path), **arguments)
     assert report.passed
     assert sizes(report) == tried
-    assert all(row.torch_detections == row.onnx_detections > 5 for row in report.rows)
+    assert all(row.torch_detections == row.onnx_detections > 20 for row in report.rows)
     assert metadata(report.path)["end2end"] == end2end
     if family == "v26":
         assert not {"teacher", "method", "yolokd"} & metadata(report.path).keys()
 
 
 def test_end_to_end_is_not_tried_with_fewer_anchors_than_rows(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    report = export(shutil.copy(checkpoints["v26"], tmp_path), nms=False, dynamic=True, imgsz=64)
+    report = export(shutil.copy(checkpoints["v26"], tmp_path), nms=False, dynamic=True, imgsz=64, simplify=False)
     assert report.passed
     assert {row.height for row in report.rows} == {64, 96}
 

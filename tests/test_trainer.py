@@ -16,6 +16,7 @@ import yaml
 from conftest import TINY, random_detector, save_checkpoint, states_equal, write_dataset
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.nn.tasks import RTDETRDetectionModel
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import UserError, YoloDistiller, distillation_trainer, register
@@ -362,3 +363,29 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
     first, second = scores
     assert first > 0.05
     assert second == pytest.approx(first, abs=1e-3)
+
+
+def test_an_rtdetr_teacher_teaches_by_its_maps(tiny: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = RTDETRDetectionModel("rtdetr-l.yaml", nc=2, verbose=False)
+    model.names = {0: "box", 1: "disc"}
+    path = save_checkpoint(model, tmp_path / "rtdetr.pt")
+    d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "check_teacher": True}, method="dfd")
+    assert d.trainer.teacher_score is not None
+    assert float(rows(d.trainer)[0]["train/dfd_loss"]) > 0
+    with pytest.raises(UserError, match="no class scores per position"):
+        distil(str(path), "yolov8n.yaml", tiny, method="pdf")
+
+
+def test_unequal_pyramids_pair_where_they_can(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n-p2.yaml", tiny | {"epochs": 1})
+    row = rows(d.trainer)[0]
+    assert "level/P3/dfd_ratio" in row
+    assert not any("P2" in key for key in row)
+
+
+def test_amp_bf16_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1, "amp": "bf16"})
+    losses = [float(v) for k, v in rows(d.trainer)[0].items() if k.startswith("train/") and k.endswith("_loss")]
+    assert all(math.isfinite(v) and v > 0 for v in losses)
+    assert all(v.dtype == torch.float32 for v in weights(d.trainer).values() if v.is_floating_point())

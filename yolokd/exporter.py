@@ -33,11 +33,13 @@ from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
 from ultralytics.engine.exporter import export_formats
+from ultralytics.nn.autobackend import check_class_names
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import LOGGER, checks
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.patches import imread
+from yaml import YAMLError
 
 from yolokd import shapes
 from yolokd.checkpoint import atomic_path, load_model, restricted_loading, sha256
@@ -128,7 +130,7 @@ def export(model: str | Path, *, data: str | None = None, trust: bool = False, *
         report = export("runs/detect/train/weights/best.pt", dynamic=True)
         print(report.path, report.passed)
     """
-    options = {"format": "onnx", **kwargs}
+    options = kwargs | {"format": str(kwargs.get("format", "onnx")).lower()}
     args = _checked(options)
     module, checkpoint = load_model(model, "model", trust)
     if args.format != "onnx":
@@ -154,8 +156,8 @@ def _checked(options: Mapping[str, Any]) -> Any:
         if key not in known:
             raise UserError(key, "no such export argument", nearest(key, known) or "see Ultralytics' export settings")
     formats = export_formats()["Argument"][1:]
-    if str(options["format"]).lower() not in formats:
-        cure = nearest(str(options["format"]), formats) or f"one of: {', '.join(formats)}"
+    if options["format"] not in formats:
+        cure = nearest(options["format"], formats) or f"one of: {', '.join(formats)}"
         raise UserError(f"format={options['format']}", "no such format", cure)
     try:
         return get_cfg(overrides={"batch": 1, "data": None, "device": None, **options})
@@ -207,8 +209,10 @@ def validation_images(data: str) -> list[Image]:
     argument = f"data={data}"
     try:
         split = check_det_dataset(data, autodownload=False)["val"]
-        files = sorted(file for entry in np.atleast_1d(split) for file in _listed(Path(entry)))
-    except (OSError, SyntaxError, TypeError, ValueError, KeyError) as e:
+        files = sorted(
+            file for entry in ([split] if isinstance(split, str) else split) for file in _listed(Path(entry))
+        )
+    except (OSError, SyntaxError, TypeError, ValueError, AttributeError, YAMLError) as e:
         raise UserError(argument, f"can't be read: {_first_line(e)}", "give data= the .yaml of an existing set") from e
     spread = (files[i * len(files) // IMAGES] for i in range(IMAGES)) if len(files) > IMAGES else files
     images = [image for file in spread if (image := imread(file)) is not None]
@@ -278,58 +282,70 @@ def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: T
     return report
 
 
+class OnnxDetector:
+    """An ONNX file of Ultralytics' in ONNX Runtime, on the CPU, and what its metadata say of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0]
+        meta = self.session.get_modelmeta().custom_metadata_map
+        self.names: dict[int, str] = ast.literal_eval(meta["names"])
+        self.stride, self.batch = int(meta["stride"]), int(meta["batch"])
+        self.height, self.width = ast.literal_eval(meta["imgsz"])
+        self.dynamic = any(isinstance(side, str) for side in self.input.shape)
+        self.end2end = meta["end2end"] == "True"
+        self.embeds_nms = ast.literal_eval(meta["args"]).get("nms") is True
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in 0..1 -> (B, 4 + classes, anchors), or final rows (B, n, 6); float32."""
+        # float16 files made on a GPU take and give float16.
+        dtype = np.float16 if "float16" in self.input.type else np.float32
+        return torch.from_numpy(self.session.run(None, {self.input.name: pictures.numpy().astype(dtype)})[0]).float()
+
+    def most(self) -> int:
+        """How many detections a picture can have."""
+        if not self.end2end and not self.embeds_nms:
+            return 300
+        # The file does not always tell how many rows it gives: it has to be tried.
+        return self(torch.zeros(self.batch, 3, self.height, self.width)).shape[1]
+
+
 def _compare(
     path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds, limits: Limits
 ) -> list[Row]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    source, target = session.get_inputs()[0], session.get_outputs()[0]
-    meta = session.get_modelmeta().custom_metadata_map
-    _check_names(meta, module)
-    end2end = meta["end2end"] == "True"
-    reference = _reference(module, end2end, target.shape[1] if end2end else 0)
-    # float16 files made on a GPU take float16 pictures.
-    dtype = np.float16 if "float16" in source.type else np.float32
+    exported = OnnxDetector(path)
+    if exported.names != check_class_names(module.names) or exported.stride != int(max(module.stride)):  # type: ignore[arg-type]
+        raise ValueError(f"class names or stride are not the checkpoint's: {exported.names}, {exported.stride}")
+    most = exported.most()
+    reference = _reference(module, exported.end2end, most)
 
     def look(batch: Tensor) -> Iterator[Pair]:
-        output = torch.from_numpy(session.run(None, {source.name: batch.numpy().astype(dtype)})[0]).float()
-        for expected, actual in zip(reference(batch)[0], output, strict=True):
-            yield _view(expected, thresholds), _view(actual, thresholds)
+        for expected, actual in zip(reference(batch)[0], exported(batch), strict=True):
+            yield _view(expected, thresholds, most), _view(actual, thresholds, most)
 
     with torch.inference_mode():
         return [
             _row(shape, [pair for batch in _batches(images, *shape) for pair in look(batch)], limits, thresholds.conf)
-            for shape in _shapes(source.shape, meta, reference)
+            for shape in _shapes(exported, reference)
         ]
 
 
-def _embeds_nms(meta: Mapping[str, str]) -> bool:
-    return ast.literal_eval(meta["args"]).get("nms") is True
-
-
-def _check_names(meta: Mapping[str, str], module: nn.Module) -> None:
-    """What a device needs to read the output must be in the file."""
-    names, stride = ast.literal_eval(meta.get("names", "None")), meta.get("stride")
-    if names != module.names or stride != str(int(max(module.stride))):  # type: ignore[arg-type]
-        raise ValueError(f"the metadata's class names or stride are not the checkpoint's: {names}, {stride}")
-
-
-def _reference(module: nn.Module, end2end: bool, rows: int) -> Any:
-    """The fused float32 model, choosing its boxes (if it does, `rows` of them) as the exported one does."""
+def _reference(module: nn.Module, end2end: bool, most: int) -> Any:
+    """The fused float32 model, choosing its boxes (if it does, `most` of them) as the exported one does."""
     reference: Any = deepcopy(module).float().eval()
     reference.end2end = end2end
     reference.fuse(verbose=False)
-    reference.model[-1].max_det = rows
+    reference.model[-1].max_det = most
     return reference
 
 
-def _shapes(source: Sequence[int | str], meta: Mapping[str, str], reference: Any) -> list[tuple[int, int, int]]:
+def _shapes(exported: OnnxDetector, reference: Any) -> list[tuple[int, int, int]]:
     """The (batch, height, width) to try: all that a static file takes, two batches at two sizes for a dynamic one."""
-    if all(isinstance(side, int) for side in source):
-        batch, _, height, width = map(int, source)
-        return [(batch, height, width)]
+    height, width = exported.height, exported.width
+    if not exported.dynamic:
+        return [(exported.batch, height, width)]
     # An embedded NMS is unrolled: it takes no more pictures at once than it was exported for.
-    counts = sorted({1, min(int(meta["batch"]), 3) if _embeds_nms(meta) else 3})
-    height, width = ast.literal_eval(meta["imgsz"])
+    counts = sorted({1, min(exported.batch, 3) if exported.embeds_nms else 3})
     return [(n, side, width) for side in (height, _other_height(height, width, reference)) for n in counts]
 
 
@@ -351,9 +367,9 @@ def _batches(images: Sequence[Image], batch: int, height: int, width: int) -> It
         yield torch.from_numpy(padded[..., ::-1].transpose(0, 3, 1, 2).copy()).float() / 255
 
 
-def _view(raw: Tensor, thresholds: Thresholds) -> View:
+def _view(raw: Tensor, thresholds: Thresholds, most: int) -> View:
     conf, iou, agnostic = thresholds
-    detections = non_max_suppression(raw[None], conf, iou, agnostic=agnostic)[0]
+    detections = non_max_suppression(raw[None], conf, iou, agnostic=agnostic, max_det=most)[0]
     return View(raw, raw if raw.shape[-1] == 6 else _boxes(raw, conf / 2), detections)
 
 
@@ -410,7 +426,7 @@ def _aligned(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor, T
     it stands, and a row near the lowest score looks for none. With an embedded NMS the partner is sought among
     the boxes before NMS; whether NMS chose the same ones is for the detections to tell.
     """
-    judged = rows[rows[:, 4] > rows[:, 4].min() + margin]
+    judged = rows[~(rows[:, 4] <= rows[:, 4].min() + margin)]  # so put, it keeps NaN, which must fail
     weight = torch.tensor([1, 1, 1, 1, 100, 1e4])  # of sides in pixels, score and class
     gap = torch.cdist(judged * weight, candidates * weight, compute_mode="donot_use_mm_for_euclid_dist")
     return candidates[gap.argmin(1)], judged

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from yolokd.errors import UserError
 
-
 # An Ultralytics model: an nn.Module whose attributes (model, yaml, names, stride) torch's types do not know.
 Detector: TypeAlias = Any
 
@@ -120,7 +119,7 @@ def split_levels(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
     """Cut a head's (B, C, anchors) output into one (B, C, H, W) per map."""
     sizes = [m.shape[-2] * m.shape[-1] for m in maps]
     parts = torch.split(flat, sizes, dim=-1)
-    return [p.unflatten(-1, m.shape[-2:]) for p, m in zip(parts, maps, strict=True)]
+    return [p.view(*p.shape[:2], *m.shape[-2:]) for p, m in zip(parts, maps, strict=True)]
 
 
 def confidence_shares(logits: Sequence[Tensor]) -> Tensor:
