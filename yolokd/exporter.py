@@ -423,10 +423,11 @@ def _aligned(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor, T
 
     Rows are sorted by score and the list is cut at its end: rounding decides which of two nearly equal rows comes
     first, and which of the last ones is on the list at all. So a row finds its partner by what it says, not by where
-    it stands, and a row near the lowest score looks for none. With an embedded NMS the partner is sought among
-    the boxes before NMS; whether NMS chose the same ones is for the detections to tell.
+    it stands, and rows that hardly differ from the lowest score look for none (unless all are such). With an embedded
+    NMS the partner is sought among the boxes before NMS; whether NMS chose the same is for the detections to tell.
     """
-    judged = rows[~(rows[:, 4] <= rows[:, 4].min() + margin)]  # so put, it keeps NaN, which must fail
+    last = rows[:, 4] <= rows[:, 4].min() * (1 + margin)  # false for NaN, which must not get away
+    judged = rows if last.all() else rows[~last]
     weight = torch.tensor([1, 1, 1, 1, 100, 1e4])  # of sides in pixels, score and class
     gap = torch.cdist(judged * weight, candidates * weight, compute_mode="donot_use_mm_for_euclid_dist")
     return candidates[gap.argmin(1)], judged
