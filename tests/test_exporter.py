@@ -172,10 +172,14 @@ def test_models_that_choose_their_boxes(
         assert not {"teacher", "method", "yolokd"} & metadata(report.path).keys()
 
 
-def test_end_to_end_is_not_tried_with_fewer_anchors_than_rows(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_end_to_end_is_not_tried_with_fewer_anchors_than_rows(
+    checkpoints: dict[str, Path], data: str, tmp_path: Path
+) -> None:
     report = export(shutil.copy(checkpoints["v26"], tmp_path), nms=False, dynamic=True, imgsz=64, simplify=False)
     assert report.passed
     assert {row.height for row in report.rows} == {64, 96}
+    spoil(report.path, "model.9.cv2.conv.weight", lambda weight: weight * np.float32(1.01))
+    assert not any(row.passed for row in check(report.path, checkpoints["v26"], data).rows)
 
 
 def test_float16_is_valid_and_has_limits_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -
 def test_gain_zero_leaves_the_students_weights_as_in_plain_training(
     student: str, tiny: dict[str, Any], teacher: str
 ) -> None:
-    d = distil(teacher, student, tiny, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
+    d = distil(teacher, student, tiny | {"check_teacher": True}, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
     assert states_equal(weights(d.trainer), weights(plain(student, tiny)))
 
 

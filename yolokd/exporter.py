@@ -278,7 +278,7 @@ def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: T
         return report
     _print(report, precision)
     if not any(row.torch_detections for row in rows):
-        LOGGER.warning(f"{path}: nothing scores above conf={thresholds.conf}, so that only raw outputs were compared")
+        LOGGER.warning(f"{path}: nothing scores above conf={thresholds.conf}: no detections were compared")
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -94,22 +93,3 @@ def check_detector(model: Detector, argument: str) -> None:
     if not isinstance(head, Detect | RTDETRDecoder):
         kind = type(head if head is not None else model).__name__
         raise UserError(argument, f"is no detector (its last layer is {kind})", "give a YOLO or RT-DETR detector")
-
-
-def aligned_copy(model: Detector, names: Mapping[int, str], teacher_index: Mapping[int, int]) -> Detector:
-    """A copy whose class channels follow `names`, for scoring: {data class: teacher class}, 0 for classes not known."""
-    copy = deepcopy(model).float().eval()
-    nc = len(names)
-    dim = 2 if isinstance(copy.model[-1], RTDETRDecoder) else 1
-
-    def reorder(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        y = output[0]
-        scores = y.new_zeros(*(nc if d == dim else s for d, s in enumerate(y.shape)))
-        for data_class, teacher_class in teacher_index.items():
-            scores.select(dim, data_class).copy_(y.select(dim, 4 + teacher_class))
-        return torch.cat((y.narrow(dim, 0, 4), scores), dim), output[1]
-
-    copy.end2end = False
-    copy.model[-1].register_forward_hook(reorder)
-    copy.names = dict(names)
-    return copy

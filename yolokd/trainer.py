@@ -12,9 +12,7 @@ import torch
 import ultralytics
 from torch.nn.utils import clip_grad_norm_
 from ultralytics.engine import trainer as engine
-from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
-from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -25,11 +23,9 @@ from yolokd.criterion import DistillationCriterion
 from yolokd.errors import UserError
 from yolokd.plan import KNOWN_KEYS, Plan, data_file, make_plan
 from yolokd.probe import level_name
-from yolokd.pyramid import Detector
-from yolokd.teacher import aligned_copy
+from yolokd.score import check_teacher
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
-USELESS = 0.05  # ours: mAP50-95 under which a teacher has nothing to teach on this data
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -95,7 +91,16 @@ class DistillationTrainer(DetectionTrainer):
         if RANK in {-1, 0} and self.plan.teacher is not None:
             _announce(self.plan)
             if self.plan.config.check_teacher and not self.resume:
-                self._check_teacher()
+                self._score_teacher()
+
+    def _score_teacher(self) -> None:
+        plan, args = self.plan, self.args
+        assert plan.pairing is not None
+        taken = ("data", "imgsz", "device", "workers", "split", "single_cls")
+        settings = {key: getattr(args, key) for key in taken} | {"batch": self.batch_size * 2, "rect": True}
+        self.teacher_score = check_teacher(
+            plan.teacher_model, self.data["names"], plan.pairing.classes, settings, self.save_dir
+        )
 
     def get_validator(self) -> DetectionValidator:
         """Ultralytics' validator, which would reject yolokd's keys among its own."""
@@ -203,50 +208,6 @@ class DistillationTrainer(DetectionTrainer):
         super().final_eval()
         if RANK in {-1, 0}:
             sidecar_path(self.last).unlink(missing_ok=True)
-
-    # The teacher's score
-
-    def _check_teacher(self) -> None:
-        """Score the teacher on the validation set, and say what it means if it is useless there."""
-        model, pairing = self.plan.teacher_model, self.plan.pairing
-        assert model is not None
-        assert pairing is not None
-        if pairing.classes.objectness:
-            LOGGER.warning(
-                f"teacher: knows none of the data set's classes ({', '.join(self.data['names'].values())}): its score "
-                "is not measured; features still carry over, class scores count as objectness only"
-            )
-            return
-        score = self._score(aligned_copy(model, self.data["names"], pairing.classes.mapping))
-        self.teacher_score = score["metrics/mAP50-95(B)"]
-        missing = set(self.data["names"]) - set(pairing.classes.student)
-        LOGGER.info(f"teacher: mAP50-95 {self.teacher_score:.3f}, mAP50 {score['metrics/mAP50(B)']:.3f}")
-        if missing:
-            names = ", ".join(self.data["names"][i] for i in sorted(missing))
-            LOGGER.warning(f"teacher: does not know {names}: for these the student learns from the labels alone")
-        if self.teacher_score < USELESS:
-            LOGGER.warning(
-                "teacher: useless on this validation set: the student is pulled towards maps that do not find these "
-                "objects and will likely end up worse than trained alone; use a teacher trained on such images"
-            )
-
-    def _score(self, model: Detector) -> dict[str, float]:
-        kind = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
-        settings = {
-            "data": self.args.data,
-            "imgsz": self.args.imgsz,
-            "batch": self.batch_size * 2,
-            "plots": False,
-            "device": self.args.device,
-            "workers": self.args.workers,
-            "split": self.args.split,
-            "single_cls": self.args.single_cls,
-            "mode": "val",
-            "task": "detect",
-            "rect": True,
-        }
-        score: dict[str, float] = kind(save_dir=self.save_dir, args=settings)(model=model)
-        return score
 
 
 @contextmanager

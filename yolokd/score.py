@@ -1,0 +1,83 @@
+"""Scores the teacher on the user's validation set before training, and says what the score means."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from ultralytics.models.rtdetr.val import RTDETRValidator
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.nn.modules.head import RTDETRDecoder
+from ultralytics.utils import LOGGER
+
+from yolokd.pyramid import ClassPairing, Detector
+
+USELESS = 0.05  # ours: mAP50-95 under which a teacher has nothing to teach on this data
+
+
+def check_teacher(
+    teacher: Detector, names: Mapping[int, str], classes: ClassPairing, settings: Mapping[str, Any], save_dir: Path
+) -> float | None:
+    """Log the teacher's score and warn where it is useless or knows other classes; returns its mAP50-95.
+
+    names: the data set's classes. settings: Ultralytics' for validation (data, imgsz, batch, device, …).
+    None where no class is shared, so that there is nothing to score.
+    """
+    if classes.objectness:
+        LOGGER.warning(
+            f"teacher: knows none of the data set's classes ({', '.join(names.values())}): its score is not measured; "
+            "features still carry over, class scores count as objectness only"
+        )
+        return None
+    kind = RTDETRValidator if isinstance(teacher.model[-1], RTDETRDecoder) else DetectionValidator
+    with random_streams_kept():
+        validator = kind(save_dir=save_dir, args={**settings, "mode": "val", "task": "detect", "plots": False})
+        found = validator(model=aligned_copy(teacher, names, classes.mapping))
+    score = float(found["metrics/mAP50-95(B)"])
+    LOGGER.info(f"teacher: mAP50-95 {score:.3f}, mAP50 {found['metrics/mAP50(B)']:.3f} on the validation set")
+    unknown = [names[i] for i in sorted(set(names) - set(classes.student))]
+    if unknown:
+        LOGGER.warning(
+            f"teacher: does not know {', '.join(unknown)}: for these the student learns from the labels alone"
+        )
+    if score < USELESS:
+        LOGGER.warning(
+            "teacher: useless on this validation set: the student is pulled towards maps that do not find these "
+            "objects and will likely end up worse than trained alone; use a teacher trained on such images"
+        )
+    return score
+
+
+def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, int]) -> Detector:
+    """A copy whose class scores follow the data set's `names`: {data's class: teacher's}, 0 for those not known."""
+    copy = deepcopy(model).float().eval()
+    nc, dim = len(names), 2 if isinstance(copy.model[-1], RTDETRDecoder) else 1
+
+    def reorder(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        y = output[0]
+        scores = y.new_zeros(*(nc if d == dim else size for d, size in enumerate(y.shape)))
+        for data_class, teacher_class in mapping.items():
+            scores.select(dim, data_class).copy_(y.select(dim, 4 + teacher_class))
+        return torch.cat((y.narrow(dim, 0, 4), scores), dim), output[1]
+
+    copy.end2end = False
+    copy.model[-1].register_forward_hook(reorder)
+    copy.names = dict(names)
+    return copy
+
+
+@contextmanager
+def random_streams_kept() -> Iterator[None]:
+    """Leaves the random streams as they were: a run's augmentations must not depend on whether it has a teacher."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
