@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,12 @@ import numpy as np
 import torch
 import yaml
 from torch import nn
+from ultralytics.data.augment import LetterBox
 from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
 
 NAMES = {0: "disc", 1: "box"}
+SIZE = 160  # of the exported models
 TINY = {"imgsz": 64, "batch": 4, "nbs": 4, "plots": False, "verbose": False, "seed": 3, "patience": 50}
 
 
@@ -86,6 +92,57 @@ def tiny(data: str, tmp_path: Path) -> dict[str, Any]:
     return {**TINY, "data": data, "project": str(tmp_path / "runs"), "epochs": 2, "check_teacher": False}
 
 
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What Ultralytics' logger says meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    LOGGER.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        LOGGER.removeHandler(handler)
+
+
 def states_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Bit for bit, names included."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def sighted(cfg: str, images: Sequence[np.ndarray], size: int) -> nn.Module:
+    """A random detector that tells places apart: it finds a few things in the images, as a trained one would."""
+    model = random_detector(cfg)
+    letterbox = LetterBox((size, size))
+    batch = np.stack([letterbox(image=image)[..., ::-1].transpose(2, 0, 1) for image in images])
+    pictures = torch.from_numpy(batch).float() / 255
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(pictures)
+        raw = model.eval()(pictures)[1]
+        head = model.model[-1]
+        _calibrate(head, head.one2many, raw.get("one2many", raw)["scores"])
+        if "one2one" in raw:
+            _calibrate(head, head.one2one, raw["one2one"]["scores"])
+    return model
+
+
+def _calibrate(head: Any, branch: dict[str, nn.Module], logits: torch.Tensor) -> None:
+    scale = 1.5 / float(logits.std())
+    shift = -1.0 - scale * float(logits.amax(1).flatten().quantile(0.98))  # 2 % of the places score above 0.27
+    for box, classes, stride in zip(branch["box_head"], branch["cls_head"], head.stride.tolist(), strict=True):
+        classes[-1].weight.mul_(scale)
+        classes[-1].bias.mul_(scale).add_(shift)
+        # Boxes some sixty pixels wide: those of neighbouring places overlap, and NMS has work to do.
+        side = torch.tensor(30 / stride)
+        box[-1].weight.mul_(0.3)
+        box[-1].bias.copy_((-((torch.arange(head.reg_max) - side) ** 2)).repeat(4) if head.reg_max > 1 else side)
+
+
+def make_checkpoint(model: nn.Module, data: str, path: Path) -> Path:
+    """A checkpoint of a model that was trained on `data`, it says."""
+    content = torch.load(save_checkpoint(model, path), weights_only=False)
+    torch.save(content | {"train_args": {"data": data, "imgsz": SIZE}}, path)
+    return path

@@ -15,11 +15,10 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from conftest import NAMES
+from conftest import NAMES, SIZE, make_checkpoint, sighted
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
-from test_exporter import SIZE, make_checkpoint, sighted
 from ultralytics import YOLO
 
 from yolokd.resources import shipped

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,57 +15,18 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from conftest import NAMES, random_detector, save_checkpoint
+from conftest import NAMES, SIZE, make_checkpoint, save_checkpoint, sighted
 from onnx import numpy_helper
-from torch import nn
-from ultralytics.data.augment import LetterBox
 from ultralytics.nn.tasks import ClassificationModel
 
-from yolokd import exporter
+from yolokd import parity
 from yolokd.checkpoint import load_model
+from yolokd.data import validation_images
 from yolokd.errors import UserError
-from yolokd.exporter import ExportReport, Limits, Thresholds, export, validation_images, verify
+from yolokd.exporter import export
+from yolokd.parity import ExportReport, Limits, Thresholds, verify
 
-SIZE = 160
 PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pdf", "gains": {"dfd": 1.0, "pdf": 0.5}}
-
-
-def sighted(cfg: str, images: Sequence[np.ndarray], size: int) -> nn.Module:
-    """A random detector that tells places apart: it finds a few things in the images, as a trained one would."""
-    model = random_detector(cfg)
-    letterbox = LetterBox((size, size))
-    batch = np.stack([letterbox(image=image)[..., ::-1].transpose(2, 0, 1) for image in images])
-    pictures = torch.from_numpy(batch).float() / 255
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model.train()(pictures)
-        raw = model.eval()(pictures)[1]
-        head = model.model[-1]
-        _calibrate(head, head.one2many, raw.get("one2many", raw)["scores"])
-        if "one2one" in raw:
-            _calibrate(head, head.one2one, raw["one2one"]["scores"])
-    return model
-
-
-def _calibrate(head: Any, branch: dict[str, nn.Module], logits: torch.Tensor) -> None:
-    scale = 1.5 / float(logits.std())
-    shift = -1.0 - scale * float(logits.amax(1).flatten().quantile(0.98))  # 2 % of the places score above 0.27
-    for box, classes, stride in zip(branch["box_head"], branch["cls_head"], head.stride.tolist(), strict=True):
-        classes[-1].weight.mul_(scale)
-        classes[-1].bias.mul_(scale).add_(shift)
-        # Boxes some sixty pixels wide: those of neighbouring places overlap, and NMS has work to do.
-        side = torch.tensor(30 / stride)
-        box[-1].weight.mul_(0.3)
-        box[-1].bias.copy_((-((torch.arange(head.reg_max) - side) ** 2)).repeat(4) if head.reg_max > 1 else side)
-
-
-def make_checkpoint(model: nn.Module, data: str, path: Path) -> Path:
-    """A checkpoint of a model that was trained on `data`, it says."""
-    content = torch.load(save_checkpoint(model, path), weights_only=False)
-    torch.save(content | {"train_args": {"data": data, "imgsz": SIZE}}, path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +213,7 @@ def test_export_reports_failure_and_does_not_raise(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = Limits(raw=0, scores=0, iou=1, margin=1e-3, ties=False)
-    monkeypatch.setattr(exporter, "LIMITS", {"float32": nothing})
+    monkeypatch.setattr(parity, "LIMITS", {"float32": nothing})
     report = export(shutil.copy(checkpoints["v8"], tmp_path), imgsz=64)
     assert not report.passed
     assert report.path.is_file()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY, random_detector, save_checkpoint, states_equal, write_dataset
+from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import RTDETRDetectionModel
@@ -221,7 +221,8 @@ def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any]
 
     again = YoloDistiller()
     again.add_callback("on_train_start", lambda t: seen.update(restored=deepcopy(t.criterion.private_state())))
-    again.train(resume=str(folder))
+    named = {"resume": str(folder)} if student == "yolov8n.yaml" else {"resume": True, "project": tiny["project"]}
+    again.train(**named)
     assert states_equal(seen["adapters"], seen["restored"])
     assert again.trainer.start_epoch == 2
     assert again.trainer.plan.config.parts[0].gain == 2
@@ -322,9 +323,35 @@ def test_a_methods_own_in_ten_lines(tiny: dict[str, Any], teacher: str) -> None:
 
 def test_other_classes_fall_back_to_objectness(tiny: dict[str, Any], tmp_path: Path) -> None:
     other = save_checkpoint(random_detector("yolov8s.yaml", {0: "cat", 1: "dog", 2: "cow"}), tmp_path / "other.pt")
-    d = distil(str(other), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
+    with logged() as lines:
+        d = distil(str(other), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
+    assert any("knows none of the data set's classes (disc, box)" in line for line in lines)
+    assert any("one objectness" in line for line in lines)
     assert d.trainer.plan.pairing.classes.objectness
     assert float(rows(d.trainer)[0]["train/pdf_loss"]) > 0
+
+
+def test_a_useless_teacher_is_warned_of(tiny: dict[str, Any], tmp_path: Path) -> None:
+    path = save_checkpoint(random_detector("yolov8s.yaml", {0: "disc", 1: "cow"}), tmp_path / "half.pt")
+    with logged() as lines:
+        d = distil(str(path), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
+    assert d.trainer.teacher_score < 0.05
+    assert any("useless on this validation set" in line for line in lines)
+    assert any("does not know box" in line for line in lines)
+    assert any(line.startswith("gradients, distillation/task: pdf P3 ") for line in lines)
+
+
+def test_the_python_face_validates_predicts_and_exports(tiny: dict[str, Any], teacher: str) -> None:
+    untrained = YoloDistiller(teacher=teacher)
+    with pytest.raises(UserError, match="nothing is trained"):
+        untrained.export()
+    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, method="dfd")
+    assert d.val(data=tiny["data"], imgsz=64, plots=False, project=tiny["project"]).box.map >= 0
+    image = next((Path(tiny["data"]).parent / "images" / "val").glob("*.jpg"))
+    assert len(d.predict(image, imgsz=64, project=tiny["project"])) == 1
+    path = d.export(imgsz=64)
+    assert path == d.trainer.best.with_suffix(".onnx")
+    assert path.with_suffix(".parity.json").is_file()
 
 
 def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ultralytics.nn import tasks
 
-from yolokd.errors import UserError
+from yolokd.errors import UserError, first_line
 from yolokd.pyramid import Detector
 
 Checkpoint = dict[str, Any]
@@ -43,6 +43,8 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
     name = f"{argument}={path}"
     if Path(path).is_dir():
         raise UserError(name, "is a folder", "give a .pt checkpoint")
+    if Path(path).name != str(path) and not Path(path).exists():  # Ultralytics downloads bare names alone
+        raise UserError(name, "no such file", "give the path of an existing .pt checkpoint")
     try:
         with restricted_loading(trust):
             model, ckpt = tasks.load_checkpoint(path)
@@ -60,8 +62,7 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
 
 
 def _loading_problem(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "outside the supported" in text:
+    if "outside the supported" in first_line(error):
         return "holds objects other than a known model, which could run code (trust=True loads it all the same)"
     return "not a readable checkpoint"
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from yolokd.config import check_keys, nearest, parse_value
-from yolokd.errors import UserError
+from yolokd.errors import UserError, first_line
 
 HELP = """yolokd distils a large Ultralytics YOLO into a small one.
 
@@ -46,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as e:
         if debug:
             traceback.print_exc()
-        first = (str(e).strip().splitlines() or [""])[0]
-        print(f"yolokd: failed: {type(e).__name__}: {first} (--debug shows the traceback)", file=sys.stderr)
+        print(f"yolokd: failed: {type(e).__name__}: {first_line(e)} (--debug shows the traceback)", file=sys.stderr)
         status = 1
     sys.exit(status)
 

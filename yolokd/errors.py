@@ -15,3 +15,13 @@ class UserError(ValueError):
     def __init__(self, argument: str, problem: str, cure: str) -> None:
         self.argument, self.problem, self.cure = argument, problem, cure
         super().__init__(" ".join(f"{argument}: {problem} ({cure})".split()))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, without Ultralytics' decoration; its type where it has no text.
+
+    >>> first_line(ValueError("no such thing\\nand a long story"))
+    'no such thing'
+    """
+    text = str(error).strip().removeprefix("ERROR ❌️ ")
+    return text.splitlines()[0] if text else type(error).__name__

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from ultralytics.cfg import get_cfg
-from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
 
-from yolokd import shapes
 from yolokd.checkpoint import load_model, sha256
 from yolokd.config import Distillation, check_keys, defaults, is_own, parse
 from yolokd.criterion import Pairing
-from yolokd.errors import UserError
+from yolokd.data import load_data
+from yolokd.errors import UserError, first_line
 from yolokd.methods import registered
 from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
 from yolokd.teacher import Teacher, check_detector
@@ -110,38 +109,6 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     return model
 
 
-def load_data(data: object, single_cls: bool = False) -> dict[str, Any]:
-    """Ultralytics' data dictionary, after a check that training and validation have images."""
-    if data is not None and not isinstance(data, str | Path):
-        raise UserError(f"data={data}", "is no data set", "give the path of a data set's .yaml")
-    try:
-        loaded: dict[str, Any] = check_det_dataset(data_file(data))
-    except UserError:
-        raise
-    except Exception as e:
-        problem = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"data={data}", f"not usable: {problem}", "give a data set's .yaml, or data=shapes") from e
-    for split in ("train", "val"):
-        if not any(_images(loaded[split])):
-            raise UserError(f"data={data}", f"no images in its {split} split ({loaded[split]})", "check its paths")
-    if single_cls:
-        loaded |= {"names": {0: "item"}, "nc": 1}
-    return loaded
-
-
-def data_file(data: object) -> str:
-    """The .yaml to hand to Ultralytics: `shapes` (and none given) is the embedded data set, made on first use."""
-    return str(shapes.ensure()) if data in (None, "shapes") else str(data)
-
-
-def _images(paths: object) -> Iterable[Path]:
-    for path in map(Path, paths if isinstance(paths, list) else [paths]):
-        if path.is_dir():
-            yield from (f for f in path.rglob("*") if f.suffix[1:].lower() in IMG_FORMATS)
-        elif path.is_file():
-            yield from map(Path, path.read_text(encoding="utf-8").split())
-
-
 def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
     """Refuse what Ultralytics would refuse too late, and what does not go with a teacher."""
     try:
@@ -149,8 +116,7 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
         check_imgsz(args.imgsz, max_dim=1)
         select_device(parse_device(args.device), verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
-        problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError("settings", problem, "see Ultralytics' train settings") from e
+        raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     if not isinstance(args.epochs, int) or args.epochs < 1:
         raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
     if str(args.optimizer).lower() not in OPTIMIZERS:

@@ -20,8 +20,9 @@ import yolokd
 from yolokd.checkpoint import load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
+from yolokd.data import data_file
 from yolokd.errors import UserError
-from yolokd.plan import KNOWN_KEYS, Plan, data_file, make_plan
+from yolokd.plan import KNOWN_KEYS, Plan, make_plan
 from yolokd.probe import level_name
 from yolokd.score import check_teacher
 

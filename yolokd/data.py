@@ -1,0 +1,68 @@
+"""The user's data set, as Ultralytics reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
+from ultralytics.utils.patches import imread
+
+from yolokd import shapes
+from yolokd.errors import UserError, first_line
+
+Image = npt.NDArray[np.uint8]
+
+PICTURES = 8  # ours: how many validation pictures an export is tried on
+
+
+def data_file(data: object) -> str:
+    """The .yaml to hand to Ultralytics: `shapes` (and none given) is the embedded data set, made on first use."""
+    return str(shapes.ensure()) if data in (None, "shapes") else str(data)
+
+
+def load_data(data: object, single_cls: bool = False, download: bool = True) -> dict[str, Any]:
+    """Ultralytics' data dictionary, after a check that training and validation have images.
+
+    Raises UserError where the data set is missing, broken or empty.
+    """
+    argument, cure = f"data={data}", "give the .yaml of an existing data set, or data=shapes"
+    if data is not None and not isinstance(data, str | Path):
+        raise UserError(argument, "is no data set", cure)
+    try:
+        loaded: dict[str, Any] = check_det_dataset(data_file(data), autodownload=download)
+        empty = [split for split in ("train", "val") if next(split_images(loaded[split]), None) is None]
+    except UserError:
+        raise
+    except Exception as e:  # whatever the parsers of YAML, paths and archives raise
+        raise UserError(argument, f"cannot be used: {first_line(e)}", cure) from e
+    if empty:
+        raise UserError(argument, f"no images in its {empty[0]} split ({loaded[empty[0]]})", "check the split's path")
+    return loaded | {"names": {0: "item"}, "nc": 1} if single_cls else loaded
+
+
+def split_images(paths: str | list[str]) -> Iterator[Path]:
+    """The image files of a split: of folders, or listed in text files, one path a line as Ultralytics reads them."""
+    for path in map(Path, [paths] if isinstance(paths, str) else paths):
+        if path.is_dir():
+            files: Iterator[Path] = path.rglob("*.*")
+        else:
+            lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+            files = (path.parent / line if line.startswith("./") else Path(line) for line in lines)
+        yield from (file for file in files if file.suffix[1:].lower() in IMG_FORMATS and file.is_file())
+
+
+def validation_images(data: str) -> list[Image]:
+    """Up to PICTURES pictures (BGR), spread over the validation split. Downloads nothing.
+
+    Raises UserError where there is none to read.
+    """
+    files = sorted(split_images(load_data(data, download=False)["val"]))
+    spread = [files[i * len(files) // PICTURES] for i in range(PICTURES)] if len(files) > PICTURES else files
+    images = [image for file in spread if (image := imread(file)) is not None]
+    if not images:
+        raise UserError(f"data={data}", "has no readable validation image", "give the .yaml of an existing data set")
+    return images
