@@ -76,7 +76,9 @@ class DistillationCriterion(nn.Module):
         output = self.teacher(batch["img"], logits=self.wants_logits or (measuring and self.teacher.has_logits))
         levels = self._levels(preds, output)
         if measuring and output.logits:
-            self.share = confidence_shares([output.logits[s.stride] for s in self.pairing.levels]).to(self.share)
+            of_shared = self.pairing.classes.of_teacher
+            shares = confidence_shares([of_shared(output.logits[s.stride]) for s in self.pairing.levels])
+            self.share = shares.to(self.share)
         losses = self._losses(levels)
         scaled = [p.gain * losses[p.name] * len(batch["img"]) for p in self.config.parts]
         if measuring:

@@ -29,7 +29,7 @@ def load_data(data: object, single_cls: bool = False, download: bool = True) -> 
 
     Raises UserError where the data set is missing, broken or empty.
     """
-    argument, cure = f"data={data}", "give the .yaml of an existing data set, or data=shapes"
+    argument, cure = f"data={data}", "give data= the .yaml of an existing set, or data=shapes"
     if data is not None and not isinstance(data, str | Path):
         raise UserError(argument, "is no data set", cure)
     try:
@@ -64,5 +64,5 @@ def validation_images(data: str) -> list[Image]:
     spread = [files[i * len(files) // PICTURES] for i in range(PICTURES)] if len(files) > PICTURES else files
     images = [image for file in spread if (image := imread(file)) is not None]
     if not images:
-        raise UserError(f"data={data}", "has no readable validation image", "give the .yaml of an existing data set")
+        raise UserError(f"data={data}", "has no readable validation image", "give data= the .yaml of an existing set")
     return images
