@@ -31,6 +31,7 @@ Keys = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 something in the command cannot work."""
+    os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics reads it on import: nothing installs at run time
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
@@ -176,5 +177,4 @@ def _model(keys: Keys) -> Any:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
     main()
