@@ -18,7 +18,7 @@ RUN = [sys.executable, "-m", "yolokd.cli"]
 
 
 def yolokd(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"YOLO_AUTOINSTALL": "false", "COLUMNS": "200"}
+    environment = os.environ | {"COLUMNS": "200", "XDG_DATA_HOME": str(cwd / "share")}
     return subprocess.run([*RUN, *words], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
@@ -102,6 +102,7 @@ BAD = {
     f"{OK} student={{coarse}} teacher2=x": "teacher2: unknown key",
     "train data={data}": "teacher: is missing",
     "train data={data} teacher=nothere.pt": "teacher=nothere.pt",
+    "train teacher=nothere.pt": "teacher=nothere.pt",
     "train data={data} teacher=yolov8l.pt": "teacher=yolov8l.pt",
     "train data={data} teacher=yolov8l.yaml": "teacher=yolov8l.yaml",
     "train data={data} teacher={truncated}": "teacher={truncated}",
@@ -122,6 +123,9 @@ BAD = {
     "val": "model: is missing",
     "val model=nothere.pt": "model=nothere.pt",
     "predict model={evil} source=x.jpg": "model={evil}",
+    "predict model={teacher} source=nothere.jpg": "nothere.jpg",
+    "predict model={teacher} method=dfd source=x.jpg": "method: unknown key",
+    "val model={teacher} data=nothere.yaml": "nothere.yaml",
     "export": "model: is missing",
     "export model=nothere.pt": "nothere.pt",
     "export model={truncated}": "truncated.pt",
@@ -193,8 +197,9 @@ def test_train_then_val_predict_and_repeat(files: dict[str, str], tmp_path: Path
     done = yolokd("val", f"model={best}", f"data={files['data']}", "imgsz=64", "plots=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     image = next((Path(files["data"]).parent / "images" / "val").glob("*.jpg"))
-    done = yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", cwd=tmp_path)
+    done = yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", f"project={tmp_path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob(f"predict*/{image.name}"))
 
     done = yolokd("train", f"cfg={run / 'distill.yaml'}", "check_teacher=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ import yaml
 from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
 from torch import nn
 from ultralytics import YOLO
-from ultralytics.nn.tasks import RTDETRDetectionModel
+from ultralytics.nn.tasks import RTDETRDetectionModel, SegmentationModel
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import UserError, YoloDistiller, distillation_trainer, register
@@ -54,7 +54,7 @@ def plain(student: str, tiny: dict[str, Any], **more: Any) -> Any:
     return model.trainer
 
 
-def distil(teacher: str, student: str, tiny: dict[str, Any], **more: Any) -> YoloDistiller:
+def distil(teacher: str | Path, student: str, tiny: dict[str, Any], **more: Any) -> YoloDistiller:
     d = YoloDistiller(teacher=teacher, student=student, method=more.pop("method", "dfd+pdf"))
     d.train(**tiny, **more)
     return d
@@ -107,11 +107,10 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
     d.train(**tiny | {"check_teacher": True})
     assert states_equal(seen["before"], d.trainer.plan.teacher.state_dict())
     assert states_equal(seen["loaded"], d.trainer.plan.teacher_model.state_dict())
-    assert not any("teacher" in k for k in d.trainer.ema.ema.state_dict())
 
 
 def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny, probe=2, **{"pdf.gain": 0.5})
+    d = distil(teacher, "yolov8n.yaml", tiny, probe=3, **{"pdf.gain": 0.5})  # one measurement an epoch
     results = rows(d.trainer)
     assert len(results) == 2
     for row in results:
@@ -122,7 +121,7 @@ def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, An
             assert task > 0
             assert ours > 0
             assert math.isclose(
-                float(row[f"level/{level}/dfd_ratio"]), float(row[f"level/{level}/dfd_grad"]) / task, rel_tol=0.5
+                float(row[f"level/{level}/dfd_ratio"]), float(row[f"level/{level}/dfd_grad"]) / task, rel_tol=1e-3
             )
         assert math.isclose(sum(float(row[f"level/{p}/share"]) for p in ("P3", "P4", "P5")), 1, rel_tol=1e-3)
         assert 0 < float(row["clip/student"]) <= 1
@@ -265,12 +264,19 @@ def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str
         if seen.get("poisoned") and not seen["recovered"]:
             seen["recovered"] = trainer.nan_recovery_attempts
             seen["finite"] = all(torch.isfinite(p).all() for p in trainer.model.parameters())
+            seen["restored"] = {k: v.clone() for k, v in trainer.criterion.private_state().items()}
 
+    def remember(trainer: Any) -> None:
+        if trainer.epoch == 0:
+            seen["saved"] = {k: v.clone() for k, v in trainer.criterion.private_state().items()}
+
+    d.add_callback("on_model_save", remember)
     d.add_callback("on_train_epoch_start", look)
     d.add_callback("on_train_batch_start", poison)
     d.train(**tiny | {"epochs": 3})
     assert seen["recovered"] == 1
     assert seen["finite"]
+    assert states_equal(seen["saved"], seen["restored"])
     assert list(d.trainer.ema.ema._modules) == ["model"]
     assert len(rows(d.trainer)) == 3
 
@@ -409,6 +415,43 @@ def test_unequal_pyramids_pair_where_they_can(tiny: dict[str, Any], teacher: str
     row = rows(d.trainer)[0]
     assert "level/P3/dfd_ratio" in row
     assert not any("P2" in key for key in row)
+
+
+def test_coarser_teachers_see_padded_images(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A P6 teacher needs multiples of 64 pixels, where the student trains at 96."""
+    path = save_checkpoint(random_detector("yolov8n-p6.yaml", seed=2), tmp_path / "p6.pt")
+    d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "imgsz": 96})
+    assert float(rows(d.trainer)[0]["train/pdf_loss"]) > 0
+
+
+def test_a_segmentation_teacher_teaches_unscored(tiny: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = SegmentationModel("yolov8n-seg.yaml", nc=2, verbose=False)
+    model.names = {0: "disc", 1: "box"}
+    path = save_checkpoint(model, tmp_path / "seg.pt")
+    d = distil(Path(path), "yolov8n.yaml", tiny | {"epochs": 1, "check_teacher": True})
+    assert d.trainer.teacher_score is None
+    assert float(rows(d.trainer)[0]["train/pdf_loss"]) > 0
+
+
+@pytest.mark.parametrize(
+    "settings", [{"freeze": 22}, {"freeze": 16}, {"multi_scale": 0.5}, {"rect": True}, {"single_cls": True, "cls": 0.3},
+                 {"save_period": 1, "fraction": 0.5}]
+)  # fmt: skip
+def test_ultralytics_settings_pass_through(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1} | settings)
+    row = rows(d.trainer)[0]
+    assert float(row["train/dfd_loss"]) > 0
+    if settings.get("freeze") == 22:
+        assert float(row["level/P3/dfd_grad"]) == 0
+
+
+def test_a_run_repeats_from_its_file_in_python_too(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    cfg = tmp_path / "run.yaml"
+    cfg.write_text(yaml.safe_dump(tiny | {"teacher": teacher, "method": "pdf", "epochs": 1, "pdf.gain": 0.25}))
+    d = YoloDistiller()
+    d.train(cfg=str(cfg))
+    assert float(rows(d.trainer)[0]["train/pdf_gain"]) == 0.25
 
 
 def test_amp_bf16_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:

@@ -7,16 +7,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from platformdirs import user_data_path
 from torch import nn
+from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 
 from yolokd.errors import UserError, first_line
 from yolokd.pyramid import Detector
 
 Checkpoint = dict[str, Any]
+Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
 
 
 @contextmanager
@@ -86,9 +89,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def as_path(source: Source | None, argument: str) -> str | None:
+    """A path to what was given; a model object is saved once, under the hash of its content.
+
+    Training then has a file to name in checkpoints, to hash, and to load again in a resume or in another process.
+    Raises UserError for what is neither a path nor a model.
+    """
+    if source is None or isinstance(source, str | Path):
+        return None if source is None else str(source)
+    module = source.model if isinstance(source, Model) else source
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{argument}={source}", "is no model", "give a path, a YOLO object or a module")
+    content = hashlib.sha256(repr((getattr(module, "names", None), getattr(module, "yaml", None))).encode())
+    for key, value in module.state_dict().items():
+        content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path = user_data_path("yolokd") / "models" / f"{content.hexdigest()[:16]}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save({"model": module, "train_args": {}}, temporary)
+    return str(path)
+
+
 def sidecar_path(checkpoint: Path) -> Path:
-    """Where the sidecar of `last.pt` lies: beside it."""
-    return checkpoint.with_name(f"{checkpoint.stem}.distill.pt")
+    """Where the sidecar of `last.pt` lies: beside it, under a name that Ultralytics' `last*.pt` does not match."""
+    return checkpoint.with_name(f"distill-{checkpoint.name}")
 
 
 def save_sidecar(checkpoint: Path, state: dict[str, Any]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import yaml
-
-from yolokd.config import check_keys, nearest, parse_value
+from yolokd.config import check_keys, nearest, parse_value, with_file
 from yolokd.errors import UserError, first_line
 
 HELP = """yolokd distils a large Ultralytics YOLO into a small one.
@@ -95,7 +94,6 @@ def train(keys: Keys) -> int:
     """Distil, or train plainly with method=none."""
     from yolokd.distiller import YoloDistiller
 
-    keys = _with_file(keys)
     YoloDistiller().train(**keys)
     return 0
 
@@ -104,20 +102,22 @@ def check(keys: Keys) -> int:
     """Print what `train` with the same keys would do."""
     from yolokd.report import check_report
 
-    check_report(_with_file(keys))
+    check_report(with_file(keys))
     return 0
 
 
 def val(keys: Keys) -> int:
     """Ultralytics' validation."""
-    _model(keys).val(**keys)
+    with _bad_input("val"):
+        _model(keys).val(**keys)
     return 0
 
 
 def predict(keys: Keys) -> int:
     """Ultralytics' prediction."""
-    for _ in _model(keys).predict(stream=True, **keys):
-        pass
+    with _bad_input("predict"):
+        for _ in _model(keys).predict(**{"save": True} | keys | {"stream": True}):  # as `yolo predict` saves
+            pass
     return 0
 
 
@@ -150,30 +150,27 @@ def demo(keys: Keys) -> int:
 VERBS: dict[str, Callable[[Keys], int]] = {f.__name__: f for f in (train, check, val, predict, export, methods, demo)}
 
 
-def _with_file(keys: Keys) -> Keys:
-    """Keys of `cfg=FILE` under those given."""
-    path = keys.get("cfg")
-    if path is None:
-        return keys
-    try:
-        with open(str(path), encoding="utf-8") as f:
-            content = yaml.safe_load(f)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"cfg={path}", "cannot be read", "give a run's distill.yaml") from e
-    if not isinstance(content, dict):
-        raise UserError(f"cfg={path}", "holds no key: value pairs", "give a run's distill.yaml")
-    return content | {k: v for k, v in keys.items() if k != "cfg"}
-
-
 def _model(keys: Keys) -> Any:
     """The Ultralytics object of `model=`, removed from the keys with `trust=`."""
     from yolokd.distiller import load_yolo
     from yolokd.plan import KNOWN_KEYS
 
-    check_keys(keys, KNOWN_KEYS)
+    for key in keys.keys() - KNOWN_KEYS - {"trust"}:
+        raise UserError(key, "unknown key", nearest(key, KNOWN_KEYS) or "see Ultralytics' settings")
     if "model" not in keys:
         raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
     return load_yolo(keys.pop("model"), bool(keys.pop("trust", False)))
+
+
+@contextmanager
+def _bad_input(verb: str) -> Iterator[None]:
+    """What Ultralytics raises for settings and files that it cannot take is the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
+        raise UserError(verb, first_line(e), "see Ultralytics' settings") from e
 
 
 if __name__ == "__main__":

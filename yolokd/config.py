@@ -173,6 +173,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {match[0]}?" if match else ""
 
 
+def with_file(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `cfg=FILE`, if it is given, under those given beside it."""
+    path = keys.get("cfg")
+    if path is None:
+        return dict(keys)
+    try:
+        with open(str(path), encoding="utf-8") as f:
+            content = yaml.safe_load(f)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"cfg={path}", "cannot be read", "give a run's distill.yaml") from e
+    if not isinstance(content, dict):
+        raise UserError(f"cfg={path}", "holds no key: value pairs", "give a run's distill.yaml")
+    return content | {k: v for k, v in keys.items() if k != "cfg"}
+
+
 def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     """Raise UserError for the first key that is neither in `known` (Ultralytics') nor yolokd's own."""
     known = {*known, *OWN_KEYS, "student"}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yolokd.config import Distillation, Part
+from yolokd.errors import UserError
 from yolokd.methods import registered
 from yolokd.probe import Probe
 from yolokd.pyramid import ClassPairing, Detector, Level, LevelShape, confidence_shares, on_grid_of, split_levels
@@ -99,8 +100,9 @@ class DistillationCriterion(nn.Module):
         }
 
     def _level_weights(self) -> Tensor:
+        """(L,) weights of sum 1: a gain then means the same with either choice, and for pyramids of any height."""
         uniform = self.config.level_weights == "uniform" or not self.teacher.has_logits
-        return torch.ones_like(self.share) if uniform else self.share
+        return torch.full_like(self.share, 1 / len(self.share)) if uniform else self.share
 
     def _levels(self, preds: Any, output: TeacherOutput) -> list[Level]:
         """Pair the student's maps (and logits) with the teacher's, on the student's grid."""
@@ -131,7 +133,7 @@ class DistillationCriterion(nn.Module):
         """Restore `private_state`, in place."""
         own = self.private_state()
         if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
-            raise ValueError("the sidecar belongs to another teacher, student or method")
+            raise UserError("resume", "its adapters fit another teacher or student", "resume with the same teacher")
         with torch.no_grad():
             for key, value in state.items():
                 own[key].copy_(value)
@@ -150,7 +152,7 @@ def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int
 
     The student's initial weights and augmentations are then the same whatever the method.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return nn.ModuleList(PerLevel(registered()[p.name](shape, **p.constants) for shape in levels) for p in parts)
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from platformdirs import user_data_path
-from torch import nn
 from ultralytics import YOLO
-from ultralytics.engine.model import Model
-from ultralytics.utils import callbacks
+from ultralytics.utils import SETTINGS, callbacks
 
-from yolokd.checkpoint import atomic_path, load_model, restricted_loading
+from yolokd.checkpoint import Source, as_path, load_model, restricted_loading
+from yolokd.config import with_file
 from yolokd.errors import UserError
 from yolokd.plan import training_keys
 from yolokd.trainer import DistillationTrainer
-
-Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
 
 
 class YoloDistiller:
@@ -36,7 +29,7 @@ class YoloDistiller:
     def __init__(
         self, teacher: Source | None = None, student: Source | None = None, method: str | None = None, **keys: Any
     ) -> None:
-        given = {"teacher": as_path(teacher), "student": as_path(student), "method": method}
+        given = {"teacher": as_path(teacher, "teacher"), "student": as_path(student, "student"), "method": method}
         self.keys = keys | {k: v for k, v in given.items() if v is not None}
         self.trainer: DistillationTrainer | None = None
         self._callbacks = callbacks.get_default_callbacks()
@@ -51,12 +44,12 @@ class YoloDistiller:
 
         Raises UserError, before anything is written, for what cannot work.
         """
-        keys = {**self.keys, **kwargs}
+        keys = with_file({**self.keys, **kwargs})
         overrides = _resumed(keys) if keys.get("resume") else _fresh(keys)
         self.trainer = DistillationTrainer(overrides=overrides, _callbacks=self._callbacks)
         self.trainer.train()
         best = self.trainer.best if self.trainer.best.exists() else self.trainer.last
-        self._model = load_yolo(best)
+        self._model = load_yolo(best, self.trainer.plan.config.trust)
         metrics = getattr(self.trainer.validator, "metrics", None)
         return metrics if metrics is not None else self._model.ckpt.get("train_metrics")
 
@@ -85,7 +78,8 @@ class YoloDistiller:
         """
         from yolokd.exporter import export
 
-        report = export(str(self.model.ckpt_path), **kwargs)
+        trust = self.trainer is not None and self.trainer.plan.config.trust
+        report = export(str(self.model.ckpt_path), **{"trust": trust} | kwargs)
         if not report.passed:
             raise RuntimeError(f"{report.path} does not equal the torch model; see {report.parity}")
         return report.path
@@ -99,28 +93,6 @@ def load_yolo(path: str | Path, trust: bool = False, argument: str = "model") ->
         return YOLO(str(path))
 
 
-def as_path(source: Source | None) -> str | None:
-    """A path to what was given; a model object is saved once, under the hash of its content.
-
-    Training then has a file to name in checkpoints, to hash, and to load again in a resume or in another process.
-    """
-    if source is None or isinstance(source, str | Path):
-        return None if source is None else str(source)
-    module = source.model if isinstance(source, Model) else source
-    if not isinstance(module, nn.Module):
-        return str(source.ckpt_path or module)
-    buffer = io.BytesIO()
-    torch.save({"model": module, "train_args": {}}, buffer)
-    state = hashlib.sha256()
-    for key, value in module.state_dict().items():
-        state.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path = user_data_path("yolokd") / "models" / f"{state.hexdigest()[:16]}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
-    return str(path)
-
-
 def _fresh(keys: dict[str, Any]) -> dict[str, Any]:
     """Overrides of a new run, which lands in runs/distill unless the keys say otherwise."""
     placed = {} if keys.get("project") or keys.get("save_dir") else {"project": str(Path("runs/distill").absolute())}
@@ -131,7 +103,8 @@ def _resumed(keys: dict[str, Any]) -> dict[str, Any]:
     """Overrides of a resumed run: everything else is in its checkpoint."""
     last = last_checkpoint(keys.pop("resume"), keys.get("project"))
     given = {k: v for k, v in keys.items() if k not in {"student", "model"}}
-    return given | {"resume": str(last), "model": str(last), "save_dir": str(last.parent.parent)}
+    moved = {"save_dir": str(last.parent.parent)} if last.parent.name == "weights" else {}
+    return given | moved | {"resume": str(last), "model": str(last)}
 
 
 def last_checkpoint(resume: object, project: str | None = None) -> Path:
@@ -140,7 +113,8 @@ def last_checkpoint(resume: object, project: str | None = None) -> Path:
     Raises UserError where there is none.
     """
     if resume is True:
-        root = Path(project or "runs/distill")
+        # Ultralytics puts a relative project there
+        root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else Path("runs/distill")
         found = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise UserError("resume=True", f"no run with a checkpoint in {root}", "give resume=path/to/run")

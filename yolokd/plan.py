@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
@@ -51,13 +50,15 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
     config = parse({k: v for k, v in keys.items() if is_own(k)})
     settings = {k: v for k, v in keys.items() if not is_own(k)}
     _check_settings(settings, config)
-    data = load_data(settings.get("data"), single_cls=bool(settings.get("single_cls")))
-    student = load_student(settings.get("model"), data, config.trust)
+    single_cls = bool(settings.get("single_cls"))
     if not config.parts:
-        return Plan(config, data, student, None, None, "", None)
+        data = load_data(settings.get("data"), single_cls)
+        return Plan(config, data, load_student(settings.get("model"), data, config.trust), None, None, "", None)
     _check_distinct(config.teacher, settings.get("model"))
     model, _ = load_teacher(config.teacher, config.trust)
     teacher = Teacher(model)
+    data = load_data(settings.get("data"), single_cls)  # after the teacher: the embedded set is made on first use
+    student = load_student(settings.get("model"), data, config.trust)
     _check_fit(teacher, config, data)
     strides = read_pyramid(student)
     pairing = Pairing(
@@ -73,6 +74,12 @@ def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     return {"data": defaults()["data"]} | rest | {"model": str(student) if isinstance(student, Path) else student}
 
 
+def training_imgsz(imgsz: object, plan: Plan) -> int:
+    """The image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
+    largest = max([32, *map(int, plan.student.stride)])
+    return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))
+
+
 def load_teacher(path: str | None, trust: bool) -> tuple[Detector, dict[str, Any]]:
     """The teacher's model, from a .pt checkpoint; `UserError` where it is none."""
     if not str(path).endswith(".pt"):
@@ -85,11 +92,9 @@ def load_teacher(path: str | None, trust: bool) -> tuple[Detector, dict[str, Any
 def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
     """The student's model, from a .yaml (random weights) or a .pt; `UserError` where it is no plain YOLO detector."""
     name = f"student={path}"
-    if isinstance(path, nn.Module):
-        model: Detector = path
-    elif str(path).endswith((".yaml", ".yml")):
+    if str(path).endswith((".yaml", ".yml")):
         try:
-            model = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
+            model: Detector = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
         except FileNotFoundError as e:
             raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
         except Exception as e:

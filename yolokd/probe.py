@@ -37,6 +37,10 @@ class Probe:
                 record |= {f"{key}_grad": norm, f"{key}_ratio": norm / task_norm if task_norm else 0.0}
         self._records.append(record)
 
+    def forget(self) -> None:
+        """Drop what was measured since the last means: the epoch is done again."""
+        self._records = []
+
     def means(self) -> dict[str, float]:
         """The means since the last call; those of the last call where nothing was measured since."""
         if self._records:
@@ -55,7 +59,10 @@ def level_name(stride: int) -> str:
 
 
 def _norms(loss: Tensor, maps: Sequence[Tensor]) -> list[float]:
-    if not loss.requires_grad:
+    """Gradient norms at the maps; 0 where nothing flows, as below a frozen layer."""
+    live = [m for m in maps if m.requires_grad]
+    if not live or not loss.requires_grad:
         return [0.0 for _ in maps]
-    grads = torch.autograd.grad(loss.sum(), list(maps), retain_graph=True, allow_unused=True)
-    return [0.0 if g is None else float(g.float().norm()) for g in grads]
+    grads = iter(torch.autograd.grad(loss.sum(), live, retain_graph=True, allow_unused=True))
+    found = [next(grads) if m.requires_grad else None for m in maps]
+    return [0.0 if g is None else float(g.float().norm()) for g in found]

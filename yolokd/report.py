@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from yolokd.config import method_defaults
 from yolokd.criterion import build_methods
 from yolokd.methods import constants_model, registered
-from yolokd.plan import Plan, make_plan, training_keys
+from yolokd.plan import Plan, make_plan, training_imgsz, training_keys
 from yolokd.probe import level_name
 from yolokd.pyramid import Level, LevelShape
 
@@ -36,7 +36,7 @@ def check_report(keys: Mapping[str, Any]) -> None:
     """Print what training with these keys would pair, cost and weigh; raises UserError for what it would refuse."""
     full = training_keys(keys)
     plan = make_plan(full)
-    imgsz = int(full.get("imgsz") or 640)
+    imgsz = training_imgsz(full.get("imgsz") or 640, plan)
     CONSOLE.print(_models_table(plan, imgsz))
     if plan.pairing is None:
         CONSOLE.print("method=none: plain Ultralytics training")

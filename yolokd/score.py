@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.nn.modules.head import RTDETRDecoder
+from ultralytics.nn.modules.head import OBB, Pose, RTDETRDecoder, Segment
 from ultralytics.utils import LOGGER
 
 from yolokd.pyramid import ClassPairing, Detector
@@ -28,7 +28,7 @@ def check_teacher(
     """Log the teacher's score and warn where it is useless or knows other classes; returns its mAP50-95.
 
     names: the data set's classes. settings: Ultralytics' for validation (data, imgsz, batch, device, …).
-    None where no class is shared, so that there is nothing to score.
+    None where there is nothing to score: no class is shared, or the teacher does not only detect (segments, …).
     """
     if classes.objectness:
         LOGGER.warning(
@@ -36,7 +36,11 @@ def check_teacher(
             "features still carry over, class scores count as objectness only"
         )
         return None
-    kind = RTDETRValidator if isinstance(teacher.model[-1], RTDETRDecoder) else DetectionValidator
+    head = teacher.model[-1]
+    if isinstance(head, Segment | Pose | OBB):
+        LOGGER.info(f"teacher: does more than detect ({type(head).__name__}): its score is not measured")
+        return None
+    kind = RTDETRValidator if isinstance(head, RTDETRDecoder) else DetectionValidator
     with random_streams_kept():
         validator = kind(save_dir=save_dir, args={**settings, "mode": "val", "task": "detect", "plots": False})
         found = validator(model=aligned_copy(teacher, names, classes.mapping))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder, WorldDetect, YOLOEDetect
 
@@ -49,11 +51,19 @@ class Teacher:
     @torch.no_grad()  # not inference_mode: losses save the maps for backward
     def __call__(self, images: Tensor, logits: bool = False) -> TeacherOutput:
         """Run on (B, channels, H, W) images in 0..1; the class branch of the head runs only if `logits`."""
-        maps = self._model(images)
+        maps = self._maps(images)
         branch = self._tap.class_branch if logits else None
         scores = [convs(m) for convs, m in zip(branch, maps, strict=True)] if branch is not None else []
         strides = list(self.pyramid)
         return TeacherOutput(dict(zip(strides, maps, strict=True)), dict(zip(strides, scores, strict=False)))
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """The neck maps; images are padded for a teacher with coarser levels than the student's, and the maps cut."""
+        height, width = images.shape[-2:]
+        coarsest = max(self.pyramid)
+        padded = F.pad(images, (0, -width % coarsest, 0, -height % coarsest))
+        maps: list[Tensor] = self._model(padded)
+        return [m[..., : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, self.pyramid, strict=True)]
 
     def to(self, device: torch.device) -> Teacher:
         """Move to a device."""

@@ -17,7 +17,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 import yolokd
-from yolokd.checkpoint import load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
+from yolokd.checkpoint import as_path, load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file
@@ -42,9 +42,11 @@ class DistillationTrainer(DetectionTrainer):
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
         keys = {**overrides} if overrides else {}
-        if keys.get("data") in (None, "shapes") and not keys.get("resume"):
-            keys["data"] = data_file(None)
+        if "teacher" in keys:
+            keys["teacher"] = as_path(keys["teacher"], "teacher")
         self.plan: Plan = make_plan(_planned(cfg, keys))
+        if keys.get("data") == "shapes" or (keys.get("data") is None and not keys.get("resume")):
+            keys["data"] = data_file("shapes")
         own = self.plan.config.flat()
         with restricted_loading(self.plan.config.trust):
             super().__init__(cfg, {k: v for k, v in keys.items() if not is_own(k)}, _callbacks)
@@ -53,10 +55,10 @@ class DistillationTrainer(DetectionTrainer):
         self.teacher_score: float | None = None  # mAP50-95 on the validation set, where it was measured
         self._clip: list[float] = []
         if RANK in {-1, 0} and not self.resume:
-            self._save_repeatable(own)
+            self._save_repeatable(own | {"name": keys.get("name")})
 
     def _save_repeatable(self, own: dict[str, Any]) -> None:
-        """Write distill.yaml, from which `yolokd train cfg=` repeats the run."""
+        """Write distill.yaml, from which `yolokd train cfg=` repeats the run, under its original name."""
         given = YAML.load(self.save_dir / "args.yaml")
         run_only = {"save_dir", "resume", "mode", "task", "cfg"}
         YAML.save(self.save_dir / "distill.yaml", {k: v for k, v in given.items() if k not in run_only} | own)
@@ -97,6 +99,9 @@ class DistillationTrainer(DetectionTrainer):
     def _score_teacher(self) -> None:
         plan, args = self.plan, self.args
         assert plan.pairing is not None
+        if RANK != -1:  # Ultralytics' validators gather over all ranks, and only one is here
+            LOGGER.info("teacher: not scored in a run over several devices")
+            return
         taken = ("data", "imgsz", "device", "workers", "split", "single_cls")
         settings = {key: getattr(args, key) for key in taken} | {"batch": self.batch_size * 2, "rect": True}
         self.teacher_score = check_teacher(
@@ -133,7 +138,8 @@ class DistillationTrainer(DetectionTrainer):
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(student, max_norm=MAX_NORM)
         clip_grad_norm_(adapters, max_norm=MAX_NORM)
-        self._clip.append(min(1.0, MAX_NORM / (float(norm) + 1e-6)))
+        if torch.isfinite(norm):
+            self._clip.append(min(1.0, MAX_NORM / (float(norm) + 1e-6)))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -187,25 +193,29 @@ class DistillationTrainer(DetectionTrainer):
         if base is not None:
             criterion.base = base
         if self.resume:
-            self._restore_sidecar(Path(str(self.args.model)))
+            self._restore_sidecar(Path(str(self.args.model)), self.start_epoch - 1)
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         """Restore optimizer and EMA, which is rebuilt from the live model and must shed the criterion again."""
         super()._load_checkpoint_state(ckpt)
         self.ema.ema._modules.pop("criterion", None)
         if self.criterion is not None:  # NaN recovery; in a resume the criterion is put back, then restored
-            self._restore_sidecar(self.last)
+            self._restore_sidecar(self.last, ckpt["epoch"])
+            self.criterion.probe.forget()
+            self._clip = []
 
-    def _restore_sidecar(self, checkpoint: Path) -> None:
+    def _restore_sidecar(self, checkpoint: Path, epoch: int) -> None:
         state = load_sidecar(checkpoint)
-        if state is None:
-            LOGGER.warning(f"{checkpoint} has no sidecar: adapters start anew")
+        if state is None or state["epoch"] != epoch:
+            LOGGER.warning(f"{checkpoint} has no sidecar of its epoch: adapters start anew")
         elif self.criterion is not None:
             self.criterion.load_private_state(state["criterion"])
             self.criterion.probe.last = state["measured"]
 
     def final_eval(self) -> None:
         """Finish as Ultralytics does, and drop the sidecar: a finished run has nothing to resume."""
+        if self.resume and self.best.exists():  # Ultralytics' stripping loads it without restriction
+            load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
         if RANK in {-1, 0}:
             sidecar_path(self.last).unlink(missing_ok=True)
