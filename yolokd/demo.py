@@ -93,7 +93,6 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "pdf", **unknown:
         raise UserError(f"seed={seed}", "must be a whole number of at least 0", "for example seed=0")
     if not method_names(method):
         raise UserError("method=none", "leaves nothing to show", "for example method=dfd")
-    torch.set_num_threads(os.cpu_count() or 1)  # Ultralytics leaves a single one
     started = time.time()
     recipe = SHORT if short else Recipe()
     data = shapes.ensure(counts=recipe.counts)
@@ -118,6 +117,7 @@ def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[Run]:
         CONSOLE.rule(f"{name}: {training.model}, {training.epochs} epochs, seed {seed}")
         begun = time.time()
         distiller = YoloDistiller(student=training.model, **keys)
+        distiller.add_callback("on_train_start", _use_all_cores)
         own = {"data": data, "project": project, "name": name, "seed": seed}
         distiller.train(**SETTINGS, **own, epochs=training.epochs, lr0=training.lr0)
         return Run(name, training.epochs, distiller, time.time() - begun)
@@ -126,6 +126,11 @@ def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[Run]:
     alone = train("student-alone", recipe.student, method="none")
     distilled = train("student-distilled", recipe.student, method=method, teacher=teacher.weights / "best.pt")
     return [teacher, alone, distilled]
+
+
+def _use_all_cores(_trainer: object) -> None:
+    """Ultralytics leaves one core idle, of two a half."""
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 def _detect(onnx: Path, images: Path, out: Path) -> list[Path]:
