@@ -44,7 +44,7 @@ class Training:
 class Recipe:
     """What the demo trains; found by trial, as SETTINGS. The student alone and distilled share one recipe."""
 
-    teacher: Training = Training("yolov8s.yaml", epochs=20, lr0=0.0015)
+    teacher: Training = Training("yolov8s.yaml", epochs=25, lr0=0.0015)
     student: Training = Training("yolov8n.yaml", epochs=14, lr0=0.002)
     counts: Mapping[str, int] = field(default_factory=lambda: shapes.COUNTS)
 
