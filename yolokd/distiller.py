@@ -85,10 +85,10 @@ class YoloDistiller:
         return report.path
 
 
-def load_yolo(path: str | Path, trust: bool = False, argument: str = "model") -> YOLO:
+def load_yolo(path: str | Path, trust: bool = False) -> YOLO:
     """Ultralytics' `YOLO` object of a checkpoint, loaded under restriction."""
     if str(path).endswith(".pt"):
-        load_model(path, argument, trust)
+        load_model(path, "model", trust)
     with restricted_loading(trust):
         return YOLO(str(path))
 

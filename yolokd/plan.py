@@ -55,7 +55,7 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
         data = load_data(settings.get("data"), single_cls)
         return Plan(config, data, load_student(settings.get("model"), data, config.trust), None, None, "", None)
     _check_distinct(config.teacher, settings.get("model"))
-    model, _ = load_teacher(config.teacher, config.trust)
+    model = load_teacher(config.teacher, config.trust)
     teacher = Teacher(model)
     data = load_data(settings.get("data"), single_cls)  # after the teacher: the embedded set is made on first use
     student = load_student(settings.get("model"), data, config.trust)
@@ -80,13 +80,13 @@ def training_imgsz(imgsz: object, plan: Plan) -> int:
     return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))
 
 
-def load_teacher(path: str | None, trust: bool) -> tuple[Detector, dict[str, Any]]:
+def load_teacher(path: str | None, trust: bool) -> Detector:
     """The teacher's model, from a .pt checkpoint; `UserError` where it is none."""
     if not str(path).endswith(".pt"):
         raise UserError(f"teacher={path}", "is no .pt checkpoint", "give a trained model, for example yolov8l.pt")
-    model, ckpt = load_model(str(path), "teacher", trust)
+    model, _ = load_model(str(path), "teacher", trust)
     check_detector(model, f"teacher={path}")
-    return model, ckpt
+    return model
 
 
 def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
