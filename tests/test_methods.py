@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from yolokd.methods.pdf import disagree, position_weights
 from yolokd.pyramid import Level, LevelShape
 
 CS, CT, K = 3, 5, 2
+NAMES = ["dfd", "pdf", "sl2"]
 HARD = ["most25", "most50", "least25", "least50"]
 
 
@@ -87,9 +89,13 @@ def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("regions", ["both", "high", "low"])
 @pytest.mark.parametrize("constraint", ["mixed", "plain", "transformed", "swapped"])
-def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str) -> None:
-    method: Any = build("dfd", alpha=0.7, beta=1.3, regions=regions, constraint=constraint)
-    transformed = np.asarray(method.transform(method.adapt(level.student)).detach())
+@pytest.mark.parametrize("width", ["student", "teacher"])
+def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, width: str) -> None:
+    method: Any = build("dfd", alpha=0.7, beta=1.3, regions=regions, constraint=constraint, width=width)
+    f_trans = method.transform or (lambda maps: maps)
+    student = level.student
+    after = method.adapt(f_trans(student)) if width == "student" else f_trans(method.adapt(student))
+    transformed = np.asarray(after.detach())
     expected = reference.dfd(level.teacher.numpy(), adapted(method, level), transformed, 0.7, 1.3, regions, constraint)
     # float32 attention and distances inside, float64 in the reference
     assert float(method(level)) == pytest.approx(expected, rel=2e-5, abs=1e-7)
@@ -122,6 +128,18 @@ def assert_pdf_equals_the_reference(level: Level, distance: str, weighting: str)
     assert float(method(level)) == pytest.approx(expected, rel=2e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+@pytest.mark.parametrize("end2end", [False, True])
+def test_sl2_equals_the_reference(level: Level, end2end: bool) -> None:
+    method: Any = build("sl2")
+    one2one = torch.linspace(-4, 4, level.teacher_logits.numel(), dtype=torch.float64).view_as(level.teacher_logits)
+    level = replace(level, teacher_one2one_logits=one2one if end2end else None)
+    projected = np.asarray(method.project(level.student).detach())
+    other = one2one.numpy() if end2end else None
+    expected = reference.sl2(level.teacher.numpy(), projected, level.teacher_logits.numpy(), other)
+    assert float(method(level).detach()) == pytest.approx(expected, rel=2e-5, abs=1e-7)
+
+
 @pytest.mark.parametrize("case", ["all zero", "constant", "one hot", "saturated"])
 @pytest.mark.parametrize("weighting", HARD)
 def test_hard_pdf_takes_the_right_number_of_tied_positions(case: str, weighting: Any) -> None:
@@ -133,7 +151,7 @@ def test_hard_pdf_takes_the_right_number_of_tied_positions(case: str, weighting:
     assert torch.allclose(weights.mean((1, 2)), torch.ones(len(d)))
 
 
-@pytest.mark.parametrize("name", ["dfd", "pdf"])
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """gradcheck in float64; the methods' float32 casts are lifted to float64 for it."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
@@ -176,7 +194,7 @@ def test_the_split_carries_no_gradient() -> None:
 
 
 def test_inputs_stay_unchanged() -> None:
-    for name in ("dfd", "pdf"):
+    for name in NAMES:
         level = random_level(2, 4, 4)
         before = level.teacher.clone(), level.teacher_logits.clone(), level.student.clone()
         build(name)(level)
@@ -185,7 +203,7 @@ def test_inputs_stay_unchanged() -> None:
         assert torch.equal(before[2], level.student)
 
 
-@pytest.mark.parametrize("name", ["dfd", "pdf"])
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_are_means(name: str) -> None:
     """Repeating the images of a batch leaves a loss as it is."""
     level, method = random_level(2, 4, 4), build(name)
@@ -195,7 +213,7 @@ def test_losses_are_means(name: str) -> None:
     assert float(method(twice)) == pytest.approx(float(method(level)), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["dfd", "pdf"])
+@pytest.mark.parametrize("name", NAMES)
 def test_half_precision_maps_give_float32_losses(name: str) -> None:
     level = random_level(2, 4, 4)
     method = build(name).bfloat16()

@@ -23,6 +23,7 @@ from yolokd import UserError, YoloDistiller, distillation_trainer, register
 from yolokd.checkpoint import sidecar_path
 from yolokd.criterion import DistillationCriterion
 from yolokd.methods import Method
+from yolokd.trainer import THREADS
 
 STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
 
@@ -48,8 +49,9 @@ class Stop(Exception):
 
 
 def plain(student: str, tiny: dict[str, Any], **more: Any) -> Any:
-    """Ultralytics' own training with the same settings."""
+    """Ultralytics' own training with the same settings, on as many cores: sums of floats depend on it."""
     model = YOLO(student)
+    model.add_callback("on_train_start", lambda _: torch.set_num_threads(THREADS))
     model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, name="plain", **more)
     return model.trainer
 
@@ -100,13 +102,14 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
 
     def remember(trainer: Any) -> None:
         seen["before"] = {k: v.clone() for k, v in trainer.plan.teacher.state_dict().items()}
+        seen["model"] = trainer.plan.teacher_model
         seen["loaded"] = {k: v.clone() for k, v in trainer.plan.teacher_model.state_dict().items()}
 
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf")
     d.add_callback("on_pretrain_routine_end", remember)
     d.train(**tiny | {"check_teacher": True})
     assert states_equal(seen["before"], d.trainer.plan.teacher.state_dict())
-    assert states_equal(seen["loaded"], d.trainer.plan.teacher_model.state_dict())
+    assert states_equal(seen["loaded"], seen["model"].state_dict())
 
 
 def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, Any], teacher: str) -> None:
@@ -459,3 +462,12 @@ def test_amp_bf16_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
     losses = [float(v) for k, v in rows(d.trainer)[0].items() if k.startswith("train/") and k.endswith("_loss")]
     assert all(math.isfinite(v) and v > 0 for v in losses)
     assert all(v.dtype == torch.float32 for v in weights(d.trainer).values() if v.is_floating_point())
+
+
+def test_channels_last_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1, "channels_last": True})
+    convolutions = [p for p in d.trainer.model.model.parameters() if p.ndim == 4 and p.shape[2] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
+    saved = torch.load(d.trainer.last, weights_only=False)["model"]
+    assert all(p.is_contiguous() for p in saved.parameters())
+    assert float(rows(d.trainer)[0]["train/dfd_loss"]) > 0

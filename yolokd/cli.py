@@ -21,6 +21,7 @@ HELP = """yolokd distils a large Ultralytics YOLO into a small one.
   yolokd val|predict model=runs/distill/train/weights/best.pt …
   yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True
   yolokd methods                                     # the methods and their constants
+  yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,sl2,dfd,pdf
   yolokd demo                                        # the whole story, at most ten minutes on two CPU cores
 
 Every key of `yolo train` passes through. --debug shows tracebacks."""
@@ -139,6 +140,14 @@ def methods(keys: Keys) -> int:
     return 0
 
 
+def bench(keys: Keys) -> int:
+    """Measure training steps."""
+    from yolokd.bench import run_bench
+
+    run_bench(**keys)
+    return 0
+
+
 def demo(keys: Keys) -> int:
     """The embedded default: teacher, student, distilled student, export, parity, detection."""
     from yolokd.demo import run_demo
@@ -147,7 +156,9 @@ def demo(keys: Keys) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Keys], int]] = {f.__name__: f for f in (train, check, val, predict, export, methods, demo)}
+VERBS: dict[str, Callable[[Keys], int]] = {
+    f.__name__: f for f in (train, check, val, predict, export, methods, bench, demo)
+}
 
 
 def _model(keys: Keys) -> Any:

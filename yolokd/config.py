@@ -35,6 +35,9 @@ class Distillation(BaseModel):
     method: str
     level_weights: Literal["confidence", "uniform"]
     check_teacher: bool
+    teacher_precision: Literal["auto", "fp32", "bf16", "fp16"]
+    teacher_imgsz: Annotated[int, Field(ge=32)] | None
+    teacher_compile: bool
     probe: Annotated[int, Field(ge=1)]
     trust: bool
     parts: tuple[Part, ...]

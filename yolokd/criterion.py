@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from yolokd.config import Distillation, Part
 from yolokd.errors import UserError
 from yolokd.methods import registered
+from yolokd.methods.blocks import Adapter
 from yolokd.probe import Probe
 from yolokd.pyramid import ClassPairing, Detector, Level, LevelShape, confidence_shares, on_grid_of, split_levels
 from yolokd.teacher import Teacher, TeacherOutput
@@ -37,7 +38,6 @@ class DistillationCriterion(nn.Module):
     """
 
     share: Tensor
-    steps: Tensor
 
     def __init__(self, student: Detector, teacher: Teacher, config: Distillation, pairing: Pairing, seed: int) -> None:
         super().__init__()
@@ -45,11 +45,12 @@ class DistillationCriterion(nn.Module):
         self._base: Any = None
         self.teacher, self.pairing, self.config = teacher, pairing, config
         self.wants_logits = any(registered()[p.name].wants_logits for p in config.parts)
+        self.wants_one2one = any(registered()[p.name].wants_one2one for p in config.parts)
         self.methods = build_methods(config.parts, pairing.levels, seed)
         self.probe = Probe()
         levels = len(pairing.levels)
         self.register_buffer("share", torch.full((levels,), 1 / levels))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self._step = 0  # a plain number: reading a tensor's value would make a GPU wait
         self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]
 
     @property
@@ -73,8 +74,8 @@ class DistillationCriterion(nn.Module):
     def forward(self, preds: Any, batch: dict[str, Any]) -> Losses:
         """(loss vector times batch size, detached items by name), as Ultralytics' criteria return them."""
         task, items = self.base(preds, batch)
-        measuring = self.steps.item() % self.config.probe == 0
-        output = self.teacher(batch["img"], logits=self.wants_logits or (measuring and self.teacher.has_logits))
+        measuring = self._measuring
+        output = self.teacher(batch["img"], *self._wanted())
         levels = self._levels(preds, output)
         if measuring and output.logits:
             of_shared = self.pairing.classes.of_teacher
@@ -84,13 +85,25 @@ class DistillationCriterion(nn.Module):
         scaled = [p.gain * losses[p.name] * len(batch["img"]) for p in self.config.parts]
         if measuring:
             self.probe.measure(task, dict(zip(losses, scaled, strict=True)), levels, self.share)
-        self.steps += 1
+        self._step += 1
         for part in self.config.parts:
             items |= {
                 f"{part.name}_loss": losses[part.name].sum().detach(),
                 f"{part.name}_gain": self.share.new_tensor(part.gain),
             }
         return torch.cat([task.flatten(), *scaled]), items
+
+    def start_teacher(self, images: Tensor) -> None:
+        """Let the teacher begin on a batch before the student's forward, where the device can overlap the two."""
+        self.teacher.start(images, *self._wanted())
+
+    @property
+    def _measuring(self) -> bool:
+        return self._step % self.config.probe == 0
+
+    def _wanted(self) -> tuple[bool, bool]:
+        """Whether the teacher's class scores are needed in this step, and those of its one-to-one branch."""
+        return self.wants_logits or (self._measuring and self.teacher.has_logits), self.wants_one2one
 
     def _losses(self, levels: Sequence[Level]) -> dict[str, Tensor]:
         """Each method's (L,) weighted losses, without gain."""
@@ -114,10 +127,12 @@ class DistillationCriterion(nn.Module):
         paired = []
         for shape in self.pairing.levels:
             s, student = shape.stride, maps[shape.stride]
-            level = Level(s, student, on_grid_of(student, output.maps[s]))
+            level = Level(s, student, on_grid_of(student, output.maps[s].float()))  # cast once, for all methods
             if self.wants_logits:
                 level.student_logits = classes.of_student(logits[s])
                 level.teacher_logits = on_grid_of(student, classes.of_teacher(output.logits[s]))
+            if output.one2one:
+                level.teacher_one2one_logits = on_grid_of(student, classes.of_teacher(output.one2one[s]))
             paired.append(level)
         return paired
 
@@ -127,16 +142,17 @@ class DistillationCriterion(nn.Module):
 
     def private_state(self) -> dict[str, Tensor]:
         """What a resume needs of this module: adapters, step count and confidence shares."""
-        return super().state_dict()
+        return super().state_dict() | {"step": torch.tensor(self._step)}
 
     def load_private_state(self, state: dict[str, Tensor]) -> None:
         """Restore `private_state`, in place."""
         own = self.private_state()
         if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
             raise UserError("resume", "its adapters fit another teacher or student", "resume with the same teacher")
+        self._step = int(state["step"])
         with torch.no_grad():
-            for key, value in state.items():
-                own[key].copy_(value)
+            for key in own.keys() - {"step"}:
+                own[key].copy_(state[key])
 
 
 class PerLevel(nn.ModuleList):
@@ -154,7 +170,20 @@ def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return nn.ModuleList(PerLevel(registered()[p.name](shape, **p.constants) for shape in levels) for p in parts)
+        built = [PerLevel(registered()[p.name](shape, **p.constants) for shape in levels) for p in parts]
+    for at_one_level in zip(*built, strict=True):
+        _share_adapters(at_one_level)
+    return nn.ModuleList(built)
+
+
+def _share_adapters(methods: Sequence[nn.Module]) -> None:
+    """Composed methods of one level train one adapter where theirs are equal: its map is then computed once."""
+    first: Adapter | None = None
+    for method in methods:
+        for name, child in method.named_children():
+            if isinstance(child, Adapter):
+                first = first or child
+                setattr(method, name, first)
 
 
 def _forgive_missing(_module: nn.Module, keys: Any) -> None:

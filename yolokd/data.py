@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
+from ultralytics.data.augment import LetterBox
 from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
 from ultralytics.utils.patches import imread
 
@@ -17,6 +20,7 @@ from yolokd.errors import UserError, first_line
 Image = npt.NDArray[np.uint8]
 
 PICTURES = 8  # ours: how many validation pictures an export is tried on
+SAMPLE = 4  # ours: how many a teacher's precision is tried on
 
 
 def data_file(data: object) -> str:
@@ -60,9 +64,24 @@ def validation_images(data: str) -> list[Image]:
 
     Raises UserError where there is none to read.
     """
-    files = sorted(split_images(load_data(data, download=False)["val"]))
-    spread = [files[i * len(files) // PICTURES] for i in range(PICTURES)] if len(files) > PICTURES else files
-    images = [image for file in spread if (image := imread(file)) is not None]
+    images = _pictures(load_data(data, download=False)["val"], PICTURES)
     if not images:
         raise UserError(f"data={data}", "has no readable validation image", "give data= the .yaml of an existing set")
     return images
+
+
+def sample_batch(data: dict[str, Any], imgsz: int) -> Tensor:
+    """A few validation pictures as the networks see them: (B, channels, imgsz, imgsz) in 0..1."""
+    channels = data["channels"]
+    pictures = _pictures(data["val"], SAMPLE) if channels == 3 else []
+    if not pictures:  # the layout of other channels is the data set's own
+        return torch.rand(SAMPLE, channels, imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+    letterbox = LetterBox((imgsz, imgsz))
+    boxed = np.stack([letterbox(image=p)[..., ::-1].transpose(2, 0, 1) for p in pictures])
+    return torch.from_numpy(np.ascontiguousarray(boxed)).float() / 255
+
+
+def _pictures(split: str | list[str], count: int) -> list[Image]:
+    files = sorted(split_images(split))
+    spread = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
+    return [image for file in spread if (image := imread(file)) is not None]

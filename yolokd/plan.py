@@ -35,7 +35,7 @@ class Plan:
     data: dict[str, Any]
     student: Detector
     teacher: Teacher | None
-    teacher_model: Detector | None  # as loaded, head included: what `check_teacher` scores
+    teacher_model: Detector | None  # as loaded, head included: what `check_teacher` scores; then dropped
     teacher_sha256: str
     pairing: Pairing | None
 

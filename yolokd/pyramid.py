@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -31,6 +31,7 @@ class Level:
 
     student: (B, C_S, H, W), carries gradient. teacher: (B, C_T, H, W), no gradient.
     student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None where no method wants them.
+    teacher_one2one_logits: the same of an end-to-end teacher's one-to-one branch, or None.
     """
 
     stride: int
@@ -38,6 +39,14 @@ class Level:
     teacher: Tensor
     student_logits: Tensor | None = None
     teacher_logits: Tensor | None = None
+    teacher_one2one_logits: Tensor | None = None
+    _computed: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, computed for the first of the methods that ask for `key` and shared by the others."""
+        if key not in self._computed:
+            self._computed[key] = compute()
+        return self._computed[key]
 
 
 @dataclass(frozen=True)

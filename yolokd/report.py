@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.config import method_defaults
 from yolokd.criterion import build_methods
+from yolokd.data import sample_batch
 from yolokd.methods import constants_model, registered
 from yolokd.plan import Plan, make_plan, training_imgsz, training_keys
+from yolokd.precision import fit
 from yolokd.probe import level_name
 from yolokd.pyramid import Level, LevelShape
 
@@ -43,10 +46,22 @@ def check_report(keys: Mapping[str, Any]) -> None:
         return
     CONSOLE.print(_levels_table(plan.pairing.levels, imgsz))
     CONSOLE.print(_classes_line(plan))
+    for note in _teacher_notes(plan, imgsz, full.get("device")):
+        CONSOLE.print(f"teacher: {note}")
     for part in plan.config.parts:
         constants = " ".join(f"{part.name}.{k}={v}" for k, v in part.constants.items())
         CONSOLE.print(f"{part.name}: {part.name}.gain={part.gain} {constants}, levels by {plan.config.level_weights}")
     CONSOLE.print("nothing to refuse; nothing was trained")
+
+
+def _teacher_notes(plan: Plan, imgsz: int, device: object) -> list[str]:
+    """How the teacher would run on the training's device, tried on validation pictures."""
+    assert plan.teacher is not None
+    at, config = select_device(parse_device(device), verbose=False), plan.config
+    images = sample_batch(plan.data, imgsz).to(at)
+    settings = config.teacher_precision, config.teacher_compile, config.teacher_imgsz
+    _, notes = fit(plan.teacher.to(at), images, *settings)
+    return notes or ["fp32"]
 
 
 def _models_table(plan: Plan, imgsz: int) -> Table:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from collections.abc import Callable
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -18,10 +19,27 @@ from yolokd.pyramid import Detector, read_pyramid
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher sees in a batch, by stride: maps (B, C, H, W), and logits (B, nc, H, W) where asked for."""
+    """What the teacher sees in a batch, by stride: maps (B, C, H, W), and logits (B, nc, H, W) where asked for.
+
+    one2one: the logits of an end-to-end teacher's other branch, where asked for and where it has one.
+    """
 
     maps: dict[int, Tensor]
     logits: dict[int, Tensor]
+    one2one: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a teacher runs: precision of weights and maps, memory format, compiled or not, and at what image size.
+
+    imgsz: the longest side in pixels at which it sees a batch; None for that of the student.
+    """
+
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    compiled: bool = False
+    imgsz: int | None = None
 
 
 class Teacher:
@@ -40,30 +58,80 @@ class Teacher:
         self.channels: int = model.yaml.get("channels", 3)
         self.pyramid = read_pyramid(model)
         model.end2end = False  # an end-to-end teacher would lose its one-to-many branch when fused
-        self.has_logits = _class_branch(model.model[-1]) is not None
-        self._tap = _Tap(model.model[-1])
-        model.model[-1] = self._tap
+        model.model[-1] = _Tap(model.model[-1])
+        self.engine = Engine()
         self._model = model.fuse(verbose=False)
+        self._forward: Callable[[Tensor], list[Tensor]] = self._model
+        self._ahead = _Ahead()
+
+    @property
+    def _tap(self) -> _Tap:
+        tap: _Tap = self._model.model[-1]
+        return tap
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether its head scores classes at every position."""
+        return self._tap.one2many is not None
+
+    @property
+    def network(self) -> nn.Module:
+        """What runs: backbone and neck, and the class branches in the head's place."""
+        network: nn.Module = self._model
+        return network
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
 
+    def on(self, engine: Engine) -> Teacher:
+        """The same teacher, run another way; this one stays as it is."""
+        other = copy(self)
+        layout = torch.channels_last if engine.channels_last else torch.contiguous_format
+        other.engine, other._ahead = engine, _Ahead()
+        other._model = deepcopy(self._model).to(dtype=engine.dtype, memory_format=layout)
+        other._forward = _compiled(other._model) if engine.compiled else other._model
+        return other
+
+    def start(self, images: Tensor, logits: bool = False, one2one: bool = False) -> None:
+        """On CUDA, run on a stream of its own while the student's forward runs; the next call collects the output."""
+        if images.is_cuda:
+            self._ahead.start(images, lambda: self._run(images, logits, one2one))
+
+    def __call__(self, images: Tensor, logits: bool = False, one2one: bool = False) -> TeacherOutput:
+        """Run on (B, channels, H, W) images in 0..1; the class branches of the head run only where asked for."""
+        return self._ahead.collect(images) or self._run(images, logits, one2one)
+
     @torch.no_grad()  # not inference_mode: losses save the maps for backward
-    def __call__(self, images: Tensor, logits: bool = False) -> TeacherOutput:
-        """Run on (B, channels, H, W) images in 0..1; the class branch of the head runs only if `logits`."""
-        maps = self._maps(images)
-        branch = self._tap.class_branch if logits else None
-        scores = [convs(m) for convs, m in zip(branch, maps, strict=True)] if branch is not None else []
-        strides = list(self.pyramid)
-        return TeacherOutput(dict(zip(strides, maps, strict=True)), dict(zip(strides, scores, strict=False)))
+    def _run(self, images: Tensor, logits: bool, one2one: bool) -> TeacherOutput:
+        # A student trained under autocast must not change the teacher's arithmetic.
+        with torch.autocast(images.device.type, enabled=False):
+            maps = self._maps(images)
+            return TeacherOutput(
+                self._by_stride(maps),
+                self._by_stride(_scores(self._tap.one2many if logits else None, maps)),
+                self._by_stride(_scores(self._tap.one2one if one2one else None, maps)),
+            )
+
+    def _by_stride(self, values: list[Tensor]) -> dict[int, Tensor]:
+        return dict(zip(self.pyramid, values, strict=False))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """The neck maps; images are padded for a teacher with coarser levels than the student's, and the maps cut."""
+        images = self._resized(images)
         height, width = images.shape[-2:]
         coarsest = max(self.pyramid)
-        padded = F.pad(images, (0, -width % coarsest, 0, -height % coarsest))
-        maps: list[Tensor] = self._model(padded)
+        padded = F.pad(images, (0, -width % coarsest, 0, -height % coarsest)).to(self.engine.dtype)
+        if self.engine.channels_last:
+            padded = padded.contiguous(memory_format=torch.channels_last)
+        maps = self._forward(padded)
         return [m[..., : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, self.pyramid, strict=True)]
+
+    def _resized(self, images: Tensor) -> Tensor:
+        if self.engine.imgsz is None:
+            return images
+        scale = self.engine.imgsz / max(images.shape[-2:])
+        size = [max(round(side * scale), 1) for side in images.shape[-2:]]
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
 
     def to(self, device: torch.device) -> Teacher:
         """Move to a device."""
@@ -76,24 +144,61 @@ class Teacher:
         return state
 
 
+class _Ahead:
+    """One run of a teacher on a CUDA stream of its own, from `start` to `collect`."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._images: Tensor | None = None
+        self._output: TeacherOutput | None = None
+
+    def start(self, images: Tensor, run: Callable[[], TeacherOutput]) -> None:
+        self._stream = self._stream or torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(self._stream):
+            self._images, self._output = images, run()
+        images.record_stream(self._stream)  # its memory must not be reused before the teacher has read it
+
+    def collect(self, images: Tensor) -> TeacherOutput | None:
+        """The output for these very images, once the current stream waits for it; None where nothing was started."""
+        output, self._output = self._output, None
+        if self._images is not images:
+            output = None
+        self._images = None
+        if output is None or self._stream is None:
+            return None
+        current = torch.cuda.current_stream(images.device)
+        current.wait_stream(self._stream)
+        for values in (output.maps, output.logits, output.one2one):
+            for tensor in values.values():
+                tensor.record_stream(current)  # allocated on the other stream, used on this one
+        return output
+
+
+def _scores(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:
+    return [convs(m) for convs, m in zip(branch, maps, strict=True)] if branch is not None else []
+
+
+def _compiled(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
+    # Weights never change, so they may be folded into the graph.
+    compiled: Callable[[Tensor], list[Tensor]] = torch.compile(model, options={"freezing": True})
+    return compiled
+
+
 class _Tap(nn.Module):
-    """Stands in for the head: returns the neck maps, and keeps the class branch at hand."""
+    """Stands in for the head: returns the neck maps, and keeps the class branches at hand."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.f, self.i = head.f, head.i  # where Ultralytics' forward feeds it from
-        self.class_branch = _class_branch(head)
+        dense = isinstance(head, Detect) and not isinstance(head, WorldDetect | YOLOEDetect)
+        one2one = getattr(head, "one2one_cv3", None) if dense else None
+        many = head.cv3 if dense else None
+        self.one2many: nn.ModuleList | None = many if many is not None else one2one
+        self.one2one: nn.ModuleList | None = one2one
 
     def forward(self, maps: list[Tensor], *_: object) -> list[Tensor]:
         return list(maps)
-
-
-def _class_branch(head: Any) -> nn.ModuleList | None:
-    """The convolutions that give dense class logits, one per level; None for heads that have none."""
-    if not isinstance(head, Detect) or isinstance(head, WorldDetect | YOLOEDetect):
-        return None
-    branch: nn.ModuleList | None = head.cv3 if head.cv3 is not None else head.one2one_cv3
-    return branch
 
 
 def check_detector(model: Detector, argument: str) -> None:

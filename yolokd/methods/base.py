@@ -34,6 +34,7 @@ class Method(nn.Module):
 
     paper: ClassVar[str] = ""
     wants_logits: ClassVar[bool] = False  # whether `Level` must carry both models' class logits
+    wants_one2one: ClassVar[bool] = False  # whether it must carry those of an end-to-end teacher's other branch as well
 
     def forward(self, level: Level) -> Tensor:
         """The level's loss: a scalar mean over batch, channels and positions, unscaled by any gain."""

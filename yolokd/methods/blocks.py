@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolokd.pyramid import LevelShape
+from yolokd.pyramid import Level, LevelShape
+
+
+class Adapter(nn.Conv2d):
+    """1x1 convolution from the student's channels to the teacher's; methods of one level share equal ones."""
+
+    def __init__(self, shape: LevelShape) -> None:
+        super().__init__(shape.student_channels, shape.teacher_channels, kernel_size=1)
 
 
 def adapter(shape: LevelShape) -> nn.Module:
-    """1x1 convolution from the student's channels to the teacher's: (B, C_S, H, W) -> (B, C_T, H, W)."""
-    return nn.Conv2d(shape.student_channels, shape.teacher_channels, kernel_size=1)
+    """An Adapter: (B, C_S, H, W) -> (B, C_T, H, W)."""
+    return Adapter(shape)
+
+
+def adapted(adapt: nn.Module, level: Level) -> Tensor:
+    """The student's map at the teacher's channels, computed once a step for all methods that share the adapter."""
+    return level.once(adapt, lambda: adapt(level.student))
+
+
+def adapted_error(adapt: nn.Module, level: Level) -> Tensor:
+    """Mean over channels of (F_T − F_S)², F_S adapted: (B, H, W) float32, computed once a step like `adapted`."""
+    return level.once((adapt, "error"), lambda: squared_error(adapted(adapt, level), level.teacher))
 
 
 def generator(channels: int) -> nn.Module:
@@ -29,4 +47,4 @@ def spatial_attention(maps: Tensor) -> Tensor:
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean over channels of (a − b)²: two (B, C, H, W) -> (B, H, W), float32."""
-    return (a.float() - b.float()).square().mean(1)
+    return F.mse_loss(a.float(), b.float(), reduction="none").mean(1)

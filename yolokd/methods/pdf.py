@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import adapter, squared_error
+from yolokd.methods.blocks import adapted_error, adapter
 
 Distance = Literal["l2", "l1", "kl"]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
@@ -43,8 +43,7 @@ class PDF(Method):
         assert level.teacher_logits is not None
         assert level.student_logits is not None
         disagreement = disagree(level.teacher_logits, level.student_logits.detach(), self.distance)
-        error = squared_error(self.adapt(level.student), level.teacher)
-        return (position_weights(disagreement, self.weighting) * error).mean()
+        return (position_weights(disagreement, self.weighting) * adapted_error(self.adapt, level)).mean()
 
 
 def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:

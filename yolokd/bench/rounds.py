@@ -1,0 +1,118 @@
+"""Contenders in turn, round by round, and what their steps come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from yolokd.bench.contender import NATIVE, NATIVE_ALL, PLAIN, Contender, Seconds, Setting, TeacherAlone
+from yolokd.bench.memory import peak_mib
+from yolokd.trainer import THREADS
+
+WARM_UP = 2  # steps of each contender before those that count
+
+
+@dataclass
+class Rounds:
+    """Steps of every contender, round by round."""
+
+    seconds: dict[str, list[Seconds]] = field(default_factory=dict)
+
+    def add(self, label: str, found: Seconds) -> None:
+        """Record one step."""
+        self.seconds.setdefault(label, []).append(found)
+
+    def median(self, label: str, part: str = "step") -> float:
+        """Median seconds of a contender's steps, or of a part of them."""
+        return float(median(getattr(s, part) for s in self.seconds[label]))
+
+    def ratio(self, label: str, *others: str) -> float:
+        """Median over rounds of a contender's seconds over the sum of others' in the same round."""
+        columns = [self.seconds[other] for other in others]
+        rounds = zip(self.seconds[label], zip(*columns, strict=True), strict=True)
+        return float(median(own.step / sum(s.step for s in row) for own, row in rounds))
+
+
+@dataclass
+class Row:
+    """One contender's medians in seconds, and its ratios to others of the same rounds."""
+
+    teacher: str
+    imgsz: int
+    batch: int
+    contender: str
+    amp: str
+    threads: int
+    step: float
+    slowest: float
+    fastest: float
+    images_per_second: float
+    data: float
+    teacher_seconds: float
+    student: float
+    methods: float
+    times_native: float | None = None  # how many times as fast as Ultralytics' distillation, as users have it
+    times_native_all_cores: float | None = None
+    times_bound: float | None = None  # how many times as slow as the bound
+    peak_mib: float | None = None
+
+
+def measure(
+    setting: Setting, teacher: str, methods: Sequence[str], amps: Sequence[Any], rounds: int, memory: bool
+) -> list[Row]:
+    """All contenders of one setting: every method in every precision, native ones, and the teacher alone."""
+    contenders = {}
+    for amp in amps:
+        for method in methods:
+            if method != NATIVE:
+                contenders[f"{method} {amp}"] = Contender(setting, method, amp)
+            elif amp == amps[0]:
+                contenders[NATIVE] = Contender(setting, NATIVE, False if amp == "bf16" else amp)
+    native = contenders.get(NATIVE)
+    if native is not None and native.threads != THREADS:
+        contenders[NATIVE_ALL] = Contender(setting, NATIVE_ALL, native.trainer.args.amp)
+    steppers: dict[str, Contender | TeacherAlone] = dict(contenders)
+    taught = next((c for c in contenders.values() if c.method not in (PLAIN, NATIVE, NATIVE_ALL)), None)
+    if taught is not None:
+        steppers["teacher"] = TeacherAlone(taught)
+    found = _run_rounds(steppers, rounds, f"{teacher} at {setting.imgsz}, batch {setting.batch}")
+    peaks = {label: peak_mib(setting, c) for label, c in contenders.items()} if memory else {}
+    return [_row(found, label, c, setting, teacher, peaks.get(label)) for label, c in contenders.items()]
+
+
+def _run_rounds(steppers: Mapping[str, Contender | TeacherAlone], rounds: int, title: str) -> Rounds:
+    found = Rounds()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=(rounds + WARM_UP) * len(steppers))
+        for number in range(WARM_UP + rounds):
+            for label, stepper in steppers.items():
+                seconds = stepper.step()
+                if number >= WARM_UP:
+                    found.add(label, seconds)
+                progress.advance(task)
+    return found
+
+
+def _row(found: Rounds, label: str, contender: Contender, setting: Setting, teacher: str, peak: float | None) -> Row:
+    step, data, taught = (found.median(label, part) for part in ("step", "data", "teacher"))
+    plain = f"{PLAIN} {contender.amp}"
+    plain = plain if plain in found.seconds else next(k for k in found.seconds if k.startswith(f"{PLAIN} "))
+    student = found.median(plain) - found.median(plain, "data")
+    all_steps = [s.step for s in found.seconds[label]]
+    row = Row(
+        teacher, setting.imgsz, setting.batch, contender.method, contender.amp, contender.threads, step,
+        max(all_steps), min(all_steps), setting.batch / step, data, taught, student,
+        max(step - data - taught - student, 0.0), peak_mib=peak,
+    )  # fmt: skip
+    if NATIVE in found.seconds:
+        row.times_native = found.ratio(NATIVE, label)
+    if NATIVE_ALL in found.seconds:
+        row.times_native_all_cores = found.ratio(NATIVE_ALL, label)
+    if "teacher" in found.seconds and taught:
+        row.times_bound = found.ratio(label, plain, "teacher")
+    return row
