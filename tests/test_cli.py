@@ -93,6 +93,11 @@ BAD = {
     f"{OK} quantize=8": "quantize=8",
     f"{OK} batch=-1": "batch=-1",
     f"{OK} compile=True": "compile=True",
+    f"{OK} teacher_precision=int8": "teacher_precision=int8",
+    f"{OK} teacher_imgsz=8": "teacher_imgsz=8",
+    "bench rounds=0": "rounds=0",
+    "bench method=dfx": "method=dfx",
+    "bench teacher=nothere.pt data={data}": "teacher=nothere.pt",
     f"{OK} student=nothere.pt": "student=nothere.pt",
     f"{OK} student=nothere.yaml": "student=nothere.yaml",
     f"{OK} student=model.onnx": "neither .yaml nor .pt",
@@ -178,7 +183,16 @@ def test_check_pairs_and_writes_nothing(files: dict[str, str], tmp_path: Path) -
     done = yolokd("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
                   "method=dfd+pdf", "imgsz=64", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for text in ("P3", "P5", "8x8", "adapters", "classes paired: 2 of 2 (disc, box)", "dfd.gain=", "GFLOPs"):
+    for text in (
+        "P3",
+        "P5",
+        "8x8",
+        "adapters",
+        "classes paired: 2 of 2 (disc, box)",
+        "dfd.gain=",
+        "GFLOPs",
+        "relative L2",
+    ):
         assert text in done.stdout
     assert "P2" not in done.stdout
     assert list(tmp_path.iterdir()) == []

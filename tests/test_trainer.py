@@ -19,7 +19,7 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import RTDETRDetectionModel, SegmentationModel
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolokd import UserError, YoloDistiller, distillation_trainer, register
+from yolokd import UserError, YoloDistiller, distillation_trainer, precision, register
 from yolokd.checkpoint import sidecar_path
 from yolokd.criterion import DistillationCriterion
 from yolokd.methods import Method
@@ -471,3 +471,31 @@ def test_channels_last_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None
     saved = torch.load(d.trainer.last, weights_only=False)["model"]
     assert all(p.is_contiguous() for p in saved.parameters())
     assert float(rows(d.trainer)[0]["train/dfd_loss"]) > 0
+
+
+@pytest.mark.parametrize("keys", [{"teacher_imgsz": 96}, {"teacher_precision": "bf16"}, {"method": "sl2"}], ids=str)
+def test_teacher_settings_train(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
+    d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 1}, **keys)
+    assert all(float(v) > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(("dfd_loss", "pdf_loss", "sl2_loss")))
+    engine = d.trainer.criterion.teacher.engine
+    assert engine.imgsz == keys.get("teacher_imgsz")
+    assert "teacher_precision" not in keys or engine.dtype == torch.bfloat16
+
+
+def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any], teacher: str) -> None:
+    def stop(trainer: Any) -> None:
+        if trainer.epoch == 0:
+            raise Stop
+
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd", teacher_precision="auto")
+    d.add_callback("on_model_save", stop)
+    with pytest.raises(Stop):
+        d.train(**tiny)
+    sidecar = sidecar_path(d.trainer.last)
+    state = torch.load(sidecar, weights_only=True)
+    assert state["precision"] in {"fp32", "bf16"}
+    other = {"fp32": "bf16", "bf16": "fp32"}[state["precision"]]  # as if another machine had chosen
+    torch.save(state | {"precision": other}, sidecar)
+    resumed = YoloDistiller()
+    resumed.train(resume=str(d.trainer.save_dir))
+    assert resumed.trainer.criterion.teacher.engine.dtype == precision.DTYPES[other]

@@ -38,7 +38,7 @@ class Setting:
     def keys(self, amp: object, name: str) -> dict[str, Any]:
         """Keys of training, Ultralytics' and (with a dot, or known) yolokd's."""
         fixed = {"model": self.student, "imgsz": self.imgsz, "batch": self.batch, "nbs": self.batch, "data": self.data}
-        quiet = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2}
+        quiet = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2, "close_mosaic": 0}
         return fixed | quiet | dict(self.rest) | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
 
 
