@@ -99,17 +99,14 @@ def pdf(
     return total / b
 
 
-def sl2(teacher: Array, student: Array, logits: Array, one2one: Array | None = None) -> float:
-    """SL2 of a batch (B, C, H, W); `student` is projected, `logits` (and `one2one`) are the teacher's (B, K, H, W)."""
+def sl2(teacher: Array, student: Array, logits: Array) -> float:
+    """SL2 of a batch (B, C, H, W); `student` is projected, `logits` are the teacher's (B, K, H, W)."""
     b, c, h, w = teacher.shape
     weighted = weights = 0.0
     for n in range(b):
         for i in range(h):
             for j in range(w):
-                scores = []
-                for k in range(logits.shape[1]):
-                    logit = logits[n, k, i, j]
-                    scores.append(sigmoid(logit if one2one is None else (logit + one2one[n, k, i, j]) / 2))
+                scores = [sigmoid(logits[n, k, i, j]) for k in range(logits.shape[1])]
                 weights += max(scores)
                 weighted += max(scores) * sum((teacher[n, k, i, j] - student[n, k, i, j]) ** 2 for k in range(c))
     return weighted / (c * weights + 1e-9)

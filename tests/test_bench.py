@@ -3,29 +3,44 @@
 from __future__ import annotations
 
 import csv
+from copy import deepcopy
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from conftest import random_detector
+from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 
 from yolokd import UserError
 from yolokd.bench import run_bench
 from yolokd.bench.contender import Seconds
 from yolokd.bench.rounds import Rounds
-from yolokd.methods.sl2 import SL2
-from yolokd.pyramid import Level, LevelShape
+from yolokd.config import parse
+from yolokd.criterion import DistillationCriterion, Pairing
+from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
+from yolokd.teacher import Teacher
 
 
-def test_sl2_is_ultralytics_own_loss() -> None:
-    torch.manual_seed(0)
-    method = SL2(LevelShape(8, 3, 5))
-    level = Level(8, torch.randn(2, 3, 4, 6), torch.randn(2, 5, 4, 6), None, torch.randn(2, 7, 4, 6))
-    assert level.teacher_logits is not None
-    scores = level.teacher_logits.flatten(2).sigmoid().amax(1, keepdim=True)
-    theirs = DistillationModel.loss_sl2(None, method.project(level.student), level.teacher, 0, (scores,))
-    assert float(method(level).detach()) == pytest.approx(float(theirs.detach()), rel=1e-5)
+@pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolo26n.yaml"])
+def test_sl2_is_ultralytics_own_loss(cfg: str) -> None:
+    """The whole of it, from images to the loss, with the same projectors."""
+    teacher, student = random_detector(cfg.replace("n.", "s.")), random_detector(cfg, seed=1)
+    student.args = get_cfg(overrides={"imgsz": 64})
+    images = torch.rand(2, 3, 64, 64)
+    batch = {"img": images, "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.4), "batch_idx": torch.arange(2.0)}
+    native = DistillationModel(deepcopy(teacher), deepcopy(student)).train()
+    _, items = native.loss(batch)
+
+    shapes = pair_levels(read_pyramid(teacher), read_pyramid(student))
+    pairing = Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
+    config = parse({"teacher": "t", "method": "sl2", "sl2.gain": 6.0 * len(shapes), "level_weights": "uniform"})
+    criterion = DistillationCriterion(student.train(), Teacher(teacher), config, pairing, seed=0)
+    for method, projector in zip(criterion.methods[0], native.projector, strict=True):
+        method.project.load_state_dict(projector.state_dict())
+    losses, _ = criterion(student(images), batch)
+    assert float(losses[-3:].sum().detach()) / 2 == pytest.approx(float(items["dis_loss"]), rel=1e-3)
 
 
 def test_bench_measures_every_contender(data: str, tmp_path: Path) -> None:
@@ -51,6 +66,7 @@ def test_bench_measures_every_contender(data: str, tmp_path: Path) -> None:
         assert float(row["images_per_second"]) == pytest.approx(2 / float(row["step"]), rel=0.01)
         assert (float(row["teacher_seconds"]) > 0) == (row["contender"] != "none")
         assert float(row["times_native"]) > 0
+        assert (row["times_bound"] != "") == (row["contender"] != "none")
     assert cv2.imread(str(out / "bench.png")) is not None
 
 
@@ -75,7 +91,19 @@ def test_ratios_pair_the_steps_of_a_round() -> None:
     assert rounds.median("a") == 40
 
 
-@pytest.mark.parametrize("keys", [{"rounds": 0}, {"method": "dfx"}, {"teacher": "nothere.pt"}, {"epoch": 3}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rounds": 0},
+        {"method": "dfx"},
+        {"method": "none,native", "teacher": "nothere.pt"},
+        {"epoch": 3},
+        {"imgsz": "wide"},
+        {"pdf.distance": "l1"},
+        {"batch": 64},
+        {"teacher": "rtdetr-l.yaml"},
+    ],
+)
 def test_bad_input_leaves_nothing(keys: dict[str, object], data: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         run_bench(**{"teacher": "yolov8n.yaml", "method": "dfd", "data": data, "project": str(tmp_path / "p")} | keys)  # type: ignore[arg-type]

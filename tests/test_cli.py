@@ -96,6 +96,7 @@ BAD = {
     f"{OK} teacher_precision=int8": "teacher_precision=int8",
     f"{OK} teacher_imgsz=8": "teacher_imgsz=8",
     "bench rounds=0": "rounds=0",
+    "bench teacher={evil} data={data}": "could run code",
     "bench method=dfx": "method=dfx",
     "bench teacher=nothere.pt data={data}": "teacher=nothere.pt",
     f"{OK} student=nothere.pt": "student=nothere.pt",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -23,7 +24,7 @@ from yolokd import UserError, YoloDistiller, distillation_trainer, precision, re
 from yolokd.checkpoint import sidecar_path
 from yolokd.criterion import DistillationCriterion
 from yolokd.methods import Method
-from yolokd.trainer import THREADS
+from yolokd.trainer import training_threads
 
 STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
 
@@ -51,7 +52,7 @@ class Stop(Exception):
 def plain(student: str, tiny: dict[str, Any], **more: Any) -> Any:
     """Ultralytics' own training with the same settings, on as many cores: sums of floats depend on it."""
     model = YOLO(student)
-    model.add_callback("on_train_start", lambda _: torch.set_num_threads(THREADS))
+    model.add_callback("on_train_start", lambda _: torch.set_num_threads(training_threads()))
     model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, name="plain", **more)
     return model.trainer
 
@@ -499,3 +500,12 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any],
     resumed = YoloDistiller()
     resumed.train(resume=str(d.trainer.save_dir))
     assert resumed.trainer.criterion.teacher.engine.dtype == precision.DTYPES[other]
+
+
+@pytest.mark.parametrize("first", ["from yolokd import YoloDistiller", "from ultralytics import YOLO"])
+def test_all_cores_train_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
+    """Ultralytics sets OMP_NUM_THREADS=1 on import, which torch heeds if it comes after."""
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    code = f"{first}\nfrom yolokd.trainer import training_threads\nprint(training_threads())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert int(done.stdout) == min(8, len(os.sched_getaffinity(0)))

@@ -6,7 +6,7 @@ import ast
 import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +15,7 @@ from yolokd.errors import UserError
 from yolokd.methods import constants_model, registered
 from yolokd.resources import shipped
 
+Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -35,7 +36,7 @@ class Distillation(BaseModel):
     method: str
     level_weights: Literal["confidence", "uniform"]
     check_teacher: bool
-    teacher_precision: Literal["auto", "fp32", "bf16", "fp16"]
+    teacher_precision: Precision
     teacher_imgsz: Annotated[int, Field(ge=32)] | None
     teacher_compile: bool
     probe: Annotated[int, Field(ge=1)]

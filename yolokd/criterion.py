@@ -45,7 +45,7 @@ class DistillationCriterion(nn.Module):
         self._base: Any = None
         self.teacher, self.pairing, self.config = teacher, pairing, config
         self.wants_logits = any(registered()[p.name].wants_logits for p in config.parts)
-        self.wants_one2one = any(registered()[p.name].wants_one2one for p in config.parts)
+        self.wants_mean_logits = any(registered()[p.name].wants_mean_logits for p in config.parts)
         self.methods = build_methods(config.parts, pairing.levels, seed)
         self.probe = Probe()
         levels = len(pairing.levels)
@@ -102,8 +102,8 @@ class DistillationCriterion(nn.Module):
         return self._step % self.config.probe == 0
 
     def _wanted(self) -> tuple[bool, bool]:
-        """Whether the teacher's class scores are needed in this step, and those of its one-to-one branch."""
-        return self.wants_logits or (self._measuring and self.teacher.has_logits), self.wants_one2one
+        """Whether the teacher's class scores are needed in this step, and the mean of its branches'."""
+        return self.wants_logits or (self._measuring and self.teacher.has_logits), self.wants_mean_logits
 
     def _losses(self, levels: Sequence[Level]) -> dict[str, Tensor]:
         """Each method's (L,) weighted losses, without gain."""
@@ -131,8 +131,8 @@ class DistillationCriterion(nn.Module):
             if self.wants_logits:
                 level.student_logits = classes.of_student(logits[s])
                 level.teacher_logits = on_grid_of(student, classes.of_teacher(output.logits[s]))
-            if output.one2one:
-                level.teacher_one2one_logits = on_grid_of(student, classes.of_teacher(output.one2one[s]))
+            if self.wants_mean_logits:
+                level.teacher_mean_logits = on_grid_of(student, classes.of_teacher(output.mean_logits[s]))
             paired.append(level)
         return paired
 
@@ -177,13 +177,12 @@ def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int
 
 
 def _share_adapters(methods: Sequence[nn.Module]) -> None:
-    """Composed methods of one level train one adapter where theirs are equal: its map is then computed once."""
-    first: Adapter | None = None
+    """Composed methods of one level train one adapter where their first ones are equal: its map is computed once."""
+    shared: dict[torch.Size, Adapter] = {}
     for method in methods:
-        for name, child in method.named_children():
-            if isinstance(child, Adapter):
-                first = first or child
-                setattr(method, name, first)
+        name, own = next(((n, c) for n, c in method.named_children() if isinstance(c, Adapter)), ("", None))
+        if own is not None:
+            setattr(method, name, shared.setdefault(own.weight.shape, own))
 
 
 def _forgive_missing(_module: nn.Module, keys: Any) -> None:

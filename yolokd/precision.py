@@ -6,16 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from yolokd.config import Precision
 from yolokd.errors import first_line
 from yolokd.teacher import Engine, Teacher
 
-Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMIT = 0.02  # ours: largest relative L2 of a level's map to float32
 FASTER = 1.3  # ours: a CPU must run a low precision this much faster; a bare win could be chance, and flip between runs
 ROUNDS = 3
@@ -41,13 +40,13 @@ class Trial:
 
 def name_of(dtype: torch.dtype) -> Precision:
     """The precision's name, as `teacher_precision=` takes it."""
-    names: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    return names[dtype]
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
-def candidates(device: torch.device) -> tuple[str, ...]:
+def candidates(device: torch.device) -> tuple[Precision, ...]:
     """The low precisions that `auto` tries on a device, best first."""
-    return {"cpu": ("bf16",), "cuda": ("fp16", "bf16")}.get(device.type, ())
+    known: dict[str, tuple[Precision, ...]] = {"cpu": ("bf16",), "cuda": ("fp16", "bf16")}
+    return known.get(device.type, ())
 
 
 def fit(

@@ -31,7 +31,7 @@ class Level:
 
     student: (B, C_S, H, W), carries gradient. teacher: (B, C_T, H, W), no gradient.
     student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None where no method wants them.
-    teacher_one2one_logits: the same of an end-to-end teacher's one-to-one branch, or None.
+    teacher_mean_logits: the mean of the logits of an end-to-end teacher's two branches; of others the logits; or None.
     """
 
     stride: int
@@ -39,7 +39,7 @@ class Level:
     teacher: Tensor
     student_logits: Tensor | None = None
     teacher_logits: Tensor | None = None
-    teacher_one2one_logits: Tensor | None = None
+    teacher_mean_logits: Tensor | None = None
     _computed: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:

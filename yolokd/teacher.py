@@ -21,12 +21,12 @@ from yolokd.pyramid import Detector, read_pyramid
 class TeacherOutput:
     """What the teacher sees in a batch, by stride: maps (B, C, H, W), and logits (B, nc, H, W) where asked for.
 
-    one2one: the logits of an end-to-end teacher's other branch, where asked for and where it has one.
+    mean_logits: the mean of an end-to-end teacher's two branches, of others the logits, where asked for.
     """
 
     maps: dict[int, Tensor]
     logits: dict[int, Tensor]
-    one2one: dict[int, Tensor]
+    mean_logits: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,6 @@ class Teacher:
         """Whether its head scores classes at every position."""
         return self._tap.one2many is not None
 
-    @property
-    def network(self) -> nn.Module:
-        """What runs: backbone and neck, and the class branches in the head's place."""
-        network: nn.Module = self._model
-        return network
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
 
@@ -92,24 +86,27 @@ class Teacher:
         other._forward = _compiled(other._model) if engine.compiled else other._model
         return other
 
-    def start(self, images: Tensor, logits: bool = False, one2one: bool = False) -> None:
+    def start(self, images: Tensor, logits: bool = False, mean_logits: bool = False) -> None:
         """On CUDA, run on a stream of its own while the student's forward runs; the next call collects the output."""
         if images.is_cuda:
-            self._ahead.start(images, lambda: self._run(images, logits, one2one))
+            self._ahead.start(images, lambda: self._run(images, logits, mean_logits))
 
-    def __call__(self, images: Tensor, logits: bool = False, one2one: bool = False) -> TeacherOutput:
+    def __call__(self, images: Tensor, logits: bool = False, mean_logits: bool = False) -> TeacherOutput:
         """Run on (B, channels, H, W) images in 0..1; the class branches of the head run only where asked for."""
-        return self._ahead.collect(images) or self._run(images, logits, one2one)
+        return self._ahead.collect(images) or self._run(images, logits, mean_logits)
 
     @torch.no_grad()  # not inference_mode: losses save the maps for backward
-    def _run(self, images: Tensor, logits: bool, one2one: bool) -> TeacherOutput:
+    def _run(self, images: Tensor, logits: bool, mean_logits: bool) -> TeacherOutput:
         # A student trained under autocast must not change the teacher's arithmetic.
         with torch.autocast(images.device.type, enabled=False):
             maps = self._maps(images)
+            many = _scores(self._tap.one2many if logits or mean_logits else None, maps)
+            one = _scores(self._tap.one2one if mean_logits else None, maps)
+            mean = [(m + o) / 2 for m, o in zip(many, one, strict=True)] if one else many
             return TeacherOutput(
                 self._by_stride(maps),
-                self._by_stride(_scores(self._tap.one2many if logits else None, maps)),
-                self._by_stride(_scores(self._tap.one2one if one2one else None, maps)),
+                self._by_stride(many if logits else []),
+                self._by_stride(mean if mean_logits else []),
             )
 
     def _by_stride(self, values: list[Tensor]) -> dict[int, Tensor]:
@@ -130,7 +127,10 @@ class Teacher:
         if self.engine.imgsz is None:
             return images
         scale = self.engine.imgsz / max(images.shape[-2:])
-        size = [max(round(side * scale), 1) for side in images.shape[-2:]]
+        coarsest = max(
+            self.pyramid
+        )  # else the last cells would see padding, and the maps would not lie on the student's
+        size = [max(round(side * scale / coarsest), 1) * coarsest for side in images.shape[-2:]]
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
 
     def to(self, device: torch.device) -> Teacher:
@@ -169,7 +169,7 @@ class _Ahead:
             return None
         current = torch.cuda.current_stream(images.device)
         current.wait_stream(self._stream)
-        for values in (output.maps, output.logits, output.one2one):
+        for values in (output.maps, output.logits, output.mean_logits):
             for tensor in values.values():
                 tensor.record_stream(current)  # allocated on the other stream, used on this one
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -30,7 +31,7 @@ from yolokd.score import check_teacher
 from yolokd.teacher import Teacher
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
-THREADS = torch.get_num_threads()  # torch's own choice (or OMP_NUM_THREADS), of which Ultralytics drops one or more
+MOST_THREADS = 8  # Ultralytics' own bound on torch's threads on CPUs; it leaves one core idle besides
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -96,8 +97,9 @@ class DistillationTrainer(DetectionTrainer):
         config = self.plan.config
         precision = config.teacher_precision
         state = load_sidecar(Path(str(self.args.model))) if self.resume else None
-        if state is not None:  # a resumed run goes on as it was, wherever it was started
+        if state is not None and state["device"] == self.device.type:  # a resumed run goes on as it was
             precision = state["precision"]
+        self._use_all_cores()  # the precision is tried as the training will run
         images = sample_batch(self.data, training_imgsz(self.args.imgsz, self.plan)).to(self.device)
         fast, notes = fit(teacher.to(self.device), images, precision, config.teacher_compile, config.teacher_imgsz)
         for note in notes if RANK in {-1, 0} else []:
@@ -119,9 +121,12 @@ class DistillationTrainer(DetectionTrainer):
             if self.plan.config.check_teacher and not self.resume:
                 self._score_teacher()
         self.plan = replace(self.plan, teacher_model=None)  # scored: its memory is the training's now
+        self._use_all_cores()  # scoring the teacher has reset it
+
+    def _use_all_cores(self) -> None:
+        # Measured on 2 cores: faster than a core kept free, also for a worker or a thread that prepares batches.
         if self.device.type == "cpu":
-            # Measured on 2 cores: faster than a core for a loader's worker or thread, each batch made between steps.
-            torch.set_num_threads(THREADS)
+            torch.set_num_threads(training_threads())
 
     def _score_teacher(self) -> None:
         plan, args = self.plan, self.args
@@ -212,7 +217,7 @@ class DistillationTrainer(DetectionTrainer):
         criterion = self.criterion
         if saved and criterion is not None:
             state = {"criterion": criterion.private_state(), "measured": criterion.probe.last}
-            state["precision"] = name_of(criterion.teacher.engine.dtype)
+            state |= {"precision": name_of(criterion.teacher.engine.dtype), "device": self.device.type}
             save_sidecar(self.last, {"epoch": self.epoch} | state)
         return saved
 
@@ -254,6 +259,12 @@ class DistillationTrainer(DetectionTrainer):
         super().final_eval()
         if RANK in {-1, 0}:
             sidecar_path(self.last).unlink(missing_ok=True)
+
+
+def training_threads() -> int:
+    """How many threads torch trains with on CPUs: one for each core that this process may use, up to Ultralytics' 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_THREADS, cores)
 
 
 @contextmanager

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from rich.console import Console
-from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.files import increment_path
 
 from yolokd.bench.contender import NATIVE, PLAIN, Setting, our_trainer, quiet
 from yolokd.bench.rounds import Row, measure
 from yolokd.bench.show import draw, table, write_csv
 from yolokd.config import method_names
-from yolokd.data import data_file, load_data
+from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
-from yolokd.plan import load_student
+from yolokd.plan import load_student, load_teacher
 
 CONSOLE = Console(soft_wrap=True)
 REAL_BATCHES = 8  # of the real epoch that a benchmark is checked against
@@ -48,35 +48,47 @@ def run_bench(
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UserError(f"rounds={rounds}", "must be a whole number of at least 1", "for example rounds=7")
-    methods = _methods(method)
+    methods = _methods(method, rest)
     amps = _list(amp)
     rows: list[Row] = []
+    out: Path | None = None
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, quiet():
         source = data_file(data)
-        teachers = {t: _checkpoint(t, source, Path(folder)) for t in _list(teacher)}
+        teachers = {t: _checkpoint(t, source, Path(folder), bool(rest.get("trust"))) for t in _list(teacher)}
         settings = [
-            (str(t), Setting(teachers[t], str(student), int(size), int(count), source, folder, tuple(rest.items())))
-            for t, size, count in _combinations(_list(teacher), _list(imgsz), _list(batch))
+            (str(t), Setting(teachers[t], str(student), size, count, source, folder, tuple(rest.items())))
+            for t, size, count in _combinations(_list(teacher), _numbers("imgsz", imgsz), _numbers("batch", batch))
         ]
         for title, setting in settings:
             found = measure(setting, title, methods, amps, rounds, memory)
             CONSOLE.print(table(found))
             rows += found
-        real = _agreement(rows[0], settings[0][1])
-    out = Path(increment_path(Path(project) / name, mkdir=True))
-    write_csv(rows, out / "bench.csv")
-    draw(rows, out / "bench.png")
-    CONSOLE.print(real, f"{out / 'bench.csv'}", f"{out / 'bench.png'}", sep="\n")
+            out = out or Path(increment_path(Path(project) / name, mkdir=True))
+            write_csv(rows, out / "bench.csv")  # after each: a later setting may run out of memory
+            draw(rows, out / "bench.png")
+        assert out is not None
+        CONSOLE.print(out / "bench.csv", out / "bench.png", sep="\n")
+        checked = next((row for row in rows if row.contender not in (PLAIN, NATIVE)), rows[0])
+        CONSOLE.print(_agreement(checked, settings[0][1]))
     return out
 
 
-def _methods(method: str) -> list[str]:
-    """Contenders in their order; plain training is always among them, and leads."""
-    asked = [m.strip() for m in str(method).split(",")]
-    for m in asked:
-        if m != NATIVE:
-            method_names(m)
+def _methods(method: object, keys: Mapping[str, Any]) -> list[str]:
+    """Contenders in their order; plain training is always among them, and leads. Constants must be of one of them."""
+    asked = [str(m) for m in _list(method)]
+    names = [name for m in asked if m != NATIVE for name in method_names(m)]
+    for key in keys:
+        prefix, dot, _ = key.partition(".")
+        if dot and prefix not in names:
+            raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names)}")
     return [PLAIN, *(m for m in dict.fromkeys(asked) if m != PLAIN)]
+
+
+def _numbers(key: str, value: object) -> list[int]:
+    try:
+        return [int(v) for v in _list(value)]
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{key}={value}", "is no number, nor several", f"for example {key}=320,640") from e
 
 
 def _list(value: object) -> list[Any]:
@@ -97,14 +109,17 @@ def _combinations(teachers: list[Any], sizes: list[Any], batches: list[Any]) -> 
     ]
 
 
-def _checkpoint(teacher: object, data: str, folder: Path) -> str:
-    """A .pt of the teacher: the one given, or of random weights for a .yaml."""
+def _checkpoint(teacher: object, data: str, folder: Path, trust: bool) -> str:
+    """A .pt of the teacher: the one given, or of random weights for a .yaml; `UserError` where it is neither."""
     if not str(teacher).endswith((".yaml", ".yml")):
+        load_teacher(str(teacher), trust)
         return str(teacher)
     card = load_data(data)
     torch.manual_seed(0)
-    model = load_student(teacher, card, trust=False)
-    assert isinstance(model, DetectionModel)
+    try:
+        model = load_student(teacher, card, trust)
+    except UserError as e:
+        raise UserError(f"teacher={teacher}", "is no YOLO detector's .yaml", "for example yolov8l.yaml") from e
     model.names = dict(card["names"])
     path = folder / f"{Path(str(teacher)).stem}.pt"
     torch.save({"model": model, "train_args": {}}, path)
@@ -113,12 +128,10 @@ def _checkpoint(teacher: object, data: str, folder: Path) -> str:
 
 def _agreement(row: Row, setting: Setting) -> str:
     """Compare the benchmark's images per second with the second epoch of a real training, in words."""
-    trainer = our_trainer(
-        setting, setting.keys({"False": False, "True": True}.get(row.amp, row.amp), "real"), row.contender
-    )
-    count = len(list(Path(str(trainer.data["train"])).rglob("*.*"))) if isinstance(trainer.data["train"], str) else 0
-    wanted = REAL_BATCHES * row.batch
-    trainer.args.fraction = min(1.0, wanted / count) if count else 1.0
+    (amp,) = _list(row.amp)
+    trainer = our_trainer(setting, setting.keys(amp, "real"), row.contender)
+    images = sum(1 for _ in split_images(trainer.data["train"]))
+    trainer.args.fraction = min(1.0, REAL_BATCHES * row.batch / images)
     clock: list[float] = []
     trainer.add_callback("on_train_epoch_start", lambda _: clock.append(time.perf_counter()))
     trainer.add_callback("on_train_epoch_end", lambda _: clock.append(time.perf_counter()))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
+from yolokd.checkpoint import restricted_loading
 from yolokd.config import is_own, method_names
-from yolokd.trainer import THREADS, DistillationTrainer, bfloat16_on_cpu
+from yolokd.errors import UserError
+from yolokd.trainer import DistillationTrainer, bfloat16_on_cpu, training_threads
 
 PLAIN, NATIVE, NATIVE_ALL = "none", "native", "native, all cores"
 
@@ -39,7 +40,7 @@ class Setting:
         """Keys of training, Ultralytics' and (with a dot, or known) yolokd's."""
         fixed = {"model": self.student, "imgsz": self.imgsz, "batch": self.batch, "nbs": self.batch, "data": self.data}
         quiet = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2, "close_mosaic": 0}
-        return fixed | quiet | dict(self.rest) | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
+        return dict(self.rest) | fixed | quiet | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
 
 
 @dataclass
@@ -57,20 +58,23 @@ class Contender:
     def __init__(self, setting: Setting, method: str, amp: object) -> None:
         self.method, self.amp, self.batch = method, str(amp), setting.batch
         keys = setting.keys(amp, f"{method}-{amp}".replace(", ", "-"))
-        self.trainer = (
+        self.trainer: Any = (
             _native_trainer(setting, keys) if method.startswith(NATIVE) else our_trainer(setting, keys, method)
         )
-        with bfloat16_on_cpu():
+        with bfloat16_on_cpu(), restricted_loading(bool(dict(setting.rest).get("trust"))):
             self.trainer._setup_train()
         self.trainer._model_train()
-        self.threads = THREADS if method == NATIVE_ALL else torch.get_num_threads()
+        self.threads = training_threads() if method == NATIVE_ALL else torch.get_num_threads()
+        if len(self.trainer.train_loader.dataset) < setting.batch:
+            raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
         self._batches = self._endless()
         self._teacher_seconds = 0.0
         self._watch_teacher()
 
     def _endless(self) -> Iterator[Any]:
+        """Full batches, epoch after epoch."""
         while True:
-            yield from self.trainer.train_loader
+            yield from (batch for batch in self.trainer.train_loader if len(batch["img"]) == self.batch)
 
     def step(self) -> Seconds:
         """One step as Ultralytics' loop makes it: forward, loss, backward, clip, optimizer, EMA."""
@@ -93,34 +97,34 @@ class Contender:
         return time.perf_counter()
 
     def _watch_teacher(self) -> None:
-        """Add up the time in the teacher's forward; on CUDA, where it overlaps the student's, that means nothing."""
+        """Add up the seconds of the teacher; on CUDA, where it overlaps the student, they would mean nothing."""
         if self.trainer.device.type == "cuda":
             return
         model = unwrap_model(self.trainer.model)
         if isinstance(model, DistillationModel):
-            self._watch(model.teacher_model)
+            model.teacher_model.forward = self._timed(model.teacher_model.forward)
         elif self.trainer.criterion is not None:
-            self._watch(self.trainer.criterion.teacher.network)
+            teacher = self.trainer.criterion.teacher
+            vars(teacher)["_run"] = self._timed(teacher._run)
 
-    def _watch(self, network: Any) -> None:
-        def begin(*_: object) -> None:
-            self._teacher_seconds -= time.perf_counter()
+    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            output = run(*args, **kwargs)
+            self._teacher_seconds += time.perf_counter() - started
+            return output
 
-        def end(*_: object) -> None:
-            self._teacher_seconds += time.perf_counter()
-
-        network.register_forward_pre_hook(begin)
-        network.register_forward_hook(end)
+        return timed
 
 
 class TeacherAlone:
-    """The fastest teacher of the run, forward alone, on one batch."""
+    """A contender's teacher, backbone and neck alone, on one batch of its own."""
 
     def __init__(self, contender: Contender) -> None:
-        criterion = contender.trainer.criterion
-        assert criterion is not None
-        self._teacher, self._threads = criterion.teacher, contender.threads
-        self._images: Tensor = contender.trainer.preprocess_batch(next(contender._batches))["img"]
+        trainer = contender.trainer
+        self._teacher, self._threads = trainer.criterion.teacher, contender.threads
+        size = trainer.args.imgsz
+        self._images = torch.rand(contender.batch, trainer.data["channels"], size, size).to(trainer.device)
         self._now = contender._now
 
     def step(self) -> Seconds:

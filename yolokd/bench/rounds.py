@@ -12,7 +12,6 @@ from rich.progress import Progress
 
 from yolokd.bench.contender import NATIVE, NATIVE_ALL, PLAIN, Contender, Seconds, Setting, TeacherAlone
 from yolokd.bench.memory import peak_mib
-from yolokd.trainer import THREADS
 
 WARM_UP = 2  # steps of each contender before those that count
 
@@ -58,7 +57,7 @@ class Row:
     methods: float
     times_native: float | None = None  # how many times as fast as Ultralytics' distillation, as users have it
     times_native_all_cores: float | None = None
-    times_bound: float | None = None  # how many times as slow as the bound
+    times_bound: float | None = None  # how many times as slow as a plain step and the teacher's forward, one by one
     peak_mib: float | None = None
 
 
@@ -66,16 +65,14 @@ def measure(
     setting: Setting, teacher: str, methods: Sequence[str], amps: Sequence[Any], rounds: int, memory: bool
 ) -> list[Row]:
     """All contenders of one setting: every method in every precision, native ones, and the teacher alone."""
-    contenders = {}
-    for amp in amps:
-        for method in methods:
-            if method != NATIVE:
-                contenders[f"{method} {amp}"] = Contender(setting, method, amp)
-            elif amp == amps[0]:
-                contenders[NATIVE] = Contender(setting, NATIVE, False if amp == "bf16" else amp)
-    native = contenders.get(NATIVE)
-    if native is not None and native.threads != THREADS:
-        contenders[NATIVE_ALL] = Contender(setting, NATIVE_ALL, native.trainer.args.amp)
+    contenders = {f"{m} {amp}": Contender(setting, m, amp) for amp in amps for m in methods if m != NATIVE}
+    if NATIVE in methods:
+        on_cpu = next(iter(contenders.values())).trainer.device.type == "cpu"
+        amp = False if on_cpu and amps[0] == "bf16" else amps[0]  # Ultralytics' loop refuses bf16 on CPUs
+        contenders.setdefault(f"{PLAIN} {amp}", Contender(setting, PLAIN, amp))
+        native = contenders[NATIVE] = Contender(setting, NATIVE, amp)
+        if native.threads != next(iter(contenders.values())).threads:
+            contenders[NATIVE_ALL] = Contender(setting, NATIVE_ALL, amp)
     steppers: dict[str, Contender | TeacherAlone] = dict(contenders)
     taught = next((c for c in contenders.values() if c.method not in (PLAIN, NATIVE, NATIVE_ALL)), None)
     if taught is not None:
@@ -101,7 +98,6 @@ def _run_rounds(steppers: Mapping[str, Contender | TeacherAlone], rounds: int, t
 def _row(found: Rounds, label: str, contender: Contender, setting: Setting, teacher: str, peak: float | None) -> Row:
     step, data, taught = (found.median(label, part) for part in ("step", "data", "teacher"))
     plain = f"{PLAIN} {contender.amp}"
-    plain = plain if plain in found.seconds else next(k for k in found.seconds if k.startswith(f"{PLAIN} "))
     student = found.median(plain) - found.median(plain, "data")
     all_steps = [s.step for s in found.seconds[label]]
     row = Row(
@@ -113,6 +109,6 @@ def _row(found: Rounds, label: str, contender: Contender, setting: Setting, teac
         row.times_native = found.ratio(NATIVE, label)
     if NATIVE_ALL in found.seconds:
         row.times_native_all_cores = found.ratio(NATIVE_ALL, label)
-    if "teacher" in found.seconds and taught:
+    if "teacher" in found.seconds and contender.method != PLAIN:
         row.times_bound = found.ratio(label, plain, "teacher")
     return row

@@ -50,7 +50,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(6.5, 1 + 0.35 * len(rows) + 0.7 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         shown = [r for r in rows if (r.teacher, r.imgsz, r.batch) == panel]
-        labels = [r.contender + (f", {r.amp}" if r.amp == "bf16" else "") for r in shown]
+        labels = [r.contender + ("" if r.amp == "False" else f", amp={r.amp}") for r in shown]
         left = [0.0] * len(shown)
         for part, title in (("data", "data"), ("student", "student"), ("teacher_seconds", "teacher"),
                             ("methods", "methods")):  # fmt: skip

@@ -21,12 +21,12 @@ class Method(nn.Module):
     only.
 
     >>> import torch.nn.functional as F
-    >>> from yolokd.methods.blocks import adapter
+    >>> from yolokd.methods.blocks import Adapter
     >>> @register("plain")
     ... class Plain(Method):
     ...     def __init__(self, shape, *, power: float = 2.0):
     ...         super().__init__()
-    ...         self.adapt, self.power = adapter(shape), power
+    ...         self.adapt, self.power = Adapter(shape), power
     ...
     ...     def forward(self, level):
     ...         return (self.adapt(level.student).float() - level.teacher.float()).abs().pow(self.power).mean()
@@ -34,7 +34,7 @@ class Method(nn.Module):
 
     paper: ClassVar[str] = ""
     wants_logits: ClassVar[bool] = False  # whether `Level` must carry both models' class logits
-    wants_one2one: ClassVar[bool] = False  # whether it must carry those of an end-to-end teacher's other branch as well
+    wants_mean_logits: ClassVar[bool] = False  # whether it must carry the mean of the teacher's branches
 
     def forward(self, level: Level) -> Tensor:
         """The level's loss: a scalar mean over batch, channels and positions, unscaled by any gain."""

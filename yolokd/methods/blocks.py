@@ -9,15 +9,13 @@ from yolokd.pyramid import Level, LevelShape
 
 
 class Adapter(nn.Conv2d):
-    """1x1 convolution from the student's channels to the teacher's; methods of one level share equal ones."""
+    """1x1 convolution from the student's channels to the teacher's: (B, C_S, H, W) -> (B, C_T, H, W).
+
+    Composed methods of one level share their first, where it is of equal shape.
+    """
 
     def __init__(self, shape: LevelShape) -> None:
         super().__init__(shape.student_channels, shape.teacher_channels, kernel_size=1)
-
-
-def adapter(shape: LevelShape) -> nn.Module:
-    """An Adapter: (B, C_S, H, W) -> (B, C_T, H, W)."""
-    return Adapter(shape)
 
 
 def adapted(adapt: nn.Module, level: Level) -> Tensor:

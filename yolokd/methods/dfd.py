@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import adapted, adapted_error, adapter, generator, spatial_attention, squared_error
+from yolokd.methods.blocks import Adapter, adapted, adapted_error, generator, spatial_attention, squared_error
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Regions = Literal["both", "high", "low"]
@@ -48,23 +49,34 @@ class DFD(Method):
         self.beta = beta if regions != "high" else 0.0
         self.transform_high = constraint in ("mixed", "transformed")
         self.transform_low = constraint in ("swapped", "transformed")
-        self.adapt = adapter(shape)
+        self.adapt = Adapter(shape)
         self.after_adapter = width == "teacher"
         channels = shape.teacher_channels if self.after_adapter else shape.student_channels
         self.transform = generator(channels) if self.transform_high or self.transform_low else None
 
     def forward(self, level: Level) -> Tensor:
         """Scalar float32 loss of one level."""
-        student = adapted(self.adapt, level)
-        high = high_disparity(level.teacher, student)
-        plain = adapted_error(self.adapt, level)
-        transformed = plain
-        if self.transform is not None:
-            through = self.transform(student) if self.after_adapter else self.adapt(self.transform(level.student))
-            transformed = squared_error(through, level.teacher)
-        high_loss = (transformed if self.transform_high else plain).where(high, 0).mean()
-        low_loss = (transformed if self.transform_low else plain).where(~high, 0).mean()
-        return self.alpha * high_loss + self.beta * low_loss
+        high = high_disparity(level.teacher, adapted(self.adapt, level))
+        loss = level.teacher.new_zeros((), dtype=torch.float32)
+        parts = ((self.alpha, high, self.transform_high), (self.beta, ~high, self.transform_low))
+        for weight, region, through in parts:
+            if weight:
+                error = self._transformed_error(level) if through else adapted_error(self.adapt, level)
+                loss = loss + weight * error.where(region, 0).mean()
+        return loss
+
+    def _transformed_error(self, level: Level) -> Tensor:
+        """Mean over channels of (F_T − f_trans(F_S))²: (B, H, W)."""
+        return level.once((self, "transformed"), lambda: squared_error(self._transformed(level), level.teacher))
+
+    def _transformed(self, level: Level) -> Tensor:
+        assert self.transform is not None
+        through: Tensor
+        if self.after_adapter:
+            through = self.transform(adapted(self.adapt, level))
+        else:
+            through = self.adapt(self.transform(level.student))
+        return through
 
 
 def high_disparity(teacher: Tensor, student: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import adapted_error, adapter
+from yolokd.methods.blocks import Adapter, adapted_error
 
 Distance = Literal["l2", "l1", "kl"]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
@@ -36,7 +36,7 @@ class PDF(Method):
         super().__init__()
         self.distance: Distance = distance
         self.weighting: Weighting = weighting
-        self.adapt = adapter(shape)
+        self.adapt = Adapter(shape)
 
     def forward(self, level: Level) -> Tensor:
         """Scalar float32 loss of one level."""

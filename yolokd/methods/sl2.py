@@ -12,14 +12,14 @@ from yolokd.methods.blocks import squared_error
 class SL2(Method):
     """Weights the feature error at each position with the teacher's top class probability there.
 
-    With s_hw = max over classes of the teacher's class probability, L = Σ_hw s_hw Σ_c (F_T − F_S)² / (C · Σ_hw s_hw),
-    both sums over the batch too. F_S is the student's map after 1x1-ReLU-1x1. The logits of an end-to-end teacher are
-    the mean of its two branches'.
+    With s_hw = max over the shared classes of the teacher's class probability,
+    L = Σ_hw s_hw Σ_c (F_T − F_S)² / (C · Σ_hw s_hw), both sums over the batch too. F_S is the student's map after
+    1x1-ReLU-1x1. The logits of an end-to-end teacher are the mean of its two branches'. Ultralytics' own takes all of
+    the teacher's classes, so it differs where the data set does not have them all.
     """
 
     paper = "Score-weighted L2, Ultralytics' own distill_model"
-    wants_logits = True
-    wants_one2one = True
+    wants_mean_logits = True
 
     def __init__(self, shape: LevelShape) -> None:
         super().__init__()
@@ -38,8 +38,5 @@ class SL2(Method):
 
 def top_score(level: Level) -> Tensor:
     """The teacher's top class probability: (B, H, W) float32."""
-    assert level.teacher_logits is not None
-    logits = level.teacher_logits.float()
-    if level.teacher_one2one_logits is not None:
-        logits = (logits + level.teacher_one2one_logits.float()) / 2
-    return logits.amax(1).sigmoid()
+    assert level.teacher_mean_logits is not None
+    return level.teacher_mean_logits.float().amax(1).sigmoid()
