@@ -69,7 +69,8 @@ def measure(
     if NATIVE in methods:
         on_cpu = next(iter(contenders.values())).trainer.device.type == "cpu"
         amp = False if on_cpu and amps[0] == "bf16" else amps[0]  # Ultralytics' loop refuses bf16 on CPUs
-        contenders.setdefault(f"{PLAIN} {amp}", Contender(setting, PLAIN, amp))
+        if f"{PLAIN} {amp}" not in contenders:
+            contenders[f"{PLAIN} {amp}"] = Contender(setting, PLAIN, amp)
         native = contenders[NATIVE] = Contender(setting, NATIVE, amp)
         if native.threads != next(iter(contenders.values())).threads:
             contenders[NATIVE_ALL] = Contender(setting, NATIVE_ALL, amp)
