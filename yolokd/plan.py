@@ -138,11 +138,6 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
         raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
 
 
-def _wants_scores(method: str) -> bool:
-    cls = registered()[method]
-    return cls.wants_logits or cls.wants_mean_logits
-
-
 def _check_distinct(teacher: object, student: object) -> None:
     if isinstance(student, str | Path) and teacher is not None:
         t, s = Path(str(teacher)), Path(student)
@@ -157,7 +152,7 @@ def _check_fit(teacher: Teacher, config: Distillation, data: Mapping[str, Any]) 
             f"takes {teacher.channels} channels, the data {data['channels']}",
             "use a teacher trained on such images",
         )
-    wanting = [p.name for p in config.parts if _wants_scores(p.name)]
+    wanting = [p.name for p in config.parts if registered()[p.name].wants_scores()]
     if wanting and not teacher.has_logits:
         raise UserError(
             f"teacher={config.teacher}",

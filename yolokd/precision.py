@@ -78,6 +78,13 @@ def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teach
     return plain, notes
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def attempt(name: str, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
     """Time both, in turn, on the images, and compare their maps."""
     reference, found = plain(images).maps, low(images).maps  # the first run of each is its warm-up too
@@ -91,13 +98,9 @@ def _relative(found: Tensor, reference: Tensor) -> float:
 
 
 def _seconds(run: Callable[[], object], images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    started = time.perf_counter()
+    started = clock(images.device)
     run()
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return time.perf_counter() - started
+    return clock(images.device) - started
 
 
 def _compile(teacher: Teacher, images: Tensor, notes: list[str]) -> tuple[Teacher, list[str]]:

@@ -20,7 +20,7 @@ from yolokd.plan import Plan, make_plan, training_imgsz, training_keys
 from yolokd.precision import fit
 from yolokd.probe import level_name
 from yolokd.pyramid import Level, LevelShape
-from yolokd.trainer import training_threads
+from yolokd.trainer import use_all_cores
 
 CONSOLE = Console()
 
@@ -31,9 +31,7 @@ def methods_report() -> None:
     for name, cls in sorted(registered().items()):
         values = method_defaults(name)
         constants = "\n".join(f"{name}.{k}={values.get(k, '')}" for k in ["gain", *constants_model(cls).model_fields])
-        table.add_row(
-            name, cls.paper, "maps, class scores" if cls.wants_logits or cls.wants_mean_logits else "maps", constants
-        )
+        table.add_row(name, cls.paper, "maps, class scores" if cls.wants_scores() else "maps", constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
     CONSOLE.print(table)
 
@@ -62,8 +60,7 @@ def _teacher_notes(plan: Plan, imgsz: int, device: object) -> list[str]:
     assert plan.teacher is not None
     at, config = select_device(parse_device(device), verbose=False), plan.config
     images = sample_batch(plan.data, imgsz).to(at)
-    if at.type == "cpu":
-        torch.set_num_threads(training_threads())
+    use_all_cores(at)
     settings = config.teacher_precision, config.teacher_compile, config.teacher_imgsz
     _, notes = fit(plan.teacher.to(at), images, *settings)
     return notes or ["fp32"]
@@ -90,7 +87,7 @@ def _models_table(plan: Plan, imgsz: int) -> Table:
 def _random_level(shape: LevelShape, imgsz: int, classes: int) -> Level:
     grid = imgsz // shape.stride
     student, teacher = (torch.rand(1, c, grid, grid) for c in (shape.student_channels, shape.teacher_channels))
-    return Level(shape.stride, student, teacher, torch.rand(1, classes, grid, grid), torch.rand(1, classes, grid, grid))
+    return Level(shape.stride, student, teacher, *(torch.rand(1, classes, grid, grid) for _ in range(3)))
 
 
 def _gflops(model: nn.Module, x: Any) -> float:

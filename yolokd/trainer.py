@@ -99,7 +99,7 @@ class DistillationTrainer(DetectionTrainer):
         state = load_sidecar(Path(str(self.args.model))) if self.resume else None
         if state is not None and state["device"] == self.device.type:  # a resumed run goes on as it was
             precision = state["precision"]
-        self._use_all_cores()  # the precision is tried as the training will run
+        use_all_cores(self.device)  # the precision is tried as the training will run
         images = sample_batch(self.data, training_imgsz(self.args.imgsz, self.plan)).to(self.device)
         fast, notes = fit(teacher.to(self.device), images, precision, config.teacher_compile, config.teacher_imgsz)
         for note in notes if RANK in {-1, 0} else []:
@@ -121,12 +121,7 @@ class DistillationTrainer(DetectionTrainer):
             if self.plan.config.check_teacher and not self.resume:
                 self._score_teacher()
         self.plan = replace(self.plan, teacher_model=None)  # scored: its memory is the training's now
-        self._use_all_cores()  # scoring the teacher has reset it
-
-    def _use_all_cores(self) -> None:
-        # Measured on 2 cores: faster than a core kept free, also for a worker or a thread that prepares batches.
-        if self.device.type == "cpu":
-            torch.set_num_threads(training_threads())
+        use_all_cores(self.device)  # scoring the teacher has reset it
 
     def _score_teacher(self) -> None:
         plan, args = self.plan, self.args
@@ -265,6 +260,13 @@ def training_threads() -> int:
     """How many threads torch trains with on CPUs: one for each core that this process may use, up to Ultralytics' 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_THREADS, cores)
+
+
+def use_all_cores(device: torch.device) -> None:
+    """Give torch all `training_threads()` on CPUs; Ultralytics' device selection resets them."""
+    # Measured on 2 cores: faster than a core kept free, also for a worker or a thread that prepares batches.
+    if device.type == "cpu":
+        torch.set_num_threads(training_threads())
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ultralytics.utils.files import increment_path
 from yolokd.bench.contender import NATIVE, PLAIN, Setting, our_trainer, quiet
 from yolokd.bench.rounds import Row, measure
 from yolokd.bench.show import draw, table, write_csv
-from yolokd.config import method_names
+from yolokd.config import method_names, parse_value
 from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.plan import load_student, load_teacher
@@ -49,7 +49,7 @@ def run_bench(
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UserError(f"rounds={rounds}", "must be a whole number of at least 1", "for example rounds=7")
     methods = _methods(method, rest)
-    amps = _list(amp)
+    amps = [parse_value(str(a)) for a in _list(amp)]
     rows: list[Row] = []
     out: Path | None = None
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, quiet():
@@ -95,7 +95,7 @@ def _list(value: object) -> list[Any]:
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, str):
-        return [{"False": False, "True": True}.get(v.strip(), v.strip()) for v in value.split(",")]
+        return [v.strip() for v in value.split(",")]
     return [value]
 
 
@@ -128,8 +128,7 @@ def _checkpoint(teacher: object, data: str, folder: Path, trust: bool) -> str:
 
 def _agreement(row: Row, setting: Setting) -> str:
     """Compare the benchmark's images per second with the second epoch of a real training, in words."""
-    (amp,) = _list(row.amp)
-    trainer = our_trainer(setting, setting.keys(amp, "real"), row.contender)
+    trainer = our_trainer(setting, setting.keys(parse_value(row.amp), "real"), row.contender)
     images = sum(1 for _ in split_images(trainer.data["train"]))
     trainer.args.fraction = min(1.0, REAL_BATCHES * row.batch / images)
     clock: list[float] = []

@@ -19,6 +19,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.checkpoint import restricted_loading
 from yolokd.config import is_own, method_names
 from yolokd.errors import UserError
+from yolokd.precision import clock
 from yolokd.trainer import DistillationTrainer, bfloat16_on_cpu, training_threads
 
 PLAIN, NATIVE, NATIVE_ALL = "none", "native", "native, all cores"
@@ -92,9 +93,7 @@ class Contender:
         return Seconds(self._now() - started, loaded - started, self._teacher_seconds)
 
     def _now(self) -> float:
-        if self.trainer.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.device)
-        return time.perf_counter()
+        return clock(self.trainer.device)
 
     def _watch_teacher(self) -> None:
         """Add up the seconds of the teacher; on CUDA, where it overlaps the student, they would mean nothing."""

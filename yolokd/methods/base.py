@@ -36,6 +36,11 @@ class Method(nn.Module):
     wants_logits: ClassVar[bool] = False  # whether `Level` must carry both models' class logits
     wants_mean_logits: ClassVar[bool] = False  # whether it must carry the mean of the teacher's branches
 
+    @classmethod
+    def wants_scores(cls) -> bool:
+        """Whether the teacher's head must give class scores, of whatever kind."""
+        return cls.wants_logits or cls.wants_mean_logits
+
     def forward(self, level: Level) -> Tensor:
         """The level's loss: a scalar mean over batch, channels and positions, unscaled by any gain."""
         raise NotImplementedError
