@@ -22,6 +22,7 @@ HELP = """yolokd distils a large Ultralytics YOLO into a small one.
   yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True
   yolokd methods                                     # the methods and their constants
   yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,sl2,dfd,pdf
+  yolokd compare teacher=… student=… data=… method=none,native,dfd,pdf seeds=0,1,2 epochs=60
   yolokd demo                                        # the whole story, at most ten minutes on two CPU cores
 
 Every key of `yolo train` passes through. --debug shows tracebacks."""
@@ -148,6 +149,14 @@ def bench(keys: Keys) -> int:
     return 0
 
 
+def compare(keys: Keys) -> int:
+    """Train methods and seeds side by side."""
+    from yolokd.compare import run_compare
+
+    run_compare(**keys)
+    return 0
+
+
 def demo(keys: Keys) -> int:
     """The embedded default: teacher, student, distilled student, export, parity, detection."""
     from yolokd.demo import run_demo
@@ -157,7 +166,7 @@ def demo(keys: Keys) -> int:
 
 
 VERBS: dict[str, Callable[[Keys], int]] = {
-    f.__name__: f for f in (train, check, val, predict, export, methods, bench, demo)
+    f.__name__: f for f in (train, check, val, predict, export, methods, bench, compare, demo)
 }
 
 

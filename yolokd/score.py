@@ -1,4 +1,4 @@
-"""Scores the teacher on the user's validation set before training, and says what the score means."""
+"""Scores a detector on the user's data, and says of a teacher's score what it means."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,37 @@ from ultralytics.utils import LOGGER
 from yolokd.pyramid import ClassPairing, Detector
 
 USELESS = 0.05  # ours: mAP50-95 under which a teacher has nothing to teach on this data
+
+
+@dataclass(frozen=True)
+class Scores:
+    """mAP50-95, mAP50, and AP50-95 of small (under 32² pixels of the picture), medium and large (over 96²) boxes.
+
+    None where there is no box of that size, or sizes were not asked for.
+    """
+
+    map: float
+    map50: float
+    ap_small: float | None = None
+    ap_medium: float | None = None
+    ap_large: float | None = None
+
+
+def score(model: Detector, settings: Mapping[str, Any], save_dir: Path) -> Scores:
+    """Ultralytics' validation of a model; random streams are left as they were.
+
+    settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores sizes too.
+    """
+    kind = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
+    with random_streams_kept():
+        args = {"rect": True, **settings, "mode": "val", "task": "detect", "plots": False}
+        found = kind(save_dir=save_dir, args=args)(model=model)
+    sizes = {
+        f"ap_{size}": round(float(value), 5)
+        for size in ("small", "medium", "large")
+        if (value := found.get(f"metrics/mAP_{size}(B)", -1)) >= 0  # COCO's evaluation says -1 for none
+    }
+    return Scores(float(found["metrics/mAP50-95(B)"]), float(found["metrics/mAP50(B)"]), **sizes)
 
 
 def check_teacher(
@@ -40,23 +72,19 @@ def check_teacher(
     if isinstance(head, Segment | Pose | OBB):
         LOGGER.info(f"teacher: does more than detect ({type(head).__name__}): its score is not measured")
         return None
-    kind = RTDETRValidator if isinstance(head, RTDETRDecoder) else DetectionValidator
-    with random_streams_kept():
-        validator = kind(save_dir=save_dir, args={**settings, "mode": "val", "task": "detect", "plots": False})
-        found = validator(model=aligned_copy(teacher, names, classes.mapping))
-    score = float(found["metrics/mAP50-95(B)"])
-    LOGGER.info(f"teacher: mAP50-95 {score:.3f}, mAP50 {found['metrics/mAP50(B)']:.3f} on the validation set")
+    found = score(aligned_copy(teacher, names, classes.mapping), settings, save_dir)
+    LOGGER.info(f"teacher: mAP50-95 {found.map:.3f}, mAP50 {found.map50:.3f} on the validation set")
     unknown = [names[i] for i in sorted(set(names) - set(classes.student))]
     if unknown:
         LOGGER.warning(
             f"teacher: does not know {', '.join(unknown)}: for these the student learns from the labels alone"
         )
-    if score < USELESS:
+    if found.map < USELESS:
         LOGGER.warning(
             "teacher: useless on this validation set: the student is pulled towards maps that do not find these "
             "objects and will likely end up worse than trained alone; use a teacher trained on such images"
         )
-    return score
+    return found.map
 
 
 def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, int]) -> Detector:

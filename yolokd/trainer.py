@@ -130,7 +130,7 @@ class DistillationTrainer(DetectionTrainer):
             LOGGER.info("teacher: not scored in a run over several devices")
             return
         taken = ("data", "imgsz", "device", "workers", "split", "single_cls")
-        settings = {key: getattr(args, key) for key in taken} | {"batch": self.batch_size * 2, "rect": True}
+        settings = {key: getattr(args, key) for key in taken} | {"batch": self.batch_size * 2}
         self.teacher_score = check_teacher(
             plan.teacher_model, self.data["names"], plan.pairing.classes, settings, self.save_dir
         )

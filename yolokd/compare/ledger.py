@@ -1,0 +1,87 @@
+"""The ledger of a comparison: one CSV row for each finished run, which is never run again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from yolokd.errors import UserError
+
+TEACHER = "teacher"  # the `method` of the row that holds the teacher's own score
+
+
+class Row(BaseModel):
+    """A finished run: what it was (in full under `hash`), its scores in 0..1, and what it took.
+
+    An AP is None where the split has no box of that size. curve: mAP50-95 on the validation set, epoch by epoch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    hash: str
+    method: str
+    seed: int
+    split: str
+    teacher: str
+    student: str
+    data: str
+    settings: str
+    map: float
+    map50: float
+    ap_small: float | None
+    ap_medium: float | None
+    ap_large: float | None
+    seconds: float
+    images_per_second: float
+    yolokd: str
+    ultralytics: str
+    torch: str
+    curve: str
+
+    @property
+    def epochs(self) -> list[float]:
+        """mAP50-95 epoch by epoch."""
+        return [float(v) for v in self.curve.split()]
+
+
+COLUMNS = list(Row.model_fields)
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The rows by hash; none where there is no file.
+
+    Raises UserError where the file is no ledger.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            rows = [Row.model_validate(_typed(line)) for line in reader]
+        if reader.fieldnames != COLUMNS:
+            raise KeyError(reader.fieldnames)
+    except (ValidationError, TypeError, KeyError, UnicodeDecodeError, OSError, csv.Error) as e:
+        raise UserError(f"csv={path}", "is no comparison's CSV", "give one that `yolokd compare` wrote") from e
+    return {row.hash: row for row in rows}
+
+
+def _typed(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if v == "" and k.startswith("ap_") else v for k, v in line.items()}
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row in one write, so that comparisons which share the file keep each other's rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, fieldnames=COLUMNS, lineterminator="\n")
+    if not path.exists() or path.stat().st_size == 0:
+        writer.writeheader()
+    writer.writerow(row.model_dump())
+    with open(path, "a", newline="", encoding="utf-8") as f:
+        f.write(lines.getvalue())
+        f.flush()
+        os.fsync(f.fileno())

@@ -1,0 +1,183 @@
+"""One run of a comparison: trained, and scored, in a process of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+import ultralytics
+from ultralytics.data.utils import img2label_paths
+from ultralytics.models.yolo.detect import DetectionTrainer
+
+import yolokd
+from yolokd.checkpoint import atomic_path, load_model, restricted_loading
+from yolokd.compare.ledger import TEACHER, Row
+from yolokd.config import is_own
+from yolokd.data import load_data, split_images
+from yolokd.distiller import YoloDistiller
+from yolokd.plan import load_teacher
+from yolokd.pyramid import pair_classes
+from yolokd.score import Scores, aligned_copy, score
+from yolokd.trainer import bfloat16_on_cpu
+
+NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer
+# What does not change a score by intent: where and how fast a run runs, and what it shows.
+INCIDENTAL = frozenset({"device", "workers", "plots", "verbose", "cache", "check_teacher", "trust"})
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method with a seed: its keys of training, and what identifies it."""
+
+    method: str
+    seed: int
+    split: str
+    keys: Mapping[str, Any]  # of `yolokd train`, without seed, device and save_dir
+    identity: str  # of all that shapes the training, as JSON
+    project: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run's own, the same each time: what was cut off there goes on."""
+        return self.project / f"{self.method}-seed{self.seed}-{_hash(self.identity)}"
+
+    @property
+    def hash(self) -> str:
+        """Of the training and of what it is scored on."""
+        return _hash(self.identity + self.split)
+
+    @property
+    def scores_path(self) -> Path:
+        """Where the process leaves its scores."""
+        return self.folder / f"scores-{self.split}.json"
+
+    def epochs_done(self) -> int:
+        """How many epochs results.csv holds."""
+        results = self.folder / "results.csv"
+        return max(sum(1 for _ in open(results, "rb")) - 1, 0) if results.exists() else 0
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def fingerprint(data: Mapping[str, Any]) -> str:
+    """A hash of a data set's classes, of its images' names and sizes, and of its labels."""
+    content = hashlib.sha256(json.dumps(sorted(data["names"].items())).encode())
+    for split in ("train", "val", "test"):
+        for image in sorted(split_images(data[split])) if data.get(split) else ():
+            content.update(f"{split}/{image.name} {image.stat().st_size}".encode())
+            label = Path(img2label_paths([str(image)])[0])
+            content.update(label.read_bytes() if label.exists() else b"")
+    return content.hexdigest()
+
+
+def carry_out(run: Run, device: object) -> None:
+    """Train and score in a new process, which leaves scores and a log in the run's folder.
+
+    Raises RuntimeError, naming the log, where it fails.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=_train_and_score, args=(run, device))
+    process.start()
+    process.join()
+    if process.exitcode != 0 or not run.scores_path.exists():
+        raise RuntimeError(f"{run.method} with seed {run.seed} failed; its log is {run.folder / 'log.txt'}")
+
+
+def stop_all() -> None:
+    """End the processes at work; their runs go on from their last checkpoints another time."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def _train_and_score(run: Run, device: object) -> None:
+    with open(run.folder / "log.txt", "ab") as log:  # by descriptor: loggers hold the old streams
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    with bfloat16_on_cpu(), restricted_loading(bool(run.keys.get("trust"))):
+        if run.method == TEACHER:
+            model: Any = _aligned_teacher(run)
+        else:
+            if not _is_trained(run):
+                _train(run, device)
+            best = run.folder / "weights" / "best.pt"
+            model = load_model(best if best.exists() else best.with_name("last.pt"), "model")[0]
+        settings = {k: run.keys[k] for k in ("data", "imgsz", "workers", "single_cls") if k in run.keys}
+        settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
+        found = score(model, settings, run.folder)
+    with atomic_path(run.scores_path) as path:
+        path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+
+
+def _aligned_teacher(run: Run) -> Any:
+    """The teacher, with the data set's classes."""
+    model = load_teacher(run.keys["teacher"], bool(run.keys.get("trust")))
+    names = load_data(run.keys["data"])["names"]
+    return aligned_copy(model, names, pair_classes(model.names, names).mapping)
+
+
+def _is_trained(run: Run) -> bool:
+    last = run.folder / "weights" / "last.pt"
+    if not last.exists():
+        return False
+    _, checkpoint = load_model(last, "resume")
+    return bool(checkpoint.get("epoch", -1) < 0 or checkpoint["epoch"] + 1 >= int(run.keys.get("epochs", 100)))
+
+
+def _train(run: Run, device: object) -> None:
+    last = run.folder / "weights" / "last.pt"
+    placed = {"save_dir": str(run.folder), "seed": run.seed, "device": device}
+    if run.method != NATIVE:
+        YoloDistiller().train(**({"resume": str(run.folder)} if last.exists() else {**run.keys, **placed}))
+    elif last.exists():
+        DetectionTrainer(overrides={"model": str(last), "resume": str(last)}).train()
+    else:
+        theirs = {k: v for k, v in run.keys.items() if not is_own(k) and k != "student"}
+        named = {"model": run.keys["student"], "distill_model": run.keys["teacher"]}
+        DetectionTrainer(overrides={**theirs, **placed, **named}).train()
+
+
+def row_of(run: Run, images: int) -> Row:
+    """The ledger's row of a run that left its scores. images: of an epoch of training."""
+    scores = Scores(**json.loads(run.scores_path.read_text(encoding="utf-8")))
+    curve, seconds = _history(run.folder / "results.csv")
+    keys = run.keys
+    own = {k: v for k, v in keys.items() if k not in {"teacher", "student", "data", "method"} | INCIDENTAL}
+    return Row(
+        hash=run.hash,
+        method=run.method,
+        seed=run.seed,
+        split=run.split,
+        teacher=Path(str(keys["teacher"])).name if keys.get("teacher") else "",
+        student=Path(str(keys["student"])).name if run.method != TEACHER else "",
+        data=Path(str(keys["data"])).name,
+        settings=" ".join(f"{k}={v}" for k, v in sorted(own.items())),
+        **asdict(scores),
+        seconds=round(seconds, 1),
+        images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,
+        yolokd=yolokd.__version__,
+        ultralytics=ultralytics.__version__,
+        torch=str(torch.__version__),
+        curve=" ".join(f"{v:.4f}" for v in curve),
+    )
+
+
+def _history(results: Path) -> tuple[list[float], float]:
+    """mAP50-95 of each epoch, and the seconds of all of them; a resume starts Ultralytics' clock anew."""
+    if not results.exists():
+        return [], 0.0
+    table = pl.read_csv(results, infer_schema_length=None)
+    clock = [0.0, *table["time"].to_list()]
+    spent = sum(now - before if now >= before else now for before, now in pairwise(clock))
+    epochs = table.unique("epoch", keep="last", maintain_order=True)  # one cut off before its checkpoint was done again
+    return epochs["metrics/mAP50-95(B)"].to_list(), spent

@@ -1,0 +1,110 @@
+"""A comparison as tables for terminal, Markdown and CSV, and as a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from rich.table import Table
+
+from yolokd.compare.ledger import Row
+from yolokd.compare.statistics import Interval, Summary
+
+HEADERS = (
+    "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
+    "improved", "gap closed (95 % interval)", "images/s", "verdict",
+)  # fmt: skip
+
+
+def cells(found: Summary) -> tuple[str, ...]:
+    """One method as words, in the order of HEADERS."""
+    deviation = f" ({found.deviation:.3f})" if found.deviation is not None else ""
+    return (
+        found.method,
+        str(len(found.rows)),
+        _number(found.mean(lambda r: r.map)) + deviation,
+        _number(found.mean(lambda r: r.map50)),
+        _sizes(*(found.mean(size) for size in (lambda r: r.ap_small, lambda r: r.ap_medium, lambda r: r.ap_large))),
+        str(found.difference or ""),
+        f"{found.improved} of {found.pairs}" if found.pairs else "",
+        _percent(found.share),
+        f"{found.mean(lambda r: r.images_per_second):.1f}",
+        found.verdict,
+    )
+
+
+def teacher_cells(teacher: Row) -> tuple[str, ...]:
+    """The teacher's own scores, in the order of HEADERS."""
+    sizes = _sizes(teacher.ap_small, teacher.ap_medium, teacher.ap_large)
+    return ("teacher", "", _number(teacher.map), _number(teacher.map50), sizes, "", "", "", "", "")
+
+
+def _sizes(*values: float | None) -> str:
+    return " / ".join(_number(v) or "–" for v in values)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _percent(share: Interval | None) -> str:
+    if share is None:
+        return ""
+    if share.low is None or share.high is None:
+        return f"{share.mean:.0%}"
+    return f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})"
+
+
+def terminal(lines: Sequence[tuple[str, ...]], title: str) -> Table:
+    """For people at a terminal."""
+    table = Table(*HEADERS, title=title)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def markdown(lines: Sequence[tuple[str, ...]], title: str) -> str:
+    """For a README."""
+    rows = [HEADERS, tuple("---" for _ in HEADERS), *lines]
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def write_csv(lines: Sequence[tuple[str, ...]], path: Path) -> None:
+    """For a spreadsheet."""
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([HEADERS, *lines])
+
+
+def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) -> None:
+    """mAP50-95 over epochs, a line and a band (one standard deviation) a method; and differences with intervals."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, max(5, 2 + 0.35 * len(found))), layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    colors = {s.method: colormaps["tab20"](i % 20) for i, s in enumerate(found)}
+    for summary in found:
+        epochs = list(zip(*(row.epochs for row in summary.rows), strict=False))
+        means = [fmean(e) for e in epochs]
+        spread = [stdev(e) if len(e) > 1 else 0.0 for e in epochs]
+        at = range(1, len(means) + 1)
+        curves.plot(at, means, color=colors[summary.method], label=summary.method)
+        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+        curves.fill_between(at, low, high, color=colors[summary.method], alpha=0.15, linewidth=0)
+    if teacher is not None and teacher.split == "val":
+        curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label="teacher")
+    curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set")
+    curves.legend(fontsize="small")
+    compared = [s for s in found if s.difference is not None]
+    for summary in compared:
+        difference = summary.difference
+        assert difference is not None
+        error = None if difference.low is None else [[difference.mean - difference.low]] * 2
+        bars.barh(summary.method, difference.mean, xerr=error, color=colors[summary.method], capsize=4)
+    bars.axvline(0, color="black", linewidth=1)
+    bars.invert_yaxis()
+    bars.set(xlabel="difference of mAP50-95 to the baseline, paired by seed; 95 % interval")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,101 @@
+"""What seeds say: paired differences to the baseline, with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from statistics import fmean, stdev
+
+from scipy.stats import t as student_t
+
+from yolokd.compare.ledger import Row
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95 % interval (Student t); without bounds where one seed alone is there."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether it has bounds and both lie on one side of 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:+.3f}"
+        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval of independent values.
+
+    >>> str(interval([0.01, 0.02, 0.03]))
+    '+0.020 (-0.005 to +0.045)'
+    """
+    mean, n = fmean(values), len(values)
+    if n < 2:
+        return Interval(mean, None, None)
+    half = float(student_t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method over its seeds, and against the baseline's same seeds."""
+
+    method: str
+    rows: tuple[Row, ...]
+    difference: Interval | None  # of mAP50-95, paired by seed; None for the baseline itself
+    share: Interval | None  # of the gap to the teacher that is closed; None where there is no gap
+    improved: int
+    pairs: int
+
+    def mean(self, score: Callable[[Row], float | None]) -> float | None:
+        """Mean over the seeds that have the score."""
+        found = [v for row in self.rows if (v := score(row)) is not None]
+        return fmean(found) if found else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of mAP50-95 over seeds."""
+        return stdev(row.map for row in self.rows) if len(self.rows) > 1 else None
+
+    @property
+    def verdict(self) -> str:
+        """In words; never better than its interval."""
+        if self.difference is None:
+            return "baseline" if not self.pairs else "no pair of seeds"
+        if self.difference.low is None:
+            return "one seed: nothing to say"
+        if not self.difference.excludes_zero:
+            return "no clear difference"
+        return "better" if self.difference.mean > 0 else "worse"
+
+
+def summarize(rows: Sequence[Row], baseline: str, teacher: Row | None) -> list[Summary]:
+    """Each method's summary, in order of first appearance."""
+    base = {row.seed: row.map for row in rows if row.method == baseline}
+    found = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = tuple(sorted((row for row in rows if row.method == method), key=lambda row: row.seed))
+        pairs = [(row.map, base[row.seed]) for row in own if row.seed in base] if method != baseline else []
+        differences = [a - b for a, b in pairs]
+        gap = teacher.map - fmean(b for _, b in pairs) if teacher is not None and pairs else 0.0
+        found.append(
+            Summary(
+                method,
+                own,
+                interval(differences) if differences else None,
+                interval([d / gap for d in differences]) if gap > 0 else None,
+                sum(d > 0 for d in differences),
+                len(differences),
+            )
+        )
+    return found
