@@ -49,7 +49,7 @@ def test_flat_keys_parse_back_to_the_same() -> None:
         ({"method": "dfd+dfd"}, "twice"),
         ({"method": "dfd", "pdf.gain": 1}, "pdf.gain: sets a constant of pdf"),
         ({"method": "dfd", "dfd.alhpa": 1}, "did you mean alpha"),
-        ({"method": "dfd", "dgd.alpha": 1}, "did you mean dfd"),
+        ({"method": "dfd", "dgd.alpha": 1}, "did you mean"),
         ({"method": "dfd", "dfd.alpha": -1}, "dfd.alpha=-1: not a valid value"),
         ({"method": "dfd", "dfd.alpha": "much"}, "dfd.alpha=much"),
         ({"method": "dfd", "dfd.alpha": float("nan")}, "dfd.alpha=nan"),

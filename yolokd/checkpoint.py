@@ -110,6 +110,11 @@ def as_path(source: Source | None, argument: str) -> str | None:
     return str(path)
 
 
+def as_paths(source: Any, argument: str) -> Any:
+    """`as_path` of one source, or of each of several."""
+    return [as_path(s, argument) for s in source] if isinstance(source, list | tuple) else as_path(source, argument)
+
+
 def sidecar_path(checkpoint: Path) -> Path:
     """Where the sidecar of `last.pt` lies: beside it, under a name that Ultralytics' `last*.pt` does not match."""
     return checkpoint.with_name(f"distill-{checkpoint.name}")

@@ -14,26 +14,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yolokd.errors import UserError
 from yolokd.methods import constants_model, registered
 from yolokd.resources import shipped
+from yolokd.schedule import Schedule
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+SETTINGS = ("gain", *Schedule.model_fields)  # that every method has, beside its own constants
+
+
 class Part(BaseModel):
-    """One method of a composition, with its own gain and constants."""
+    """One method of a composition, with its own gain, the gain's schedule, and constants."""
 
     model_config = ConfigDict(frozen=True)
     name: str
     gain: Gain
+    schedule: Schedule
     constants: dict[str, Any]
+
+    def flat(self, balanced: bool) -> dict[str, Any]:
+        """As a user would write it; balanced gains are none of the user's."""
+        own = {"gain": self.gain, **self.schedule.model_dump(), **self.constants}
+        return {f"{self.name}.{k}": v for k, v in own.items() if not (balanced and k == "gain")}
 
 
 class Distillation(BaseModel):
     """What a run distils from and how: yolokd's own keys, validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    teacher: str | None
+    teacher: str | tuple[str, ...] | None
+    stages: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None
     method: str
+    balance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["off"]
     level_weights: Literal["confidence", "uniform"]
     check_teacher: bool
     teacher_precision: Precision
@@ -45,10 +57,20 @@ class Distillation(BaseModel):
 
     def flat(self) -> dict[str, Any]:
         """The same as plain `key: value` pairs, as a user would write them."""
-        own = self.model_dump(exclude={"parts"})
+        own = {k: list(v) if isinstance(v, tuple) else v for k, v in self.model_dump(exclude={"parts"}).items()}
         for part in self.parts:
-            own |= {f"{part.name}.{k}": v for k, v in {"gain": part.gain, **part.constants}.items()}
+            own |= part.flat(self.balance != "off")
         return own
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All teachers, weakest first."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
+
+    def starts(self, epochs: float) -> tuple[float, ...]:
+        """The epoch at which each teacher takes over: as given, or evenly spread over a training of `epochs`."""
+        count = len(self.teachers)
+        return (0.0, *(self.stages if self.stages is not None else (epochs * k / count for k in range(1, count))))
 
 
 OWN_KEYS = frozenset(Distillation.model_fields) - {"parts"}  # of `yolokd train`, beside `student` and constants
@@ -89,18 +111,57 @@ def parse(keys: Mapping[str, Any]) -> Distillation:
     own = {k: v for k, v in keys.items() if k in OWN_KEYS}
     dotted = {k: v for k, v in keys.items() if "." in k}
     merged = {k: v for k, v in defaults().items() if k in OWN_KEYS} | own
+    merged["teacher"] = _teachers(merged["teacher"])
+    if isinstance(merged["stages"], int | float | list):
+        merged["stages"] = tuple(map(_number, _sequence(merged["stages"])))
     names = method_names(merged["method"])
     for key in dotted:
         _check_prefix(key, names)
+        if key.endswith(".gain") and merged["balance"] != "off":
+            why = f"has no effect: balance={merged['balance']} sets the gains"
+            raise UserError(key, why, "give balance=off, or drop it")
     parts = tuple(
         _part(name, {k.partition(".")[2]: v for k, v in dotted.items() if k.startswith(f"{name}.")}) for name in names
     )
     if names and not merged["teacher"]:
         raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, or method=none for plain training")
     try:
-        return Distillation(**merged, parts=parts)
+        config = Distillation(**merged, parts=parts)
     except ValidationError as e:
         raise _as_user_error(e, merged) from e
+    _check_stages(config)
+    return config
+
+
+def _check_stages(config: Distillation) -> None:
+    starts = config.stages
+    if starts is None:
+        return
+    if len(starts) != len(config.teachers) - 1 or list(starts) != sorted(set(starts)):
+        raise UserError(
+            f"stages={list(starts)}",
+            f"must be the rising epochs at which the teachers after the first of {len(config.teachers)} take over",
+            "for example teacher=[weak.pt,strong.pt] stages=[20]",
+        )
+
+
+def _teachers(given: object) -> object:
+    """One path as it is; several, also as the command line gives them (`[weak.pt, strong.pt]`), as a tuple."""
+    if isinstance(given, str) and given.startswith("[") and given.endswith("]"):
+        given = [word.strip().strip("'\"") for word in given[1:-1].split(",")]
+    if isinstance(given, list | tuple):
+        if len(set(given)) < len(given) or not given or "" in given:
+            raise UserError(f"teacher={given}", "is empty or names one twice", "name each once, weakest first")
+        return given[0] if len(given) == 1 else tuple(given)
+    return given
+
+
+def _sequence(value: object) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _number(value: object) -> object:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def method_names(method: object) -> tuple[str, ...]:
@@ -149,14 +210,15 @@ def _part(name: str, overrides: dict[str, Any]) -> Part:
     values = method_defaults(name)
     model = constants_model(registered()[name])
     for key in overrides:
-        if key != "gain" and key not in model.model_fields:
-            known = ["gain", *model.model_fields]
+        known = [*SETTINGS, *model.model_fields]
+        if key not in known:
             raise UserError(f"{name}.{key}", "no such constant", nearest(key, known) or f"one of: {', '.join(known)}")
     values |= overrides
     try:
-        constants = {k: v for k, v in values.items() if k != "gain"}
+        constants = {k: v for k, v in values.items() if k not in SETTINGS}
         checked = model.model_validate(constants, strict=True).model_dump()
-        return Part(name=name, gain=values["gain"], constants=checked)
+        schedule = Schedule(**{k: v for k, v in values.items() if k in Schedule.model_fields})
+        return Part(name=name, gain=values["gain"], schedule=schedule, constants=checked)
     except ValidationError as e:
         raise _as_user_error(e, values, prefix=f"{name}.") from e
 

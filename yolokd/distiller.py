@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ultralytics import YOLO
 from ultralytics.utils import SETTINGS, callbacks
 
-from yolokd.checkpoint import Source, as_path, load_model, restricted_loading
+from yolokd.checkpoint import Source, as_path, as_paths, load_model, restricted_loading
 from yolokd.config import with_file
 from yolokd.errors import UserError
 from yolokd.plan import training_keys
@@ -19,7 +19,8 @@ from yolokd.trainer import DistillationTrainer
 class YoloDistiller:
     """Distils a teacher into a student, with the verbs of Ultralytics' `YOLO`.
 
-    Teacher and student are paths, loaded `YOLO`/`RTDETR` objects, or modules; further keys are yolokd's own.
+    Teacher and student are paths, loaded `YOLO`/`RTDETR` objects, or modules; several teachers take turns in stages,
+    weakest first. Further keys are yolokd's own.
 
     >>> d = YoloDistiller(teacher="yolov8l.pt", student="yolov8n.yaml", method="dfd", **{"dfd.alpha": 0.5})
     >>> metrics = d.train(data="coco8.yaml", epochs=100)  # doctest: +SKIP
@@ -27,9 +28,13 @@ class YoloDistiller:
     """
 
     def __init__(
-        self, teacher: Source | None = None, student: Source | None = None, method: str | None = None, **keys: Any
+        self,
+        teacher: Source | Sequence[Source] | None = None,
+        student: Source | None = None,
+        method: str | None = None,
+        **keys: Any,
     ) -> None:
-        given = {"teacher": as_path(teacher, "teacher"), "student": as_path(student, "student"), "method": method}
+        given = {"teacher": as_paths(teacher, "teacher"), "student": as_path(student, "student"), "method": method}
         self.keys = keys | {k: v for k, v in given.items() if v is not None}
         self.trainer: DistillationTrainer | None = None
         self._callbacks = callbacks.get_default_callbacks()

@@ -28,16 +28,24 @@ KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"}
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """One teacher, as loaded and as it will run, and how the student fits it."""
+
+    file: str
+    sha256: str
+    model: Detector | None  # head included: what `check_teacher` scores; then dropped
+    teacher: Teacher
+    pairing: Pairing
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A checked run: its configuration and, unless method=none, teacher and pairing."""
+    """A checked run: its configuration and, unless method=none, its teachers, weakest first."""
 
     config: Distillation
     data: dict[str, Any]
     student: Detector
-    teacher: Teacher | None
-    teacher_model: Detector | None  # as loaded, head included: what `check_teacher` scores; then dropped
-    teacher_sha256: str
-    pairing: Pairing | None
+    lessons: tuple[Lesson, ...]
 
 
 def make_plan(keys: Mapping[str, Any]) -> Plan:
@@ -53,18 +61,35 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
     single_cls = bool(settings.get("single_cls"))
     if not config.parts:
         data = load_data(settings.get("data"), single_cls)
-        return Plan(config, data, load_student(settings.get("model"), data, config.trust), None, None, "", None)
-    _check_distinct(config.teacher, settings.get("model"))
-    model = load_teacher(config.teacher, config.trust)
-    teacher = Teacher(model)
-    data = load_data(settings.get("data"), single_cls)  # after the teacher: the embedded set is made on first use
+        return Plan(config, data, load_student(settings.get("model"), data, config.trust), ())
+    for file in config.teachers:
+        _check_distinct(file, settings.get("model"))
+    models = {file: load_teacher(file, config.trust) for file in config.teachers}
+    data = load_data(settings.get("data"), single_cls)  # after the teachers: the embedded set is made on first use
     student = load_student(settings.get("model"), data, config.trust)
-    _check_fit(teacher, config, data)
-    strides = read_pyramid(student)
+    _check_stages(config, int(settings.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
+    lessons = tuple(_lesson(file, model, config, data, read_pyramid(student)) for file, model in models.items())
+    return Plan(config, data, student, lessons)
+
+
+def _lesson(
+    file: str, model: Detector, config: Distillation, data: Mapping[str, Any], strides: Mapping[int, int]
+) -> Lesson:
+    teacher = Teacher(model)
+    _check_fit(file, teacher, config, data)
     pairing = Pairing(
         tuple(pair_levels(teacher.pyramid, strides)), tuple(strides), pair_classes(teacher.names, data["names"])
     )
-    return Plan(config, data, student, teacher, model, sha256(model.pt_path), pairing)
+    return Lesson(file, sha256(model.pt_path), model, teacher, pairing)
+
+
+def _check_stages(config: Distillation, epochs: int) -> None:
+    if config.starts(epochs)[-1] >= epochs:
+        raise UserError(
+            f"stages={list(config.stages or ())}",
+            f"leaves no epoch of {epochs} to the last teacher",
+            "begin it earlier",
+        )
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,17 +170,17 @@ def _check_distinct(teacher: object, student: object) -> None:
             raise UserError(f"student={student}", "is the teacher's own file", "give a smaller model as the student")
 
 
-def _check_fit(teacher: Teacher, config: Distillation, data: Mapping[str, Any]) -> None:
+def _check_fit(file: str, teacher: Teacher, config: Distillation, data: Mapping[str, Any]) -> None:
     if teacher.channels != data["channels"]:
         raise UserError(
-            f"teacher={config.teacher}",
+            f"teacher={file}",
             f"takes {teacher.channels} channels, the data {data['channels']}",
             "use a teacher trained on such images",
         )
     wanting = [p.name for p in config.parts if registered()[p.name].wants_scores()]
     if wanting and not teacher.has_logits:
         raise UserError(
-            f"teacher={config.teacher}",
+            f"teacher={file}",
             f"has no class scores per position, which {wanting[0]} needs",
             "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
         )

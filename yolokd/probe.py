@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import log2
+from collections.abc import Sequence
+from math import log2, nan
 
 import torch
 from torch import Tensor
 
-from yolokd.pyramid import Level
+SMALL = 2.0**10  # float16 gradients are measured at this scale: they would underflow
 
 
 class Probe:
-    """Collects measurements between two `means()`; norms are of gradients in force, gains and level weights included.
+    """Collects measurements between two `means()`.
 
     A total over levels hides the balance: one level can dominate it by orders of magnitude.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str], strides: Sequence[int]) -> None:
+        self._names = names
+        whats = ["share", "task_grad", *(f"{name}_{what}" for what in ("grad", "ratio", "gain") for name in names)]
+        self._empty = {f"{level_name(stride)}/{what}": nan for stride in strides for what in whats}
         self._records: list[dict[str, float]] = []
-        self.last: dict[str, float] = {}  # what `means` gave last; a resume restores it
+        self.last: dict[str, float] = self._empty  # what `means` gave last; a resume restores it
 
-    def measure(self, task: Tensor, methods: Mapping[str, Tensor], levels: Sequence[Level], share: Tensor) -> None:
-        """Take both gradients at the student's neck maps: one extra backward through the head, no further."""
-        maps = [level.student for level in levels]
-        pull = _norms(task, maps)
-        record: dict[str, float] = {}
-        for i, level in enumerate(levels):
-            record |= {
-                f"{level_name(level.stride)}/share": float(share[i]),
-                f"{level_name(level.stride)}/task_grad": pull[i],
-            }
-        for name, loss in methods.items():
-            for level, task_norm, norm in zip(levels, pull, _norms(loss, maps), strict=True):
-                key = f"{level_name(level.stride)}/{name}"
-                record |= {f"{key}_grad": norm, f"{key}_ratio": norm / task_norm if task_norm else 0.0}
-        self._records.append(record)
+    def record(self, strides: Sequence[int], task: Tensor, pull: Tensor, gains: Tensor, share: Tensor) -> None:
+        """Keep a measurement: norms (L,) and, unscaled, (M, L); gains in force, (M, L); the teacher's confidence, (L,).
+
+        The ratio of a method is that of its gradient in force to the YOLO loss's.
+        """
+        levels = [level_name(stride) for stride in strides]
+        found = {f"{level}/share": v for level, v in zip(levels, share.tolist(), strict=True)}
+        found |= {f"{level}/task_grad": v for level, v in zip(levels, task.tolist(), strict=True)}
+        ratios = torch.where(task > 0, gains * pull / task, 0.0)
+        for what, values in (("grad", gains * pull), ("ratio", ratios), ("gain", gains)):
+            for name, row in zip(self._names, values.tolist(), strict=True):
+                found |= {f"{level}/{name}_{what}": v for level, v in zip(levels, row, strict=True)}
+        self._records.append(self._empty | found)
 
     def forget(self) -> None:
         """Drop what was measured since the last means: the epoch is done again."""
@@ -58,11 +59,19 @@ def level_name(stride: int) -> str:
     return f"P{round(log2(stride))}"
 
 
-def _norms(loss: Tensor, maps: Sequence[Tensor]) -> list[float]:
-    """Gradient norms at the maps; 0 where nothing flows, as below a frozen layer."""
+def gradient_norms(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """(L,) float32 norms of a loss's gradient at the student's neck maps; 0 where none flows, as below a frozen layer.
+
+    One backward from the loss to the neck, through the head where the loss has passed it, and no further.
+    """
     live = [m for m in maps if m.requires_grad]
+    norms = torch.zeros(len(maps), device=loss.device)
     if not live or not loss.requires_grad:
-        return [0.0 for _ in maps]
-    grads = iter(torch.autograd.grad(loss.sum(), live, retain_graph=True, allow_unused=True))
-    found = [next(grads) if m.requires_grad else None for m in maps]
-    return [0.0 if g is None else float(g.float().norm()) for g in found]
+        return norms
+    scale = SMALL if any(m.dtype == torch.float16 for m in live) else 1.0
+    found = iter(torch.autograd.grad(loss.sum() * scale, live, retain_graph=True, allow_unused=True))
+    for i, m in enumerate(maps):
+        gradient = next(found) if m.requires_grad else None
+        if gradient is not None:
+            norms[i] = gradient.float().norm() / scale
+    return norms

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolokd.boxes import Labels, inverse_areas
 from yolokd.errors import UserError
 
 # An Ultralytics model: an nn.Module whose attributes (model, yaml, names, stride) torch's types do not know.
@@ -18,11 +19,15 @@ Detector: TypeAlias = Any
 
 @dataclass(frozen=True)
 class LevelShape:
-    """One paired level: its stride in pixels, and the channels of both models' maps there."""
+    """One paired level: its stride in pixels, and the channels of both models' maps there.
+
+    stage: which of several teachers it belongs to, counted from 0, the weakest.
+    """
 
     stride: int
     student_channels: int
     teacher_channels: int
+    stage: int = 0
 
 
 @dataclass(eq=False)
@@ -32,6 +37,8 @@ class Level:
     student: (B, C_S, H, W), carries gradient. teacher: (B, C_T, H, W), no gradient.
     student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None where no method wants them.
     teacher_mean_logits: the mean of the logits of an end-to-end teacher's two branches; of others the logits; or None.
+    student_boxes, teacher_boxes: (B, 4, H, W) predicted distances left, top, right, bottom, in cells, or None.
+    labels: the batch's boxes. seed: for what a method draws in this step; the same when a resumed run does it again.
     """
 
     stride: int
@@ -40,6 +47,10 @@ class Level:
     student_logits: Tensor | None = None
     teacher_logits: Tensor | None = None
     teacher_mean_logits: Tensor | None = None
+    student_boxes: Tensor | None = None
+    teacher_boxes: Tensor | None = None
+    labels: Labels | None = None
+    seed: int = 0
     _computed: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
@@ -47,6 +58,18 @@ class Level:
         if key not in self._computed:
             self._computed[key] = compute()
         return self._computed[key]
+
+    def inverse_areas(self) -> Tensor:
+        """`boxes.inverse_areas` of the labels on this level's grid: (B, H, W) float32."""
+        labels = self.labels
+        assert labels is not None
+        b, _, h, w = self.student.shape
+        return self.once("inverse areas", lambda: inverse_areas(labels, b, h, w))
+
+    def uniform(self, *size: int) -> Tensor:
+        """Random numbers in 0..1, float32, from the step's seed and not from torch's own stream."""
+        generator = torch.Generator().manual_seed(hash((self.seed, self.stride)) % 2**63)
+        return torch.rand(*size, generator=generator).to(self.student.device)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import parse_device, select_device
 
-from yolokd.config import method_defaults
+from yolokd.boxes import Labels
+from yolokd.config import SETTINGS, method_defaults
 from yolokd.criterion import build_methods
 from yolokd.data import sample_batch
 from yolokd.methods import constants_model, registered
-from yolokd.plan import Plan, make_plan, training_imgsz, training_keys
+from yolokd.plan import Lesson, Plan, make_plan, training_imgsz, training_keys
 from yolokd.precision import fit
 from yolokd.probe import level_name
-from yolokd.pyramid import Level, LevelShape
+from yolokd.pyramid import ClassPairing, Level, LevelShape
 from yolokd.trainer import use_all_cores
 
 CONSOLE = Console()
@@ -30,7 +33,8 @@ def methods_report() -> None:
     table = Table("method", "paper", "needs", "constants", title="methods (join several with +)", show_lines=True)
     for name, cls in sorted(registered().items()):
         values = method_defaults(name)
-        constants = "\n".join(f"{name}.{k}={values.get(k, '')}" for k in ["gain", *constants_model(cls).model_fields])
+        shown = [k for k in (*SETTINGS, *constants_model(cls).model_fields) if k in values]
+        constants = "\n".join(f"{name}.{k}={values[k]}" for k in shown)
         table.add_row(name, cls.paper, "maps, class scores" if cls.wants_scores() else "maps", constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
     CONSOLE.print(table)
@@ -42,27 +46,31 @@ def check_report(keys: Mapping[str, Any]) -> None:
     plan = make_plan(full)
     imgsz = training_imgsz(full.get("imgsz") or 640, plan)
     CONSOLE.print(_models_table(plan, imgsz))
-    if plan.pairing is None:
+    if not plan.lessons:
         CONSOLE.print("method=none: plain Ultralytics training")
         return
-    CONSOLE.print(_levels_table(plan.pairing.levels, imgsz))
-    CONSOLE.print(_classes_line(plan))
-    for note in _teacher_notes(plan, imgsz, full.get("device")):
-        CONSOLE.print(f"teacher: {note}")
+    starts = plan.config.starts(int(full.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
+    for lesson, start in zip(plan.lessons, starts, strict=True):
+        name = Path(lesson.file).name
+        CONSOLE.print(_levels_table(lesson.pairing.levels, imgsz, f"levels paired with {name}, from epoch {start:g}"))
+        CONSOLE.print(_classes_line(lesson.pairing.classes, plan.data["names"]))
+        for note in _teacher_notes(plan, lesson, imgsz, full.get("device")):
+            CONSOLE.print(f"teacher {name}: {note}")
+    balance = plan.config.balance
     for part in plan.config.parts:
-        constants = " ".join(f"{part.name}.{k}={v}" for k, v in part.constants.items())
-        CONSOLE.print(f"{part.name}: {part.name}.gain={part.gain} {constants}, levels by {plan.config.level_weights}")
+        settings = " ".join(f"{k}={v}" for k, v in part.flat(balance != "off").items())
+        gains = "" if balance == "off" else f"gains for {balance} of the task's gradient at each level, "
+        CONSOLE.print(f"{part.name}: {gains}{settings}, levels by {plan.config.level_weights}")
     CONSOLE.print("nothing to refuse; nothing was trained")
 
 
-def _teacher_notes(plan: Plan, imgsz: int, device: object) -> list[str]:
-    """How the teacher would run on the training's device, tried on validation pictures."""
-    assert plan.teacher is not None
+def _teacher_notes(plan: Plan, lesson: Lesson, imgsz: int, device: object) -> list[str]:
+    """How a teacher would run on the training's device, tried on validation pictures."""
     at, config = select_device(parse_device(device), verbose=False), plan.config
     images = sample_batch(plan.data, imgsz).to(at)
     use_all_cores(at)
     settings = config.teacher_precision, config.teacher_compile, config.teacher_imgsz
-    _, notes = fit(plan.teacher.to(at), images, *settings)
+    _, notes = fit(lesson.teacher.to(at), images, *settings)
     return notes or ["fp32"]
 
 
@@ -70,24 +78,25 @@ def _models_table(plan: Plan, imgsz: int) -> Table:
     table = Table("model", "parameters", "GFLOPs", title=f"per image of {imgsz}x{imgsz}")
     channels = plan.data["channels"]
     image = torch.zeros(1, channels, imgsz, imgsz)
-    rows: dict[str, tuple[nn.Module, Any]] = {"student": (plan.student, image)}
-    if plan.teacher_model is not None:
-        rows["teacher"] = (plan.teacher_model, image)
-    for name, (model, x) in rows.items():
-        table.add_row(name, f"{_parameters(model):,}", f"{_gflops(model.eval(), x):.2f}")
-    if plan.pairing is not None:
-        methods = build_methods(plan.config.parts, plan.pairing.levels, seed=0)
-        classes = len(plan.pairing.classes.student) or 1
-        levels = [_random_level(shape, imgsz, classes) for shape in plan.pairing.levels]
+    rows: dict[str, nn.Module] = {"student": plan.student}
+    rows |= {f"teacher {Path(lesson.file).name}": lesson.model for lesson in plan.lessons if lesson.model is not None}
+    for name, model in rows.items():
+        table.add_row(name, f"{_parameters(model):,}", f"{_gflops(model.eval(), image):.2f}")
+    for lesson in plan.lessons:
+        methods = build_methods(plan.config.parts, lesson.pairing.levels, seed=0)
+        classes = len(lesson.pairing.classes.student) or 1
+        levels = [_random_level(shape, imgsz, classes) for shape in lesson.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)
-        table.add_row("adapters (training only)", f"{_parameters(methods):,}", f"{flops:.2f}")
+        table.add_row(f"adapters to {Path(lesson.file).name}", f"{_parameters(methods):,}", f"{flops:.2f}")
     return table
 
 
 def _random_level(shape: LevelShape, imgsz: int, classes: int) -> Level:
     grid = imgsz // shape.stride
     student, teacher = (torch.rand(1, c, grid, grid) for c in (shape.student_channels, shape.teacher_channels))
-    return Level(shape.stride, student, teacher, *(torch.rand(1, classes, grid, grid) for _ in range(3)))
+    scores, boxes = (torch.rand(1, c, grid, grid) for c in (classes, 4))
+    labels = Labels(torch.tensor([0]), torch.tensor([[0.2, 0.2, 0.8, 0.8]]))
+    return Level(shape.stride, student, teacher, scores, scores, scores, boxes, boxes, labels)
 
 
 def _gflops(model: nn.Module, x: Any) -> float:
@@ -100,8 +109,8 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _levels_table(levels: tuple[LevelShape, ...], imgsz: int) -> Table:
-    table = Table("level", "stride", "student channels", "teacher channels", "grid", title="levels paired")
+def _levels_table(levels: tuple[LevelShape, ...], imgsz: int, title: str) -> Table:
+    table = Table("level", "stride", "student channels", "teacher channels", "grid", title=title)
     for s in levels:
         grid = imgsz // s.stride
         table.add_row(
@@ -110,10 +119,7 @@ def _levels_table(levels: tuple[LevelShape, ...], imgsz: int) -> Table:
     return table
 
 
-def _classes_line(plan: Plan) -> str:
-    assert plan.pairing is not None
-    assert plan.teacher is not None
-    classes, names = plan.pairing.classes, plan.data["names"]
+def _classes_line(classes: ClassPairing, names: Mapping[int, str]) -> str:
     if classes.objectness:
         return "classes paired: none shared by name; the highest score of each model is one objectness channel"
     missing = [names[i] for i in names if i not in classes.student]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect, RTDETRDecoder, WorldDetect, YOLOEDetect
 
+from yolokd.boxes import decoded
 from yolokd.errors import UserError
 from yolokd.pyramid import Detector, read_pyramid
 
@@ -22,11 +23,13 @@ class TeacherOutput:
     """What the teacher sees in a batch, by stride: maps (B, C, H, W), and logits (B, nc, H, W) where asked for.
 
     mean_logits: the mean of an end-to-end teacher's two branches, of others the logits, where asked for.
+    boxes: (B, 4, H, W) distances left, top, right, bottom, in cells, where asked for.
     """
 
     maps: dict[int, Tensor]
     logits: dict[int, Tensor]
     mean_logits: dict[int, Tensor]
+    boxes: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,27 +89,31 @@ class Teacher:
         other._forward = _compiled(other._model) if engine.compiled else other._model
         return other
 
-    def start(self, images: Tensor, logits: bool = False, mean_logits: bool = False) -> None:
+    def start(self, images: Tensor, logits: bool = False, mean_logits: bool = False, boxes: bool = False) -> None:
         """On CUDA, run on a stream of its own while the student's forward runs; the next call collects the output."""
         if images.is_cuda:
-            self._ahead.start(images, lambda: self._run(images, logits, mean_logits))
+            self._ahead.start(images, lambda: self._run(images, logits, mean_logits, boxes))
 
-    def __call__(self, images: Tensor, logits: bool = False, mean_logits: bool = False) -> TeacherOutput:
-        """Run on (B, channels, H, W) images in 0..1; the class branches of the head run only where asked for."""
-        return self._ahead.collect(images) or self._run(images, logits, mean_logits)
+    def __call__(
+        self, images: Tensor, logits: bool = False, mean_logits: bool = False, boxes: bool = False
+    ) -> TeacherOutput:
+        """Run on (B, channels, H, W) images in 0..1; the branches of its head run only where asked for."""
+        return self._ahead.collect(images) or self._run(images, logits, mean_logits, boxes)
 
     @torch.no_grad()  # not inference_mode: losses save the maps for backward
-    def _run(self, images: Tensor, logits: bool, mean_logits: bool) -> TeacherOutput:
+    def _run(self, images: Tensor, logits: bool, mean_logits: bool, boxes: bool) -> TeacherOutput:
         # A student trained under autocast must not change the teacher's arithmetic.
         with torch.autocast(images.device.type, enabled=False):
             maps = self._maps(images)
             many = _scores(self._tap.one2many if logits or mean_logits else None, maps)
             one = _scores(self._tap.one2one if mean_logits else None, maps)
+            raw = _scores(self._tap.boxes if boxes else None, maps)
             mean = [(m + o) / 2 for m, o in zip(many, one, strict=True)] if one else many
             return TeacherOutput(
                 self._by_stride(maps),
                 self._by_stride(many if logits else []),
                 self._by_stride(mean if mean_logits else []),
+                self._by_stride([decoded(r, self._tap.bins) for r in raw]),
             )
 
     def _by_stride(self, values: list[Tensor]) -> dict[int, Tensor]:
@@ -169,7 +176,7 @@ class _Ahead:
             return None
         current = torch.cuda.current_stream(images.device)
         current.wait_stream(self._stream)
-        for values in (output.maps, output.logits, output.mean_logits):
+        for values in (output.maps, output.logits, output.mean_logits, output.boxes):
             for tensor in values.values():
                 tensor.record_stream(current)  # allocated on the other stream, used on this one
         return output
@@ -186,7 +193,7 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
 
 
 class _Tap(nn.Module):
-    """Stands in for the head: returns the neck maps, and keeps the class branches at hand."""
+    """Stands in for the head: returns the neck maps, and keeps the head's branches at hand."""
 
     def __init__(self, head: Any) -> None:
         super().__init__()
@@ -196,6 +203,10 @@ class _Tap(nn.Module):
         many = head.cv3 if dense else None
         self.one2many: nn.ModuleList | None = many if many is not None else one2one
         self.one2one: nn.ModuleList | None = one2one
+        self.bins: int = getattr(head, "reg_max", 1)
+        self.boxes: nn.ModuleList | None = None
+        if dense:
+            self.boxes = head.cv2 if many is not None else getattr(head, "one2one_cv2", None)
 
     def forward(self, maps: list[Tensor], *_: object) -> list[Tensor]:
         return list(maps)

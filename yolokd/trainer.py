@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import ultralytics
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
@@ -19,16 +20,15 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 import yolokd
-from yolokd.checkpoint import as_path, load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
+from yolokd.checkpoint import as_paths, load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
 from yolokd.errors import UserError
-from yolokd.plan import KNOWN_KEYS, Plan, make_plan, training_imgsz
+from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
 from yolokd.probe import level_name
 from yolokd.score import check_teacher
-from yolokd.teacher import Teacher
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
 MOST_THREADS = 8  # Ultralytics' own bound on torch's threads on CPUs; it leaves one core idle besides
@@ -48,7 +48,7 @@ class DistillationTrainer(DetectionTrainer):
     ) -> None:
         keys = {**overrides} if overrides else {}
         if "teacher" in keys:
-            keys["teacher"] = as_path(keys["teacher"], "teacher")
+            keys["teacher"] = as_paths(keys["teacher"], "teacher")
         self.plan: Plan = make_plan(_planned(cfg, keys))
         if keys.get("data") == "shapes" or (keys.get("data") is None and not keys.get("resume")):
             keys["data"] = data_file("shapes")
@@ -85,26 +85,34 @@ class DistillationTrainer(DetectionTrainer):
         """Attach the criterion, after `model.args` is set and before optimizer, DDP and EMA are built."""
         super().set_model_attributes()
         plan = self.plan
-        if plan.teacher is None or plan.pairing is None:
+        if not plan.lessons:
             return
         self.model.yolokd = provenance(plan)
-        teacher = self._fast_teacher(plan.teacher)
-        self.plan = replace(plan, teacher=teacher)  # the slow one is not needed again
-        criterion = DistillationCriterion(self.model, teacher, plan.config, plan.pairing, self.args.seed)
+        use_all_cores(self.device)  # the precision is tried as the training will run
+        images = sample_batch(self.data, training_imgsz(self.args.imgsz, plan)).to(self.device)
+        precisions = self._precisions()
+        self.plan = replace(  # the slow ones are not needed again
+            plan, lessons=tuple(self._fast(*pair, images) for pair in zip(plan.lessons, precisions, strict=True))
+        )
+        lessons = [(lesson.teacher, lesson.pairing) for lesson in self.plan.lessons]
+        criterion = DistillationCriterion(self.model, lessons, plan.config, self.args.seed)
         self.model.criterion = criterion.to(self.device)
 
-    def _fast_teacher(self, teacher: Teacher) -> Teacher:
-        config = self.plan.config
-        precision = config.teacher_precision
+    def _precisions(self) -> list[Any]:
+        """Each teacher's; a resumed run goes on as it was."""
         state = load_sidecar(Path(str(self.args.model))) if self.resume else None
-        if state is not None and state["device"] == self.device.type:  # a resumed run goes on as it was
-            precision = state["precision"]
-        use_all_cores(self.device)  # the precision is tried as the training will run
-        images = sample_batch(self.data, training_imgsz(self.args.imgsz, self.plan)).to(self.device)
-        fast, notes = fit(teacher.to(self.device), images, precision, config.teacher_compile, config.teacher_imgsz)
+        if state is not None and state["device"] == self.device.type:
+            return list(state["precisions"])
+        return [self.plan.config.teacher_precision] * len(self.plan.lessons)
+
+    def _fast(self, lesson: Lesson, precision: Any, images: Tensor) -> Lesson:
+        config = self.plan.config
+        teacher, notes = fit(
+            lesson.teacher.to(self.device), images, precision, config.teacher_compile, config.teacher_imgsz
+        )
         for note in notes if RANK in {-1, 0} else []:
-            LOGGER.info(f"teacher: {note}")
-        return fast
+            LOGGER.info(f"teacher {Path(lesson.file).name}: {note}")
+        return replace(lesson, teacher=teacher)
 
     def _setup_train(self) -> None:
         asked = self.args.channels_last
@@ -116,24 +124,31 @@ class DistillationTrainer(DetectionTrainer):
             self.model.to(memory_format=torch.channels_last)
             self.ema.ema.to(memory_format=torch.channels_last)
         self.ema.ema._modules.pop("criterion", None)
-        if RANK in {-1, 0} and self.plan.teacher is not None:
+        if self.criterion is not None:
+            self.criterion.set_length(self.epochs, len(self.train_loader))
+        if RANK in {-1, 0} and self.plan.lessons:
             _announce(self.plan)
             if self.plan.config.check_teacher and not self.resume:
-                self._score_teacher()
-        self.plan = replace(self.plan, teacher_model=None)  # scored: its memory is the training's now
+                self._score_teachers()
+        # Scored: their memory is the training's now.
+        self.plan = replace(self.plan, lessons=tuple(replace(lesson, model=None) for lesson in self.plan.lessons))
         use_all_cores(self.device)  # scoring the teacher has reset it
 
-    def _score_teacher(self) -> None:
-        plan, args = self.plan, self.args
-        assert plan.pairing is not None
+    def _score_teachers(self) -> None:
+        args = self.args
         if RANK != -1:  # Ultralytics' validators gather over all ranks, and only one is here
             LOGGER.info("teacher: not scored in a run over several devices")
             return
         taken = ("data", "imgsz", "device", "workers", "split", "single_cls")
         settings = {key: getattr(args, key) for key in taken} | {"batch": self.batch_size * 2}
-        self.teacher_score = check_teacher(
-            plan.teacher_model, self.data["names"], plan.pairing.classes, settings, self.save_dir
-        )
+        scores = [
+            check_teacher(lesson.model, self.data["names"], lesson.pairing.classes, settings, self.save_dir)
+            for lesson in self.plan.lessons
+        ]
+        self.teacher_score = scores[-1]
+        known = [score for score in scores if score is not None]
+        if known != sorted(known):
+            LOGGER.warning("teacher: the teachers' scores do not rise; give them weakest first")
 
     def get_validator(self) -> DetectionValidator:
         """Ultralytics' validator, which would reject yolokd's keys among its own."""
@@ -212,7 +227,8 @@ class DistillationTrainer(DetectionTrainer):
         criterion = self.criterion
         if saved and criterion is not None:
             state = {"criterion": criterion.private_state(), "measured": criterion.probe.last}
-            state |= {"precision": name_of(criterion.teacher.engine.dtype), "device": self.device.type}
+            precisions = [name_of(lesson.teacher.engine.dtype) for lesson in self.plan.lessons]
+            state |= {"precisions": precisions, "device": self.device.type}
             save_sidecar(self.last, {"epoch": self.epoch} | state)
         return saved
 
@@ -320,22 +336,23 @@ def _planned(cfg: Any, keys: dict[str, Any]) -> dict[str, Any]:
 
 def _announce(plan: Plan) -> None:
     """Log what is paired with what."""
-    assert plan.pairing is not None
-    for level in plan.pairing.levels:
-        LOGGER.info(
-            f"distil {level_name(level.stride)}: student {level.student_channels} channels, "
-            f"teacher {level.teacher_channels}"
-        )
-    classes = plan.pairing.classes
-    if classes.objectness:
-        LOGGER.info("distil classes: none shared by name, the highest class score of each model is one objectness")
-    else:
-        LOGGER.info(f"distil classes: {len(classes.student)} of {len(plan.data['names'])} shared by name")
+    for lesson in plan.lessons:
+        name = f"distil from {Path(lesson.file).name}"
+        for level in lesson.pairing.levels:
+            LOGGER.info(
+                f"{name}, {level_name(level.stride)}: student {level.student_channels} channels, "
+                f"teacher {level.teacher_channels}"
+            )
+        classes = lesson.pairing.classes
+        if classes.objectness:
+            LOGGER.info(f"{name}, classes: none shared by name, the highest score of each model is one objectness")
+        else:
+            LOGGER.info(f"{name}, classes: {len(classes.student)} of {len(plan.data['names'])} shared by name")
 
 
 def _balance_line(plan: Plan, means: dict[str, float], clip: float) -> str:
     """Ratios of distillation to task gradient, level by level, as one line of log."""
-    names = [level_name(level.stride) for level in plan.pairing.levels] if plan.pairing else []
+    names = [key.partition("/")[0] for key in means if key.endswith("/share")]
     ratios = (
         f"{part.name} " + " ".join(f"{n} {means[f'{n}/{part.name}_ratio']:.3g}" for n in names)
         for part in plan.config.parts
@@ -349,10 +366,12 @@ def _balance_line(plan: Plan, means: dict[str, float], clip: float) -> str:
 def provenance(plan: Plan) -> dict[str, Any]:
     """Where a student comes from, as plain data that travels in its checkpoint."""
     config = plan.config
+    teachers = [{"file": Path(lesson.file).name, "sha256": lesson.sha256} for lesson in plan.lessons]
     return {
-        "teacher": {"file": Path(str(config.teacher)).name, "sha256": plan.teacher_sha256},
+        "teacher": teachers[0] if len(teachers) == 1 else teachers,
         "method": config.method,
-        "gains": {p.name: p.gain for p in config.parts},
+        "balance": config.balance,
+        "gains": {p.name: p.gain for p in config.parts} if config.balance == "off" else {},
         "constants": {p.name: p.constants for p in config.parts},
         "versions": {
             "yolokd": yolokd.__version__,

@@ -103,7 +103,7 @@ class Contender:
         if isinstance(model, DistillationModel):
             model.teacher_model.forward = self._timed(model.teacher_model.forward)
         elif self.trainer.criterion is not None:
-            teacher = self.trainer.criterion.teacher
+            teacher = self.trainer.criterion.stage.teacher
             vars(teacher)["_run"] = self._timed(teacher._run)
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ class TeacherAlone:
 
     def __init__(self, contender: Contender) -> None:
         trainer = contender.trainer
-        self._teacher, self._threads = trainer.criterion.teacher, contender.threads
+        self._teacher, self._threads = trainer.criterion.stage.teacher, contender.threads
         size = trainer.args.imgsz
         self._images = torch.rand(contender.batch, trainer.data["channels"], size, size).to(trainer.device)
         self._now = contender._now

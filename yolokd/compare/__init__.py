@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from yolokd.checkpoint import as_path, sha256
+from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import INCIDENTAL, NATIVE, Run, carry_out, fingerprint, row_of, stop_all
@@ -79,7 +79,7 @@ def _planned(
     for key in keys:
         if "." in key and key.partition(".")[0] not in names:
             raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names) or 'none'}")
-    given = training_keys({**keys, "teacher": as_path(keys.get("teacher"), "teacher")})
+    given = training_keys({**keys, "teacher": as_paths(keys.get("teacher"), "teacher")})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
     runs: list[Run] = []
     for method in methods:

@@ -35,6 +35,7 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""
     wants_logits: ClassVar[bool] = False  # whether `Level` must carry both models' class logits
     wants_mean_logits: ClassVar[bool] = False  # whether it must carry the mean of the teacher's branches
+    wants_boxes: bool = False  # whether it must carry both models' predicted boxes; may depend on constants
 
     @classmethod
     def wants_scores(cls) -> bool:

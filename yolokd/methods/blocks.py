@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from yolokd.pyramid import Level, LevelShape
 
+EPS = 1e-6  # ours: a channel of one value stays at 0
+
 
 class Adapter(nn.Conv2d):
     """1x1 convolution from the student's channels to the teacher's: (B, C_S, H, W) -> (B, C_T, H, W).
@@ -37,10 +39,21 @@ def generator(channels: int) -> nn.Module:
     )
 
 
-def spatial_attention(maps: Tensor) -> Tensor:
-    """A(F) = H·W·softmax over positions of mean_c |F|: (B, C, H, W) -> (B, H, W), float32, mean 1 per image."""
+def spatial_attention(maps: Tensor, temperature: float = 1.0) -> Tensor:
+    """A(F) = H·W·softmax over positions of mean_c |F| / T: (B, C, H, W) -> (B, H, W), float32, mean 1 per image."""
     b, _, h, w = maps.shape
-    return (maps.float().abs().mean(1).flatten(1).softmax(1) * (h * w)).view(b, h, w)
+    return ((maps.float().abs().mean(1) / temperature).flatten(1).softmax(1) * (h * w)).view(b, h, w)
+
+
+def channel_attention(maps: Tensor, temperature: float) -> Tensor:
+    """A(F) = C·softmax over channels of mean_hw |F| / T: (B, C, H, W) -> (B, C), float32, mean 1 per image."""
+    return (maps.float().abs().mean((2, 3)) / temperature).softmax(1) * maps.shape[1]
+
+
+def standardized(maps: Tensor) -> Tensor:
+    """Each channel at mean 0 and variance 1 over batch and positions: (B, C, H, W) -> the same, float32."""
+    maps = maps.float()
+    return (maps - maps.mean((0, 2, 3), keepdim=True)) / (maps.var((0, 2, 3), correction=0, keepdim=True) + EPS).sqrt()
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from yolokd.boxes import iou
 from yolokd.methods.base import Level, LevelShape, Method, register
 from yolokd.methods.blocks import Adapter, adapted_error
 
 Distance = Literal["l2", "l1", "kl"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
 
 
@@ -26,14 +29,18 @@ class PDF(Method):
     distributions, teacher first, since YOLO's classes are independent sigmoids).
     weighting: `soft` is the method; the others are its Table 1 ablation: `uniform`, or D = 1 at the 25 % / 50 % of
     positions that disagree most (least) and 0 elsewhere; the mean of W is 1 in each.
+    box: the paper's §5 names the disagreement of boxes as future work. Ours: D gains box · max_c P_T · (1 − IoU) of the
+    boxes that both models predict at the position; where the teacher sees nothing, neither box means anything.
     Where both models agree exactly everywhere, `soft` is uniform: the limit of equal disagreement.
     """
 
     paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"
     wants_logits = True
 
-    def __init__(self, shape: LevelShape, *, distance: Distance, weighting: Weighting) -> None:
+    def __init__(self, shape: LevelShape, *, distance: Distance, weighting: Weighting, box: Weight) -> None:
         super().__init__()
+        self.box = box
+        self.wants_boxes = box > 0
         self.distance: Distance = distance
         self.weighting: Weighting = weighting
         self.adapt = Adapter(shape)
@@ -43,6 +50,8 @@ class PDF(Method):
         assert level.teacher_logits is not None
         assert level.student_logits is not None
         disagreement = disagree(level.teacher_logits, level.student_logits.detach(), self.distance)
+        if self.wants_boxes:
+            disagreement = disagreement + self.box * disagree_on_boxes(level)
         return (position_weights(disagreement, self.weighting) * adapted_error(self.adapt, level)).mean()
 
 
@@ -55,6 +64,15 @@ def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
         return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1)
     difference = t.sigmoid() - s.sigmoid()
     return (difference.square() if distance == "l2" else difference.abs()).sum(1)
+
+
+def disagree_on_boxes(level: Level) -> Tensor:
+    """max_c P_T · (1 − IoU) of the predicted boxes: (B, H, W) float32, no gradient."""
+    assert level.teacher_logits is not None
+    assert level.teacher_boxes is not None
+    assert level.student_boxes is not None
+    overlap = iou(level.teacher_boxes.float(), level.student_boxes.detach().float())
+    return level.teacher_logits.float().amax(1).sigmoid() * (1 - overlap)
 
 
 def position_weights(disagreement: Tensor, weighting: Weighting) -> Tensor:

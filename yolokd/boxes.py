@@ -1,0 +1,84 @@
+"""Boxes on a level's grid: which cells the labels cover, and how far two heads' predictions overlap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The labelled boxes of a batch.
+
+    image: (N,) index of each box's image. corners: (N, 4) x1, y1, x2, y2 as shares of the image's width and height.
+    """
+
+    image: Tensor
+    corners: Tensor
+
+    @staticmethod
+    def of_centers(image: Tensor, boxes: Tensor) -> Labels:
+        """From (N, 4) centers and sizes, as YOLO labels hold them."""
+        center, half = boxes[:, :2].float(), boxes[:, 2:].float() / 2
+        return Labels(image.flatten().long(), torch.cat([center - half, center + half], 1))
+
+    def to(self, device: torch.device) -> Labels:
+        """On a device."""
+        return Labels(self.image.to(device), self.corners.to(device))
+
+
+def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tensor:
+    """(images, height, width) float32: one over the area, in cells, of the smallest box over a cell; 0 where none is.
+
+    A box covers every cell that it touches; one without area covers none. No loop over boxes.
+    """
+    size = labels.corners.new_tensor([width, height])
+    low, high = labels.corners[:, :2] * size, labels.corners[:, 2:] * size
+    real = ((high > low).all(1) & torch.isfinite(labels.corners).all(1)).float()
+    columns = _touched(low[:, 0], high[:, 0], width)
+    rows = _touched(low[:, 1], high[:, 1], height)
+    area = columns.sum(1) * rows.sum(1)
+    value = real / area.clamp(min=1)
+    cells = rows[:, :, None] * columns[:, None, :] * value.nan_to_num()[:, None, None]
+    grid = cells.new_zeros(images, height, width)
+    return grid.index_reduce_(0, labels.image, cells, "amax")
+
+
+def _touched(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """(N, cells) 1 where the cell [i, i+1) overlaps [low, high)."""
+    at = torch.arange(cells, device=low.device)
+    return ((at + 1 > low[:, None]) & (at < high[:, None])).float()
+
+
+def decoded(raw: Tensor, bins: int) -> Tensor:
+    """(B, 4·bins, H, W) of a YOLO head -> (B, 4, H, W) float32: distances left, top, right, bottom, in cells.
+
+    Several bins are a distribution over whole cells, of which this is the mean; a single one is the distance itself.
+    """
+    b, _, h, w = raw.shape
+    if bins == 1:
+        return raw.float()
+    weights = torch.arange(bins, device=raw.device, dtype=torch.float32)
+    return torch.einsum("bknhw,n->bkhw", raw.float().view(b, 4, bins, h, w).softmax(2), weights)
+
+
+def distances_on_grid_of(reference: Tensor, distances: Tensor) -> Tensor:
+    """Resample (B, 4, h, w) distances in cells to the grid of `reference` (B, *, H, W), and count in its cells."""
+    height, width = reference.shape[-2:]
+    if distances.shape[-2:] == (height, width):
+        return distances
+    ratio = distances.new_tensor([width / distances.shape[-1], height / distances.shape[-2]]).repeat(2)
+    resized = F.interpolate(distances, size=(height, width), mode="bilinear", align_corners=False)
+    return resized * ratio[:, None, None]
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of two boxes at each position: two (B, 4, H, W) of distances from the same point -> (B, H, W) in 0..1."""
+    sides = (torch.minimum(a, b)[:, :2] + torch.minimum(a, b)[:, 2:]).clamp(min=0)
+    common = sides[:, 0] * sides[:, 1]
+    area_a, area_b = (((x[:, :2] + x[:, 2:]).clamp(min=0)).prod(1) for x in (a, b))
+    union = area_a + area_b - common
+    return common / union.clamp(min=torch.finfo(union.dtype).tiny)
