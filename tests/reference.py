@@ -110,3 +110,142 @@ def sl2(teacher: Array, student: Array, logits: Array) -> float:
                 weights += max(scores)
                 weighted += max(scores) * sum((teacher[n, k, i, j] - student[n, k, i, j]) ** 2 for k in range(c))
     return weighted / (c * weights + 1e-9)
+
+
+def fitnet(teacher: Array, student: Array) -> float:
+    """Mean squared error of a batch; `student` is adapted."""
+    return float(sum((t - s) ** 2 for t, s in zip(teacher.flat, student.flat, strict=True)) / teacher.size)
+
+
+def correlation_loss(teacher: Array, student: Array) -> float:
+    """Half the squared error of maps that are standardized channel by channel, meaned: PKD's, and DFMSD's of R."""
+    b, c, h, w = teacher.shape
+    total = 0.0
+    for k in range(c):
+        normal = []
+        for maps in (teacher, student):
+            values = [float(maps[n, k, i, j]) for n in range(b) for i in range(h) for j in range(w)]
+            mean = sum(values) / len(values)
+            variance = sum((v - mean) ** 2 for v in values) / len(values)
+            normal.append([(v - mean) / math.sqrt(variance + 1e-6) for v in values])
+        total += sum((t - s) ** 2 for t, s in zip(*normal, strict=True)) / len(normal[0])
+    return total / c / 2
+
+
+def cwd(teacher: Array, student: Array, tau: float) -> float:
+    """CWD's loss of a batch; `student` is adapted."""
+    b, c, _, _ = teacher.shape
+    total = 0.0
+    for n in range(b):
+        for k in range(c):
+            p, q = (softmax([float(v) / tau for v in maps[n, k].flat]) for maps in (teacher, student))
+            total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0)
+    return tau**2 * total / (b * c)
+
+
+def softmax(values: list[float]) -> list[float]:
+    top = max(values)
+    exps = [math.exp(v - top) for v in values]
+    return [max(e / sum(exps), 1e-300) for e in exps]
+
+
+def frs(
+    teacher: Array, student: Array, teacher_logits: Array, student_logits: Array, alpha: float, beta: float
+) -> float:
+    """FRS's loss of a batch; `student` is adapted."""
+    b, c, h, w = teacher.shape
+    classes = teacher_logits.shape[1]
+    feature = scores = richness = 0.0
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                p = [sigmoid(teacher_logits[n, k, i, j]) for k in range(classes)]
+                rich = max(p)
+                richness += rich
+                feature += rich * sum((teacher[n, k, i, j] - student[n, k, i, j]) ** 2 for k in range(c)) / c
+                for k in range(classes):
+                    x = float(student_logits[n, k, i, j])
+                    log_q, log_not_q = (-math.log1p(math.exp(-v)) if v > -30 else v for v in (x, -x))
+                    scores -= rich * (p[k] * log_q + (1 - p[k]) * log_not_q) / classes
+    return (alpha * feature + beta * scores) / max(richness, 1e-9)
+
+
+def covered(box: Array, h: int, w: int) -> list[tuple[int, int]]:
+    """The cells that a box (x1, y1, x2, y2 as shares) touches; none where it has no area."""
+    x1, y1, x2, y2 = box[0] * w, box[1] * h, box[2] * w, box[3] * h
+    if not (x2 > x1 and y2 > y1):
+        return []
+    return [(i, j) for i in range(h) for j in range(w) if i < y2 and i + 1 > y1 and j < x2 and j + 1 > x1]
+
+
+def inverse_areas(image: list[int], corners: Array, b: int, h: int, w: int) -> Array:
+    """One over the area of the smallest box over each cell."""
+    out = np.zeros((b, h, w))
+    for n, box in zip(image, corners, strict=True):
+        cells = covered(box, h, w)
+        for i, j in cells:
+            out[n, i, j] = max(out[n, i, j], 1 / len(cells))
+    return out
+
+
+def fgd(
+    teacher: Array,
+    student: Array,
+    contexts: tuple[Array, Array],
+    inverse: Array,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    lambda_: float,
+    temperature: float,
+) -> float:
+    """FGD's loss of a batch; `student` is adapted, `contexts` are R(F_T) and R(F_S), `inverse` as inverse_areas."""
+    b, c, h, w = teacher.shape
+    total = 0.0
+    for n in range(b):
+        spatial = [attention(maps[n] / temperature) for maps in (teacher, student)]
+        channel = []
+        for maps in (teacher, student):
+            means = [sum(abs(float(v)) for v in maps[n, k].flat) / (h * w) / temperature for k in range(c)]
+            channel.append([c * v for v in softmax(means)])
+        background = sum(1 for v in inverse[n].flat if v == 0)
+        for i in range(h):
+            for j in range(w):
+                scale = alpha * inverse[n, i, j] if inverse[n, i, j] else beta / background
+                for k in range(c):
+                    error = (teacher[n, k, i, j] - student[n, k, i, j]) ** 2
+                    total += scale * spatial[0][i, j] * channel[0][k] * error / c
+        total += gamma * float(np.abs(spatial[0] - spatial[1]).mean())
+        total += gamma * sum(abs(s - t) for s, t in zip(*channel, strict=True)) / c
+    return total / b + lambda_ * fitnet(*contexts)
+
+
+def most_attended(values: list[float], share: float) -> set[int]:
+    """Indices of the highest values, a share of them, the first of ties first."""
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return set(order[: round(share * len(values))])
+
+
+def dfmsd_masks(teacher: Array, inverse: Array, rho_s: float, rho_inside: float, rho_c: float) -> tuple[Array, Array]:
+    """M^S (B, H, W) and M^C (B, C): 0 where masked."""
+    b, c, h, w = teacher.shape
+    spatial, channel = np.ones((b, h, w)), np.ones((b, c))
+    for n in range(b):
+        at = [float(sum(abs(teacher[n, k, i, j]) for k in range(c)) / c) for i in range(h) for j in range(w)]
+        low, high = most_attended(at, rho_s), most_attended(at, rho_inside)
+        for place in range(h * w):
+            i, j = divmod(place, w)
+            if place in low or (place in high and inverse[n, i, j] > 0):
+                spatial[n, i, j] = 0
+        means = [float(np.abs(teacher[n, k]).mean()) for k in range(c)]
+        for k in most_attended(means, rho_c):
+            channel[n, k] = 0
+    return spatial, channel
+
+
+def iou(a: Array, b: Array) -> float:
+    """Of two boxes given as distances left, top, right, bottom from one point."""
+    sides = [max(min(a[k], b[k]) + min(a[k + 2], b[k + 2]), 0) for k in (0, 1)]
+    areas = [max(x[0] + x[2], 0) * max(x[1] + x[3], 0) for x in (a, b)]
+    union = sum(areas) - sides[0] * sides[1]
+    return sides[0] * sides[1] / union if union > 0 else 0.0

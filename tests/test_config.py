@@ -62,6 +62,17 @@ def test_flat_keys_parse_back_to_the_same() -> None:
         ({"method": "dfd", "level_weights": "some"}, "level_weights=some"),
         ({"method": "dfd", "check_teacher": "maybe"}, "check_teacher=maybe"),
         ({"method": "dfd", "teacher": None}, "teacher: is missing"),
+        ({"method": "dfd", "balance": 0}, "balance=0: not a valid value"),
+        ({"method": "dfd", "balance": "on"}, "balance=on: not a valid value"),
+        ({"method": "dfd", "balance": 0.3, "dfd.gain": 2.0}, "dfd.gain: has no effect: balance=0.3"),
+        ({"method": "dfd", "dfd.schedule": "square"}, "dfd.schedule=square"),
+        ({"method": "dfd", "dfd.warmup": -1.0}, "dfd.warmup=-1.0"),
+        ({"method": "dfd", "dfd.end": 0.0}, "dfd.end=0.0"),
+        ({"method": "dfd", "teacher": "[a.pt, a.pt]"}, "is empty or names one twice"),
+        ({"method": "dfd", "teacher": "[]"}, "is empty or names one twice"),
+        ({"method": "dfd", "teacher": "[a.pt, b.pt]", "stages": [3, 5]}, "stages=[3.0, 5.0]: must be"),
+        ({"method": "dfd", "teacher": "[a.pt, b.pt, c.pt]", "stages": [5, 3]}, "must be the rising epochs"),
+        ({"method": "dfd", "stages": 5}, "stages=[5.0]: must be"),
     ],
 )
 def test_what_cannot_work_is_refused(keys: dict[str, Any], message: str) -> None:
@@ -103,3 +114,19 @@ def test_any_words_parse_or_are_user_errors(words: list[str]) -> None:
         assert len(str(e).splitlines()) == 1
     else:
         assert len(keys) == len(words)
+
+
+@pytest.mark.parametrize("given", ["[a b.pt, 'c.pt']", ["a b.pt", "c.pt"]])
+def test_several_teachers_take_over_evenly_or_as_told(given: Any) -> None:
+    config = parse({"method": "dfd", "teacher": given})
+    assert config.teachers == ("a b.pt", "c.pt")
+    assert config.starts(40) == (0, 20)
+    assert parse({"method": "dfd", "teacher": given, "stages": 7}).starts(40) == (0, 7)
+    assert parse(config.flat()) == config
+
+
+@pytest.mark.parametrize("balance", [0.3, "off"])
+def test_the_flat_keys_give_the_same_configuration(balance: Any) -> None:
+    keys = {"teacher": "t.pt", "method": "frs+dfd", "balance": balance, "frs.end": 9.0, "dfd.schedule": "cosine"}
+    config = parse(keys)
+    assert parse(config.flat()) == config

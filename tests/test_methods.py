@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -14,21 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from yolokd.config import method_defaults, parse
+from yolokd.boxes import Labels
+from yolokd.config import SETTINGS, method_defaults, parse
 from yolokd.criterion import build_methods
 from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention
 from yolokd.methods.dfd import high_disparity
-from yolokd.methods.pdf import disagree, position_weights
+from yolokd.methods.pdf import disagree, disagree_on_boxes, position_weights
 from yolokd.pyramid import Level, LevelShape
 
 CS, CT, K = 3, 5, 2
-NAMES = ["dfd", "pdf", "sl2"]
+NAMES = ["cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]
 HARD = ["most25", "most50", "least25", "least50"]
 
 
 def build(name: str, **constants: Any) -> Method:
-    values = {k: v for k, v in method_defaults(name).items() if k != "gain"} | constants
+    values = {k: v for k, v in method_defaults(name).items() if k not in SETTINGS} | constants
     torch.manual_seed(0)
     return registered()[name](LevelShape(8, CS, CT), **values).double()
 
@@ -39,11 +41,36 @@ def random_level(b: int, h: int, w: int, seed: int = 0) -> Level:
     def draw(c: int, scale: float = 1.0) -> Tensor:
         return torch.randn(b, c, h, w, generator=g, dtype=torch.float64) * scale
 
-    return Level(8, draw(CS), draw(CT), draw(K, 3), draw(K, 3), draw(K, 3))
+    image = torch.arange(2 * b, dtype=torch.long) // 2  # two boxes an image
+    low, size = torch.rand(2, 2 * b, 2, generator=g)
+    labels = Labels(image, torch.cat([low, (low + 0.7 * size).clamp(max=1)], 1))
+    logits, boxes = [draw(K, 3) for _ in range(3)], [draw(4).abs() for _ in range(2)]
+    return Level(8, draw(CS), draw(CT), *logits, *boxes, labels, seed)
 
 
 def tensors(level: Level) -> list[Tensor]:
     return [v for f in fields(level) if isinstance(v := getattr(level, f.name), Tensor)]
+
+
+def like(level: Level, change: Callable[[Tensor], Tensor], labels: Labels | None = None) -> Level:
+    return Level(8, *map(change, tensors(level)), labels or level.labels, level.seed)
+
+
+def no_labels(level: Level) -> None:
+    level.labels = Labels(torch.empty(0, dtype=torch.long), torch.empty(0, 4))
+
+
+def awkward_labels(level: Level) -> None:
+    """No area, not a number, beyond the picture, all of it, twice the same."""
+    corners = [
+        [0.5, 0.5, 0.5, 0.9],
+        [math.nan] * 4,
+        [0.9, -0.5, 1.6, 0.2],
+        [0, 0, 1, 1],
+        [0, 0, 1, 1],
+        [0.3, 0.3, 0.2, 0.1],
+    ]
+    level.labels = Labels(torch.tensor([0, 0, 0, 0, 0, 1]), torch.tensor(corners))
 
 
 def edited(edit: Callable[[Level], None], b: int = 2, h: int = 4, w: int = 3) -> Level:
@@ -83,7 +110,15 @@ LEVELS = {
     "constant": edited(fill(1.5)),
     "one hot": edited(one_hot),
     "saturated": edited(saturated),
+    "no labels": edited(no_labels),
+    "awkward labels": edited(awkward_labels),
 }
+
+
+def inverse_of(level: Level) -> np.ndarray[Any, Any]:
+    b, _, h, w = level.student.shape
+    assert level.labels is not None
+    return reference.inverse_areas(level.labels.image.tolist(), level.labels.corners.double().numpy(), b, h, w)
 
 
 def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
@@ -138,6 +173,148 @@ def test_sl2_equals_the_reference(level: Level) -> None:
     projected = np.asarray(method.project(level.student).detach())
     expected = reference.sl2(level.teacher.numpy(), projected, level.teacher_mean_logits.numpy())
     assert float(method(level).detach()) == pytest.approx(expected, rel=2e-5, abs=1e-7)
+
+
+def close(expected: float) -> Any:
+    return pytest.approx(expected, rel=3e-5, abs=1e-7)  # float32 inside, float64 in the reference
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+class TestEqualsTheReference:
+    def test_fitnet(self, level: Level) -> None:
+        method = build("fitnet")
+        assert loss(method, level) == close(reference.fitnet(level.teacher.numpy(), adapted(method, level)))
+
+    def test_pkd(self, level: Level) -> None:
+        method = build("pkd")
+        assert loss(method, level) == close(reference.correlation_loss(level.teacher.numpy(), adapted(method, level)))
+
+    @pytest.mark.parametrize("tau", [1.0, 4.0])
+    def test_cwd(self, level: Level, tau: float) -> None:
+        method = build("cwd", tau=tau)
+        # probabilities near 1e-40 leave float32
+        assert loss(method, level) == pytest.approx(
+            reference.cwd(level.teacher.numpy(), adapted(method, level), tau), rel=1e-4, abs=1e-5
+        )
+
+    @pytest.mark.parametrize("masked", [0.0, 0.65])
+    def test_mgd(self, level: Level, masked: float) -> None:
+        method: Any = build("mgd", lambda_=masked)
+        kept = method.kept(level)
+        assert masked > 0 or kept.all()
+        rebuilt = method.generate(torch.as_tensor(adapted(method, level) * kept.numpy())).detach().numpy()
+        assert loss(method, level) == close(reference.fitnet(level.teacher.numpy(), rebuilt))
+
+    @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.0, 2.0), (3.0, 0.0)])
+    def test_frs(self, level: Level, alpha: float, beta: float) -> None:
+        method = build("frs", alpha=alpha, beta=beta)
+        logits = level.teacher_logits.numpy(), level.student_logits.numpy()
+        expected = reference.frs(level.teacher.numpy(), adapted(method, level), *logits, alpha, beta)
+        assert loss(method, level) == close(expected)
+
+    @pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0.3, 0.2, 0.7, 0.5)])
+    def test_fgd(self, level: Level, weights: tuple[float, ...]) -> None:
+        names = ("alpha", "beta", "gamma", "lambda_")
+        method: Any = build("fgd", temperature=0.5, **{k: float(v) for k, v in zip(names, weights, strict=True)})
+        student = adapted(method, level)
+        contexts = tuple(method.context(m).detach().numpy() for m in (level.teacher, torch.as_tensor(student)))
+        expected = reference.fgd(level.teacher.numpy(), student, contexts, inverse_of(level), *weights, 0.5)
+        assert loss(method, level) == close(expected)
+
+    @pytest.mark.parametrize("stage", [0, 1, 30])
+    def test_dfmsd(self, level: Level, stage: int) -> None:
+        values = {k: v for k, v in method_defaults("dfmsd").items() if k not in SETTINGS}
+        torch.manual_seed(0)
+        method: Any = registered()["dfmsd"](LevelShape(8, CS, CT, stage), **values).double()
+        with torch.no_grad():
+            method.mix.copy_(torch.tensor([0.4, -0.3]))
+        inside = min(0.5 * (1 + 0.15 * stage), 0.95)
+        spatial, channel = reference.dfmsd_masks(level.teacher.numpy(), inverse_of(level), 0.5, inside, 0.15)
+        student = adapted(method, level)
+        by_position = method.by_position(torch.as_tensor(student * spatial[:, None]))
+        by_channel = method.by_channel(torch.as_tensor(student * channel[:, :, None, None]))
+        first = 1 / (1 + math.exp(-0.7))
+        rebuilt = (first * by_position + (1 - first) * by_channel).detach().numpy()
+        expected = reference.correlation_loss(level.teacher.numpy(), rebuilt)
+        assert loss(method, level) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+    @pytest.mark.parametrize("box", [0.5, 3.0])
+    def test_pdf_with_boxes(self, level: Level, box: float) -> None:
+        method = build("pdf", box=box)
+        images, _, h, w = level.student.shape
+        t_logits, s_logits = level.teacher_logits.numpy(), level.student_logits.numpy()
+        weights = np.ones((images, h, w))
+        for n in range(images):
+            d = reference.disagreement(t_logits[n], s_logits[n], "l2")
+            for i in range(h):
+                for j in range(w):
+                    overlap = reference.iou(
+                        level.teacher_boxes[n, :, i, j].numpy(), level.student_boxes[n, :, i, j].numpy()
+                    )
+                    top = max(reference.sigmoid(v) for v in t_logits[n, :, i, j])
+                    d[i, j] += box * top * (1 - overlap)
+            weights[n] = h * w * d / d.sum() if d.sum() else 1
+        errors = (level.teacher.numpy() - adapted(method, level)) ** 2
+        assert loss(method, level) == close(float((weights[:, None] * errors).mean()))
+
+
+def loss(method: Method, level: Level) -> float:
+    return float(method(level).detach())
+
+
+def test_pkd_is_one_minus_pearsons_correlation() -> None:
+    level, method = random_level(2, 5, 4), build("pkd")
+    student = adapted(method, level)
+    pearson = [np.corrcoef(level.teacher[:, k].numpy().ravel(), student[:, k].ravel())[0, 1] for k in range(CT)]
+    assert loss(method, level) == pytest.approx(1 - np.mean(pearson), rel=1e-4)
+
+
+def test_masks_are_drawn_anew_each_step_and_the_same_again_for_the_same_step() -> None:
+    method: Any = build("mgd")
+    first, again, other = (method.kept(replace(random_level(4, 8, 8), seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    before = torch.get_rng_state()
+    method(random_level(2, 4, 4))
+    assert torch.equal(before, torch.get_rng_state())  # the augmentations' stream
+
+
+def test_mgd_masks_the_share_that_it_says() -> None:
+    kept = build("mgd", lambda_=0.65).kept(random_level(4, 40, 40))  # type: ignore[operator]
+    assert float(kept.float().mean()) == pytest.approx(0.35, abs=0.02)
+
+
+def test_frs_teaches_class_scores_too() -> None:
+    level = random_level(2, 4, 4)
+    level.student_logits.requires_grad_()
+    build("frs", alpha=0.0)(level).backward()
+    assert level.student_logits.grad.abs().sum() > 0
+
+
+def test_boxes_weigh_only_where_the_teacher_sees_something() -> None:
+    level = random_level(1, 3, 3)
+    level.teacher_logits.fill_(-60.0)
+    assert float(disagree_on_boxes(level).max()) < 1e-20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_zero_maps_give_finite_losses_and_gradients(name: str) -> None:
+    level, method = edited(fill(0.0)), build(name)
+    level.student.requires_grad_()
+    found = method(level)
+    found.backward()
+    assert torch.isfinite(found)
+    assert level.student.grad is None or torch.isfinite(level.student.grad).all()
+
+
+@pytest.mark.parametrize("composition", ["dfd+mgd", "dfd+pkd", "+".join(NAMES)])
+def test_any_composition_gives_what_its_parts_give(composition: str) -> None:
+    parts = parse({"teacher": "t", "method": composition}).parts
+    level = like(random_level(2, 4, 4), Tensor.float)
+    methods = [per_level[0] for per_level in build_methods(parts, [LevelShape(8, CS, CT)], 0)]
+    together = [loss(m, level) for m in methods]
+    assert together == [loss(m, like(level, lambda t: t)) for m in methods]
 
 
 @pytest.mark.parametrize("case", ["all zero", "constant", "one hot", "saturated"])
@@ -206,8 +383,12 @@ def test_inputs_stay_unchanged() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_are_means(name: str) -> None:
     """Repeating the images of a batch leaves a loss as it is."""
-    level, method = random_level(2, 4, 4), build(name)
-    twice = Level(8, *(torch.cat([t, t]) for t in tensors(level)))
+    level: Level = random_level(2, 4, 4)
+    method: Any = build(name)
+    labels = Labels(torch.cat([level.labels.image, level.labels.image + 2]), level.labels.corners.repeat(2, 1))
+    if name == "mgd":  # whose masks are drawn for each image
+        method.kept = lambda level: torch.ones_like(level.student[:, :1]) > 0
+    twice = like(level, lambda t: torch.cat([t, t]), labels)
     assert float(method(twice)) == pytest.approx(float(method(level)), rel=1e-6)
 
 
@@ -215,7 +396,7 @@ def test_losses_are_means(name: str) -> None:
 def test_half_precision_maps_give_float32_losses(name: str) -> None:
     level = random_level(2, 4, 4)
     method = build(name).bfloat16()
-    low = Level(8, *(t.bfloat16() for t in tensors(level)))
+    low = like(level, Tensor.bfloat16)
     loss = method(low)
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(build(name)(level)), rel=0.05)
@@ -262,11 +443,11 @@ def test_composed_methods_share_one_adapter_and_run_it_once() -> None:
     dfd, pdf, sl2 = (p[0] for p in build_methods(parse({"teacher": "t", "method": "dfd+pdf+sl2"}).parts, [shape], 0))
     assert dfd.adapt is pdf.adapt
     level = random_level(2, 4, 4)
-    single = Level(8, *(t.float() for t in tensors(level)))
+    single = like(level, Tensor.float)
     calls = counted(dfd.adapt)
     together = [float(m(single).detach()) for m in (dfd, pdf, sl2)]
     assert len(calls) == 1
-    apart = [float(m(Level(8, *tensors(single))).detach()) for m in (dfd, pdf, sl2)]
+    apart = [float(m(like(single, lambda t: t)).detach()) for m in (dfd, pdf, sl2)]
     assert together == apart
 
 

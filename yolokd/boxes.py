@@ -44,7 +44,7 @@ def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tenso
     value = real / area.clamp(min=1)
     cells = rows[:, :, None] * columns[:, None, :] * value.nan_to_num()[:, None, None]
     grid = cells.new_zeros(images, height, width)
-    return grid.index_reduce_(0, labels.image, cells, "amax")
+    return grid.scatter_reduce_(0, labels.image[:, None, None].expand_as(cells), cells, "amax")
 
 
 def _touched(low: Tensor, high: Tensor, cells: int) -> Tensor:

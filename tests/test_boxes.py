@@ -1,0 +1,64 @@
+"""Boxes on a grid, and predicted boxes, against slow references."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ultralytics.nn.modules.block import DFL
+
+from yolokd.boxes import Labels, decoded, distances_on_grid_of, inverse_areas, iou
+
+share = st.floats(-0.5, 1.5, width=32)
+box = st.tuples(st.integers(0, 2), share, share, share, share)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(box, max_size=6), st.integers(1, 6), st.integers(1, 6))
+def test_cells_under_boxes_equal_the_reference(boxes: list[tuple[float, ...]], h: int, w: int) -> None:
+    image = torch.tensor([int(b[0]) for b in boxes], dtype=torch.long)
+    corners = torch.tensor([b[1:] for b in boxes], dtype=torch.float32).view(-1, 4)
+    ours = inverse_areas(Labels(image, corners), 3, h, w)
+    theirs = reference.inverse_areas(image.tolist(), corners.numpy(), 3, h, w)  # float32 there too: edges are exact
+    assert np.allclose(ours.numpy(), theirs, rtol=1e-6)
+
+
+def test_a_box_counts_once_whatever_its_size() -> None:
+    labels = Labels.of_centers(
+        torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5, 0.5, 0.01, 0.01], [0.4, 0.6, 0.7, 0.5]])
+    )
+    assert torch.allclose(inverse_areas(labels, 2, 20, 30).sum((1, 2)), torch.ones(2))
+
+
+def test_hundreds_of_boxes_give_what_one_by_one_gives() -> None:
+    g = torch.Generator().manual_seed(0)
+    low = torch.rand(900, 2, generator=g)
+    labels = Labels(torch.randint(0, 4, (900,), generator=g), torch.cat([low, low + 0.1], 1))
+    one_by_one = [
+        inverse_areas(Labels(labels.image[i : i + 1], labels.corners[i : i + 1]), 4, 20, 20) for i in range(900)
+    ]
+    assert torch.equal(inverse_areas(labels, 4, 20, 20), torch.stack(one_by_one).amax(0))
+
+
+def test_distances_are_decoded_as_ultralytics_does() -> None:
+    raw = torch.randn(2, 64, 3, 5)
+    theirs = DFL(16)(raw.flatten(2)).view(2, 4, 3, 5)
+    assert torch.allclose(decoded(raw, 16), theirs, atol=1e-5)
+    assert torch.equal(decoded(raw[:, :4], 1), raw[:, :4])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-3, 8, width=32), min_size=8, max_size=8))
+def test_iou_equals_the_reference(values: list[float]) -> None:
+    a, b = torch.tensor(values, dtype=torch.float32).view(2, 1, 4, 1, 1)
+    expected = reference.iou(a.double().numpy().ravel(), b.double().numpy().ravel())
+    assert float(iou(a, b)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_boxes_of_another_image_size_are_counted_in_the_students_cells() -> None:
+    """A teacher at half the size sees each box half as many cells wide."""
+    small = torch.full((1, 4, 4, 6), 1.5)
+    assert torch.allclose(distances_on_grid_of(torch.zeros(1, 1, 8, 12), small), torch.full((1, 4, 8, 12), 3.0))
