@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def test_sl2_is_ultralytics_own_loss(cfg: str) -> None:
     assert float(losses[-3:].sum().detach()) / 2 == pytest.approx(float(items["dis_loss"]), rel=1e-3)
 
 
-def test_bench_measures_every_contender(data: str, tmp_path: Path) -> None:
+def test_bench_measures_every_contender(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run_bench(
         teacher="yolov8n.yaml,yolov8s.yaml", imgsz=32, batch=2, method="native,dfd+sl2", amp="False,bf16", rounds=2,
         data=data, project=str(tmp_path), memory=False,
@@ -68,6 +69,7 @@ def test_bench_measures_every_contender(data: str, tmp_path: Path) -> None:
         assert float(row["times_native"]) > 0
         assert (row["times_bound"] != "") == (row["contender"] != "none")
     assert cv2.imread(str(out / "bench.png")) is not None
+    assert re.search(r"dfd\+sl2: a step that measures gradients takes -?\d+% longer", capsys.readouterr().out)
 
 
 def test_the_peak_memory_is_that_of_a_process_of_its_own(data: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 from rich.console import Console
 from ultralytics.utils.files import increment_path
 
-from yolokd.bench.contender import NATIVE, PLAIN, Setting, our_trainer, quiet
-from yolokd.bench.rounds import Row, measure
+from yolokd.bench.contender import NATIVE, PLAIN, Contender, Setting, our_trainer, quiet
+from yolokd.bench.rounds import Row, measure, run_rounds
 from yolokd.bench.show import draw, table, write_csv
-from yolokd.config import method_names, parse_value
+from yolokd.config import defaults, method_names, parse_value
 from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.plan import load_student, load_teacher
@@ -70,6 +71,8 @@ def run_bench(
         CONSOLE.print(out / "bench.csv", out / "bench.png", sep="\n")
         checked = next((row for row in rows if row.contender not in (PLAIN, NATIVE)), rows[0])
         CONSOLE.print(_agreement(checked, settings[0][1]))
+        if checked.contender not in (PLAIN, NATIVE):
+            CONSOLE.print(_measuring(checked, settings[0][1], rounds))
     return out
 
 
@@ -124,6 +127,25 @@ def _checkpoint(teacher: object, data: str, folder: Path, trust: bool) -> str:
     path = folder / f"{Path(str(teacher)).stem}.pt"
     torch.save({"model": model, "train_args": {}}, path)
     return str(path)
+
+
+def _measuring(row: Row, setting: Setting, rounds: int) -> str:
+    """What measuring gradients level by level adds to a training, in words: steps with and without it, in turns."""
+    amp = parse_value(row.amp)
+    every = int(dict(setting.rest).get("probe", defaults()["probe"]))
+    never, always = (
+        Contender(replace(setting, rest=(*_but_probe(setting), ("probe", n))), row.contender, amp) for n in (10**9, 1)
+    )
+    found = run_rounds({"without": never, "with": always}, rounds, "measuring gradients")
+    extra = found.ratio("with", "without") - 1
+    return (
+        f"{row.contender}: a step that measures gradients takes {extra:.0%} longer: {extra / every:.2%} of training, "
+        f"with one in {every} (probe={every})"
+    )
+
+
+def _but_probe(setting: Setting) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in setting.rest if k != "probe"]
 
 
 def _agreement(row: Row, setting: Setting) -> str:

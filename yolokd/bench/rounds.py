@@ -78,12 +78,13 @@ def measure(
     taught = next((c for c in contenders.values() if c.method not in (PLAIN, NATIVE, NATIVE_ALL)), None)
     if taught is not None:
         steppers["teacher"] = TeacherAlone(taught)
-    found = _run_rounds(steppers, rounds, f"{teacher} at {setting.imgsz}, batch {setting.batch}")
+    found = run_rounds(steppers, rounds, f"{teacher} at {setting.imgsz}, batch {setting.batch}")
     peaks = {label: peak_mib(setting, c) for label, c in contenders.items()} if memory else {}
     return [_row(found, label, c, setting, teacher, peaks.get(label)) for label, c in contenders.items()]
 
 
-def _run_rounds(steppers: Mapping[str, Contender | TeacherAlone], rounds: int, title: str) -> Rounds:
+def run_rounds(steppers: Mapping[str, Contender | TeacherAlone], rounds: int, title: str) -> Rounds:
+    """Every stepper makes one step a round; those of the first rounds do not count."""
     found = Rounds()
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=(rounds + WARM_UP) * len(steppers))
