@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from yolokd.boxes import Labels
 from yolokd.config import SETTINGS, method_defaults, parse
-from yolokd.criterion import build_methods
 from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention
 from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import disagree, disagree_on_boxes, position_weights
 from yolokd.pyramid import Level, LevelShape
+from yolokd.stage import build_methods
 
 CS, CT, K = 3, 5, 2
 NAMES = ["cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]

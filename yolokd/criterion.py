@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from yolokd.balance import Balance
-from yolokd.boxes import Labels, decoded, distances_on_grid_of
-from yolokd.config import Distillation, Part
+from yolokd.config import Distillation
 from yolokd.errors import UserError
-from yolokd.methods import Method, registered
-from yolokd.methods.blocks import Adapter
-from yolokd.probe import Probe, gradient_norms
-from yolokd.pyramid import ClassPairing, Detector, Level, LevelShape, confidence_shares, on_grid_of, split_levels
-from yolokd.teacher import Teacher, TeacherOutput
+from yolokd.probe import Probe
+from yolokd.pyramid import Detector
+from yolokd.stage import Pairing, Stage
+from yolokd.teacher import Teacher
 
 Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """How a teacher and a student fit: the levels and classes that they share."""
-
-    levels: tuple[LevelShape, ...]
-    student_strides: tuple[int, ...]  # of all the student's maps, in the order of its head
-    classes: ClassPairing
 
 
 class DistillationCriterion(nn.Module):
@@ -151,110 +138,6 @@ class DistillationCriterion(nn.Module):
                 own[key].copy_(state[key])
         for stage in self.stages:
             stage.measured = bool((stage.balance.seen > 0).any())  # type: ignore[union-attr,operator,assignment]
-
-
-class Stage(nn.Module):
-    """What one teacher gives: its pairing with the student, the methods built for it, and what is measured of them."""
-
-    share: Tensor
-
-    def __init__(self, teacher: Teacher, pairing: Pairing, config: Distillation, seed: int, number: int) -> None:
-        super().__init__()
-        self.teacher, self.pairing, self.config = teacher, pairing, config
-        shapes = [replace(shape, stage=number) for shape in pairing.levels]
-        self.methods = build_methods(config.parts, shapes, seed + number)
-        every = [module for module in self.methods.modules() if isinstance(module, Method)]
-        self.wants_logits = any(m.wants_logits or m.wants_boxes for m in every)
-        self.wants_mean_logits = any(m.wants_mean_logits for m in every)
-        self.wants_boxes = any(m.wants_boxes for m in every)
-        self.measured = False
-        self.register_buffer("share", torch.full((len(shapes),), 1 / len(shapes)))
-        self.balance = Balance(len(config.parts), len(shapes))
-
-    def wanted(self, measuring: bool) -> tuple[bool, bool, bool]:
-        """Which of the teacher's predictions a step needs: class scores, the mean of its branches', boxes."""
-        return self.wants_logits or (measuring and self.teacher.has_logits), self.wants_mean_logits, self.wants_boxes
-
-    def measure(self, task: Tensor, losses: Tensor, levels: Sequence[Level], output: TeacherOutput) -> Tensor:
-        """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method; takes them in."""
-        if output.logits:
-            of_shared = self.pairing.classes.of_teacher
-            shares = confidence_shares([of_shared(output.logits[s.stride]) for s in self.pairing.levels])
-            self.share.copy_(shares)
-        maps = [level.student for level in levels]
-        norms = torch.stack([gradient_norms(loss, maps) for loss in (task, *losses)])
-        self.balance.update(norms[0], norms[1:])
-        self.measured = True
-        return norms
-
-    def gains(self, factors: Tensor) -> Tensor:
-        """(M, L) gains in force, level weights and the schedules' factors, (M,), included; no gradient."""
-        weights = self.level_weights()
-        fixed = weights.new_tensor([p.gain for p in self.config.parts])[:, None] * weights
-        if self.config.balance == "off":
-            return fixed * factors[:, None]
-        share = self.config.balance * weights * len(weights)
-        return self.balance.gains(share, fixed) * factors[:, None]
-
-    def level_weights(self) -> Tensor:
-        """(L,) weights of sum 1: a gain then means the same with either choice, and for pyramids of any height."""
-        uniform = self.config.level_weights == "uniform" or not self.teacher.has_logits
-        return torch.full_like(self.share, 1 / len(self.share)) if uniform else self.share
-
-    def levels(self, preds: Any, output: TeacherOutput, batch: dict[str, Any], seed: int) -> list[Level]:
-        """Pair the student's maps (and predictions) with the teacher's, on the student's grid."""
-        raw = preds[1] if isinstance(preds, tuple) else preds
-        raw = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
-        strides, classes = self.pairing.student_strides, self.pairing.classes
-        maps = dict(zip(strides, raw["feats"], strict=True))
-        logits = dict(zip(strides, split_levels(raw["scores"], raw["feats"]), strict=True)) if self.wants_logits else {}
-        boxes = dict(zip(strides, split_levels(raw["boxes"], raw["feats"]), strict=True)) if self.wants_boxes else {}
-        labels = Labels.of_centers(batch["batch_idx"], batch["bboxes"]).to(batch["img"].device)
-        paired = []
-        for shape in self.pairing.levels:
-            s, student = shape.stride, maps[shape.stride]
-            level = Level(s, student, on_grid_of(student, output.maps[s].float()))  # cast once, for all methods
-            level.labels, level.seed = labels, seed
-            if self.wants_logits:
-                level.student_logits = classes.of_student(logits[s])
-                level.teacher_logits = on_grid_of(student, classes.of_teacher(output.logits[s]))
-            if self.wants_mean_logits:
-                level.teacher_mean_logits = on_grid_of(student, classes.of_teacher(output.mean_logits[s]))
-            if self.wants_boxes:
-                level.student_boxes = decoded(boxes[s], boxes[s].shape[1] // 4)
-                level.teacher_boxes = distances_on_grid_of(student, output.boxes[s])
-            paired.append(level)
-        return paired
-
-
-class PerLevel(nn.ModuleList):
-    """One method at every level: L levels in, (L,) losses out."""
-
-    def forward(self, levels: Sequence[Level]) -> Tensor:
-        """Each level's loss, unscaled."""
-        return torch.stack([method(level) for method, level in zip(self, levels, strict=True)])
-
-
-def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int) -> nn.ModuleList:
-    """A PerLevel for each part, initialized from a random stream of their own.
-
-    The student's initial weights and augmentations are then the same whatever the method.
-    """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        built = [PerLevel(registered()[p.name](shape, **p.constants) for shape in levels) for p in parts]
-    for at_one_level in zip(*built, strict=True):
-        _share_adapters(at_one_level)
-    return nn.ModuleList(built)
-
-
-def _share_adapters(methods: Sequence[nn.Module]) -> None:
-    """Composed methods of one level train one adapter where their first ones are equal: its map is computed once."""
-    shared: dict[torch.Size, Adapter] = {}
-    for method in methods:
-        name, own = next(((n, c) for n, c in method.named_children() if isinstance(c, Adapter)), ("", None))
-        if own is not None:
-            setattr(method, name, shared.setdefault(own.weight.shape, own))
 
 
 def _forgive_missing(_module: nn.Module, keys: Any) -> None:

@@ -16,11 +16,11 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.checkpoint import load_model, sha256
 from yolokd.config import Distillation, check_keys, defaults, is_own, parse
-from yolokd.criterion import Pairing
 from yolokd.data import load_data
 from yolokd.errors import UserError, first_line
 from yolokd.methods import registered
 from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
+from yolokd.stage import Pairing
 from yolokd.teacher import Teacher, check_detector
 
 OPTIMIZERS = ("auto", "sgd", "musgd", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")  # Ultralytics' own

@@ -16,13 +16,13 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.boxes import Labels
 from yolokd.config import SETTINGS, method_defaults
-from yolokd.criterion import build_methods
 from yolokd.data import sample_batch
 from yolokd.methods import constants_model, registered
 from yolokd.plan import Lesson, Plan, make_plan, training_imgsz, training_keys
 from yolokd.precision import fit
 from yolokd.probe import level_name
 from yolokd.pyramid import ClassPairing, Level, LevelShape
+from yolokd.stage import build_methods
 from yolokd.trainer import use_all_cores
 
 CONSOLE = Console()

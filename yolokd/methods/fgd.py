@@ -81,7 +81,6 @@ class GlobalContext(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        maps = maps.to(self.key.weight.dtype) if not maps.is_cuda else maps
         attention = self.key(maps).float().flatten(2).softmax(2)
         context = (maps.float().flatten(2) * attention).sum(2)[:, :, None, None]
         added: Tensor = maps + self.transform(context.to(maps.dtype))
