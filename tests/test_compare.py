@@ -17,7 +17,7 @@ from conftest import TINY
 from yolokd.compare import run_compare
 from yolokd.compare.ledger import Row, append, read
 from yolokd.compare.show import markdown
-from yolokd.compare.statistics import interval, summarize
+from yolokd.compare.statistics import interval, labelled, summarize
 from yolokd.errors import UserError
 
 
@@ -64,6 +64,13 @@ def test_no_loss_and_no_noise_becomes_a_win() -> None:
     assert found["better"].verdict == "better"
     assert found["once"].verdict == "one seed: nothing to say"
     assert found["none"].verdict == "baseline"
+
+
+def test_what_differs_in_its_settings_is_another_method() -> None:
+    rows = [row("none", 0, 0.4), row("dfd", 0, 0.5, settings="epochs=2 balance=0.3"), row("dfd", 0, 0.6)]
+    common, found = labelled(rows)
+    assert common == "epochs=2"
+    assert [r.method for r in found] == ["none", "dfd balance=0.3", "dfd"]
 
 
 def test_without_a_gap_no_share_is_claimed() -> None:

@@ -16,7 +16,7 @@ from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import INCIDENTAL, NATIVE, Run, carry_out, fingerprint, row_of, stop_all
-from yolokd.compare.statistics import summarize
+from yolokd.compare.statistics import labelled, summarize
 from yolokd.config import is_own, method_names
 from yolokd.data import data_file, split_images
 from yolokd.errors import UserError
@@ -194,11 +194,12 @@ def _epochs(run: Run) -> int:
 
 
 def _report(rows: Sequence[Row], teachers: Sequence[Row], path: Path) -> None:
-    """Print and write the verdict, one for each training set-up that the rows hold."""
+    """Print and write the verdict."""
     teacher = teachers[0] if teachers else None
-    methods = [row.method for row in rows]
-    found = summarize(rows, PLAIN if PLAIN in methods else methods[0], teacher)
-    title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {rows[0].settings}"
+    common, rows = labelled(rows)
+    labels = [row.method for row in rows]
+    found = summarize(rows, PLAIN if PLAIN in labels else labels[0], teacher)
+    title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {common}"
     lines = [show.cells(summary) for summary in found] + ([show.teacher_cells(teacher)] if teacher else [])
     (CONSOLE if CONSOLE.is_terminal else Console(width=WIDE)).print(show.terminal(lines, title))
     base = path.with_suffix("")

@@ -161,7 +161,7 @@ def row_of(run: Run, images: int) -> Row:
         teacher=Path(str(keys["teacher"])).name if keys.get("teacher") else "",
         student=Path(str(keys["student"])).name if run.method != TEACHER else "",
         data=Path(str(keys["data"])).name,
-        settings=" ".join(f"{k}={v}" for k, v in sorted(own.items())),
+        settings=" ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(own.items())),
         **asdict(scores),
         seconds=round(seconds, 1),
         images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,

@@ -79,6 +79,18 @@ class Summary:
         return "better" if self.difference.mean > 0 else "worse"
 
 
+def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
+    """The settings that all rows share, and the rows with those of their own in their method's name."""
+    settings = [row.settings.split(" ") for row in rows]
+    shared = set(settings[0]).intersection(*settings)
+    own = [
+        " ".join([row.method, *(w for w in words if w not in shared)])
+        for row, words in zip(rows, settings, strict=True)
+    ]
+    renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, own, strict=True)]
+    return " ".join(w for w in settings[0] if w in shared), renamed
+
+
 def summarize(rows: Sequence[Row], baseline: str, teacher: Row | None) -> list[Summary]:
     """Each method's summary, in order of first appearance."""
     base = {row.seed: row.map for row in rows if row.method == baseline}
