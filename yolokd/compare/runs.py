@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -100,7 +101,16 @@ def stop_all() -> None:
         process.kill()
 
 
+def _end_with_parent() -> None:
+    """A run left alone would train into a folder that the next comparison takes up."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _train_and_score(run: Run, device: object) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(run.folder / "log.txt", "ab") as log:  # by descriptor: loggers hold the old streams
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
