@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import polars
-from rich.console import Console
 from rich.table import Table
 
 from yolokd import shapes
 from yolokd.config import method_names, nearest
+from yolokd.console import CONSOLE
 from yolokd.distiller import YoloDistiller
 from yolokd.errors import UserError
 from yolokd.resources import shipped
 
-CONSOLE = Console(soft_wrap=True)
 # Ours, found by trial on the embedded data set: so few steps want AdamW and mild augmentation.
 SETTINGS: Mapping[str, Any] = {
     "imgsz": 128, "batch": 16, "nbs": 16, "optimizer": "AdamW", "momentum": 0.9, "warmup_bias_lr": 0.0,

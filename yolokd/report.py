@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +15,7 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.boxes import Labels
 from yolokd.config import SETTINGS, method_defaults
+from yolokd.console import CONSOLE, print_table
 from yolokd.data import sample_batch
 from yolokd.methods import constants_model, registered
 from yolokd.plan import Lesson, Plan, make_plan, training_imgsz, training_keys
@@ -24,8 +24,6 @@ from yolokd.probe import level_name
 from yolokd.pyramid import ClassPairing, Level, LevelShape
 from yolokd.stage import build_methods
 from yolokd.trainer import use_all_cores
-
-CONSOLE = Console()
 
 
 def methods_report() -> None:
@@ -37,7 +35,7 @@ def methods_report() -> None:
         constants = "\n".join(f"{name}.{k}={values[k]}" for k in shown)
         table.add_row(name, cls.paper, "maps, class scores" if cls.wants_scores() else "maps", constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
-    CONSOLE.print(table)
+    print_table(table)
 
 
 def check_report(keys: Mapping[str, Any]) -> None:
@@ -45,14 +43,14 @@ def check_report(keys: Mapping[str, Any]) -> None:
     full = training_keys(keys)
     plan = make_plan(full)
     imgsz = training_imgsz(full.get("imgsz") or 640, plan)
-    CONSOLE.print(_models_table(plan, imgsz))
+    print_table(_models_table(plan, imgsz))
     if not plan.lessons:
         CONSOLE.print("method=none: plain Ultralytics training")
         return
     starts = plan.config.starts(int(full.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
     for lesson, start in zip(plan.lessons, starts, strict=True):
         name = Path(lesson.file).name
-        CONSOLE.print(_levels_table(lesson.pairing.levels, imgsz, f"levels paired with {name}, from epoch {start:g}"))
+        print_table(_levels_table(lesson.pairing.levels, imgsz, f"levels paired with {name}, from epoch {start:g}"))
         CONSOLE.print(_classes_line(lesson.pairing.classes, plan.data["names"]))
         for note in _teacher_notes(plan, lesson, imgsz, full.get("device")):
             CONSOLE.print(f"teacher {name}: {note}")

@@ -10,18 +10,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
 from ultralytics.utils.files import increment_path
 
 from yolokd.bench.contender import NATIVE, PLAIN, Contender, Setting, our_trainer, quiet
 from yolokd.bench.rounds import Row, measure, run_rounds
 from yolokd.bench.show import draw, table, write_csv
 from yolokd.config import defaults, method_names, parse_value
+from yolokd.console import CONSOLE, print_table
 from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.plan import load_student, load_teacher
 
-CONSOLE = Console(soft_wrap=True)
 REAL_BATCHES = 8  # of the real epoch that a benchmark is checked against
 AGREEMENT = 0.10
 
@@ -62,7 +61,7 @@ def run_bench(
         ]
         for title, setting in settings:
             found = measure(setting, title, methods, amps, rounds, memory)
-            CONSOLE.print(table(found))
+            print_table(table(found))
             rows += found
             out = out or Path(increment_path(Path(project) / name, mkdir=True))
             write_csv(rows, out / "bench.csv")  # after each: a later setting may run out of memory

@@ -18,13 +18,12 @@ from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import INCIDENTAL, NATIVE, Run, carry_out, fingerprint, row_of, stop_all
 from yolokd.compare.statistics import labelled, summarize
 from yolokd.config import is_own, method_names
+from yolokd.console import CONSOLE, print_table
 from yolokd.data import data_file, split_images
 from yolokd.errors import UserError
 from yolokd.plan import Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import pair_classes
 
-CONSOLE = Console(soft_wrap=True)
-WIDE = 180  # columns for the table where no terminal says how many there are
 PLAIN = "none"
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
 OURS_ALONE = frozenset({"save_dir", "name", "exist_ok", "resume", "seed", "cfg"})  # each run has its own
@@ -201,7 +200,7 @@ def _report(rows: Sequence[Row], teachers: Sequence[Row], path: Path) -> None:
     found = summarize(rows, PLAIN if PLAIN in labels else labels[0], teacher)
     title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {common}"
     lines = [show.cells(summary) for summary in found] + ([show.teacher_cells(teacher)] if teacher else [])
-    (CONSOLE if CONSOLE.is_terminal else Console(width=WIDE)).print(show.terminal(lines, title))
+    print_table(show.terminal(lines, title))
     base = path.with_suffix("")
     base.with_name(f"{base.name}-summary.md").write_text(show.markdown(lines, title), encoding="utf-8")
     show.write_csv(lines, base.with_name(f"{base.name}-summary.csv"))
