@@ -18,8 +18,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import YoloDistiller
 from yolokd.balance import WINDOW, Balance
-from yolokd.checkpoint import sidecar_path
 from yolokd.methods.fitnet import FitNet
+from yolokd.resume import sidecar_path
 from yolokd.schedule import Schedule
 from yolokd.teacher import Teacher
 
@@ -134,7 +134,7 @@ def test_a_resume_keeps_the_running_means(tiny: dict[str, Any], teacher: str) ->
     d.add_callback("on_model_save", stop)
     with pytest.raises(Stop):
         d.train(**tiny)
-    saved = torch.load(sidecar_path(d.trainer.last), weights_only=True)["criterion"]
+    saved = torch.load(sidecar_path(d.trainer.last, 0), weights_only=True)["criterion"]
     assert (saved["stages.0.balance.seen"] == 2).all()
     resumed = YoloDistiller()
     seen: list[dict[str, Tensor]] = []

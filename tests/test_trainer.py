@@ -21,9 +21,9 @@ from ultralytics.nn.tasks import RTDETRDetectionModel, SegmentationModel
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import UserError, YoloDistiller, distillation_trainer, precision, register
-from yolokd.checkpoint import sidecar_path
 from yolokd.criterion import DistillationCriterion
 from yolokd.methods import Method
+from yolokd.resume import sidecar_path, sidecars
 from yolokd.trainer import training_threads
 
 STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
@@ -70,6 +70,14 @@ def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -
     theirs = plain(student, tiny)
     assert states_equal(weights(ours.trainer), weights(theirs))
     assert states_equal(ours.trainer.ema.ema.state_dict(), theirs.ema.ema.state_dict())
+
+
+def test_batches_are_gathered_as_in_plain_training(tiny: dict[str, Any]) -> None:
+    """More images a step than a batch holds, also in the warm-up and across the ends of epochs."""
+    tiny |= {"nbs": 20, "epochs": 4, "warmup_epochs": 2.0}
+    ours = YoloDistiller(student="yolov8n.yaml", method="none")
+    ours.train(**tiny)
+    assert states_equal(weights(ours.trainer), weights(plain("yolov8n.yaml", tiny)))
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -220,7 +228,7 @@ def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any]
     with pytest.raises(Stop):
         d.train(**tiny)
     folder = d.trainer.save_dir
-    assert sidecar_path(d.trainer.last).is_file()
+    assert sidecars(d.trainer.last)
 
     again = YoloDistiller()
     again.add_callback("on_train_start", lambda t: seen.update(restored=deepcopy(t.criterion.private_state())))
@@ -232,7 +240,7 @@ def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any]
     assert isinstance(again.trainer.criterion, DistillationCriterion)
     assert [r["epoch"] for r in rows(again.trainer)] == ["1", "2", "3"]
     assert again.trainer.save_dir == folder
-    assert not sidecar_path(again.trainer.last).exists()
+    assert not sidecars(again.trainer.last)
     if student == "yolo26n.yaml":
         assert again.trainer.criterion.base.updates == 3
 
@@ -492,7 +500,7 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any],
     d.add_callback("on_model_save", stop)
     with pytest.raises(Stop):
         d.train(**tiny)
-    sidecar = sidecar_path(d.trainer.last)
+    sidecar = sidecar_path(d.trainer.last, 0)
     state = torch.load(sidecar, weights_only=True)
     assert state["precisions"][0] in {"fp32", "bf16"}
     other = {"fp32": "bf16", "bf16": "fp32"}[state["precisions"][0]]  # as if another machine had chosen

@@ -78,15 +78,41 @@ def sha256(path: str | Path) -> str:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` when the block succeeds: readers never see half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary path in the same folder, synced and renamed to `path` when the block succeeds: never half a file.
+
+    Raises UserError where it cannot be written, as on a full disk; what was at `path` stays then.
+    """
+    temporary = Path(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as e:  # torch's writer raises the latter for a full disk
+        why = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
+        raise UserError(f"{path}", f"cannot be written: {why}", "what was there is kept; free space or rights") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last; not every system lets a folder be opened."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class AtomicPath(type(Path())):  # type: ignore[misc]
+    """A path whose `write_bytes` replaces a file whole or not at all: what Ultralytics writes in place."""
+
+    def write_bytes(self, data: Any) -> int:
+        """Write to a temporary file, sync, rename."""
+        with atomic_path(self) as temporary:
+            return temporary.write_bytes(data)
 
 
 def as_path(source: Source | None, argument: str) -> str | None:
@@ -113,26 +139,3 @@ def as_path(source: Source | None, argument: str) -> str | None:
 def as_paths(source: Any, argument: str) -> Any:
     """`as_path` of one source, or of each of several."""
     return [as_path(s, argument) for s in source] if isinstance(source, list | tuple) else as_path(source, argument)
-
-
-def sidecar_path(checkpoint: Path) -> Path:
-    """Where the sidecar of `last.pt` lies: beside it, under a name that Ultralytics' `last*.pt` does not match."""
-    return checkpoint.with_name(f"distill-{checkpoint.name}")
-
-
-def save_sidecar(checkpoint: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain data beside `checkpoint`, atomically."""
-    with atomic_path(sidecar_path(checkpoint)) as temporary:
-        torch.save(state, temporary)
-
-
-def load_sidecar(checkpoint: Path) -> dict[str, Any] | None:
-    """Read the sidecar of `checkpoint`, or None where there is none; never runs code from it."""
-    path = sidecar_path(checkpoint)
-    if not path.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise UserError(f"resume={checkpoint}", f"its sidecar {path.name} is unreadable", "start a new run") from e
-    return state

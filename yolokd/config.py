@@ -53,6 +53,7 @@ class Distillation(BaseModel):
     teacher_compile: bool
     probe: Annotated[int, Field(ge=1)]
     trust: bool
+    force: bool
     parts: tuple[Part, ...]
 
     def flat(self) -> dict[str, Any]:

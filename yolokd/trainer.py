@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import ultralytics
 from torch import Tensor
@@ -20,7 +21,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
 from ultralytics.utils.torch_utils import unwrap_model
 
 import yolokd
-from yolokd.checkpoint import as_paths, load_model, load_sidecar, restricted_loading, save_sidecar, sidecar_path
+from yolokd.checkpoint import AtomicPath, as_paths, atomic_path, load_model, restricted_loading
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
@@ -28,6 +29,17 @@ from yolokd.errors import UserError
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
 from yolokd.probe import level_name
+from yolokd.resume import (
+    Resumption,
+    State,
+    capture,
+    drop_sidecars,
+    load_sidecar,
+    restore,
+    restore_streams,
+    resumption,
+    save_sidecar,
+)
 from yolokd.score import check_teacher
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
@@ -42,6 +54,8 @@ class DistillationTrainer(DetectionTrainer):
     """
 
     args: Any
+    wdir: Path
+    accumulate: int
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
@@ -49,7 +63,10 @@ class DistillationTrainer(DetectionTrainer):
         keys = {**overrides} if overrides else {}
         if "teacher" in keys:
             keys["teacher"] = as_paths(keys["teacher"], "teacher")
-        self.plan: Plan = make_plan(_planned(cfg, keys))
+        self._resumption = resumption(keys) if keys.get("resume") else None
+        self.plan: Plan = make_plan(_planned(cfg, keys, self._resumption))
+        if self._resumption is not None:
+            _check_same(self.plan, self._resumption)
         if keys.get("data") == "shapes" or (keys.get("data") is None and not keys.get("resume")):
             keys["data"] = data_file("shapes")
         own = self.plan.config.flat()
@@ -59,6 +76,14 @@ class DistillationTrainer(DetectionTrainer):
         self.args.save_dir = str(self.save_dir)
         self.teacher_score: float | None = None  # mAP50-95 on the validation set, where it was measured
         self._clip: list[float] = []
+        self.wdir = AtomicPath(self.wdir)  # checkpoints are then written whole or not at all
+        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+        self.pending = 0  # batches whose gradients wait for the optimizer
+        self._streams: State | None = None
+        self._anew = False  # whether a resumed run has other adapters than it began with
+        self._batch = 0  # number of the present batch, from the first epoch on
+        self.add_callback("on_train_start", DistillationTrainer._close_mosaic_again)
+        self.add_callback("on_train_epoch_start", DistillationTrainer._begin_epoch)
         if RANK in {-1, 0} and not self.resume:
             self._save_repeatable(own | {"name": keys.get("name")})
 
@@ -76,8 +101,22 @@ class DistillationTrainer(DetectionTrainer):
 
     def train(self) -> Any:
         """Run Ultralytics' loop, loading every checkpoint under restriction."""
-        with restricted_loading(self.plan.config.trust), bfloat16_on_cpu():
+        with restricted_loading(self.plan.config.trust), bfloat16_on_cpu(), atomic_stripping():
             return super().train()
+
+    def _do_train(self) -> None:
+        if self._resumption is None or not self._resumption.trained:
+            super()._do_train()
+            return
+        assert self._resumption.state is not None
+        LOGGER.info("resume: all epochs are done, the final evaluation is left")
+        self.plan = replace(self.plan, lessons=())
+        self._setup_train()
+        self.epoch = self._resumption.state["epoch"]
+        self.final_eval()
+        if self.args.plots:
+            self.plot_metrics()
+        self.run_callbacks("on_train_end")
 
     # Building the pieces
 
@@ -100,10 +139,10 @@ class DistillationTrainer(DetectionTrainer):
 
     def _precisions(self) -> list[Any]:
         """Each teacher's; a resumed run goes on as it was."""
-        state = load_sidecar(Path(str(self.args.model))) if self.resume else None
-        if state is not None and state["device"] == self.device.type:
-            return list(state["precisions"])
-        return [self.plan.config.teacher_precision] * len(self.plan.lessons)
+        state = self._state
+        chosen = list(state["precisions"]) if state is not None and state["device"] == self.device.type else []
+        count = len(self.plan.lessons)
+        return chosen if len(chosen) == count else [self.plan.config.teacher_precision] * count
 
     def _fast(self, lesson: Lesson, precision: Any, images: Tensor) -> Lesson:
         config = self.plan.config
@@ -175,7 +214,50 @@ class DistillationTrainer(DetectionTrainer):
             self.criterion.start_teacher(batch["img"])
         return batch
 
+    def _build_train_pipeline(self) -> None:
+        super()._build_train_pipeline()
+        # Ultralytics' loop counts batches between steps in a variable of its own, which a resume would lose.
+        self._accumulate, self.accumulate = self.accumulate, 1
+
+    def _begin_epoch(self) -> None:
+        self._batch = self.epoch * len(self.train_loader)
+        state, self._streams = self._streams, None
+        if state is not None:
+            self.args.close_mosaic = state["close_mosaic"]
+            restore_streams(self, state)
+
+    def _close_mosaic_again(self) -> None:
+        """A run that had closed its mosaic goes on without: the loop would close it anew, and shuffle once more."""
+        self._streams = state = self._state
+        if state is None:
+            return
+        state["close_mosaic"] = closing = self.args.close_mosaic
+        if closing and self.start_epoch > self.epochs - closing:
+            self._close_dataloader_mosaic()
+            self.train_loader.reset()
+            self.args.close_mosaic = 0
+
+    @property
+    def _state(self) -> State | None:
+        return self._resumption.state if self._resumption is not None else None
+
+    def _due(self) -> int:
+        """After how many batches the optimizer steps: as many as Ultralytics', fewer in its warm-up."""
+        warmup = self._get_warmup_iterations(len(self.train_loader))
+        if not warmup or self._batch > warmup:
+            return int(self._accumulate)
+        return max(1, int(np.interp(self._batch, [0, warmup], [1, self._accumulate]).round()))
+
     def optimizer_step(self) -> None:
+        """Step once enough batches are in."""
+        self.pending += 1
+        due = self._due()
+        self._batch += 1
+        if self.pending >= due:
+            self.pending = 0
+            self._step()
+
+    def _step(self) -> None:
         """Clip adapters apart from the student: in a joint norm, large adapter gradients shrink the student's step."""
         criterion = self.criterion
         if criterion is None:
@@ -222,46 +304,80 @@ class DistillationTrainer(DetectionTrainer):
     # Checkpoints
 
     def save_model(self) -> bool:
-        """Save Ultralytics' checkpoint, and the sidecar beside last.pt."""
+        """Save Ultralytics' checkpoint, and before it the sidecar that belongs to it."""
+        state = capture(self) | {"epoch": self.epoch, "device": self.device.type, "names": dict(self.data["names"])}
+        state["precisions"] = [name_of(lesson.teacher.engine.dtype) for lesson in self.plan.lessons]
+        state["teachers"] = [lesson.sha256 for lesson in self.plan.lessons]
+        if self.criterion is not None:
+            state |= {"criterion": self.criterion.private_state(), "measured": self.criterion.probe.last}
+        save_sidecar(self.last, self.epoch, state)
         saved: bool = super().save_model()
-        criterion = self.criterion
-        if saved and criterion is not None:
-            state = {"criterion": criterion.private_state(), "measured": criterion.probe.last}
-            precisions = [name_of(lesson.teacher.engine.dtype) for lesson in self.plan.lessons]
-            state |= {"precisions": precisions, "device": self.device.type}
-            save_sidecar(self.last, {"epoch": self.epoch} | state)
+        drop_sidecars(self.last, but_epoch=self.epoch)
         return saved
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Resume with our criterion out of the way: Ultralytics assigns its own on end-to-end heads."""
+        if self._resumption is not None and self._resumption.trained:
+            return
         model = unwrap_model(self.model)
         criterion = model._modules.pop("criterion", None)
+        self._anew = ckpt is not None and bool(self.resume) and not self._fits(ckpt)
+        if ckpt is not None and self._anew:
+            LOGGER.warning("resume: adapters are not those of the checkpoint: they and the optimizer start anew")
+            ckpt["optimizer"] = None
         super().resume_training(ckpt)
-        if criterion is None:
-            return
-        base = model.__dict__.pop("criterion", None)
-        model.criterion = criterion
-        if base is not None:
-            criterion.base = base
+        if criterion is not None:
+            base = model.__dict__.pop("criterion", None)
+            model.criterion = criterion
+            if base is not None:
+                criterion.base = base
         if self.resume:
-            self._restore_sidecar(Path(str(self.args.model)), self.start_epoch - 1)
+            self._restore()
+
+    def _fits(self, ckpt: dict[str, Any]) -> bool:
+        """Whether teacher and method, and so the parameters, are those that a checkpoint's optimizer knows."""
+        state = self._state
+        if state is not None and state["teachers"] != [lesson.sha256 for lesson in self.plan.lessons]:
+            return False
+        if state is not None and state["own"].get("method") != self.plan.config.method:
+            return False
+        saved = [len(group["params"]) for group in (ckpt.get("optimizer") or {}).get("param_groups", [])]
+        return saved == [len(group["params"]) for group in self.optimizer.param_groups]
+
+    def _restore(self) -> None:
+        assert self._resumption is not None
+        last, state = self._resumption.last, self._state
+        if state is None:
+            LOGGER.warning(
+                f"resume: {last} has no sidecar of its epoch. Weights go on from a float16 average, the optimizer from "
+                "float16; random streams, adapters and gradients' means start anew: no exact continuation"
+            )
+            return
+        if self._anew:
+            state |= {"optimizer": self.optimizer.state_dict(), "gradients": {}}
+        restore(self, state)
+        if not self._anew:
+            self._restore_criterion(state)
+        if state["fitness"] == state["best_fitness"] and last.exists():
+            self.best.write_bytes(last.read_bytes())  # a cut between the two had left an older one
+
+    def _restore_criterion(self, state: State) -> None:
+        if self.criterion is not None:
+            self.criterion.load_private_state(state["criterion"])
+            self.criterion.probe.last = state["measured"]
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
         """Restore optimizer and EMA, which is rebuilt from the live model and must shed the criterion again."""
         super()._load_checkpoint_state(ckpt)
         self.ema.ema._modules.pop("criterion", None)
-        if self.criterion is not None:  # NaN recovery; in a resume the criterion is put back, then restored
-            self._restore_sidecar(self.last, ckpt["epoch"])
-            self.criterion.probe.forget()
-            self._clip = []
-
-    def _restore_sidecar(self, checkpoint: Path, epoch: int) -> None:
-        state = load_sidecar(checkpoint)
-        if state is None or state["epoch"] != epoch:
-            LOGGER.warning(f"{checkpoint} has no sidecar of its epoch: adapters start anew")
-        elif self.criterion is not None:
-            self.criterion.load_private_state(state["criterion"])
-            self.criterion.probe.last = state["measured"]
+        if self.criterion is None:  # none, or in a resume, which puts it back and restores it
+            return
+        state = load_sidecar(self.last, ckpt["epoch"])
+        if state is not None:  # recovery from NaN
+            self._restore_criterion(state)
+        self.criterion.probe.forget()
+        self._clip = []
+        self.pending = int(self._accumulate)  # the loop, too, steps at once
 
     def final_eval(self) -> None:
         """Finish as Ultralytics does, and drop the sidecar: a finished run has nothing to resume."""
@@ -269,7 +385,7 @@ class DistillationTrainer(DetectionTrainer):
             load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
         if RANK in {-1, 0}:
-            sidecar_path(self.last).unlink(missing_ok=True)
+            drop_sidecars(self.last)
 
 
 def training_threads() -> int:
@@ -302,6 +418,22 @@ def bfloat16_on_cpu() -> Iterator[None]:
         engine.autocast = theirs
 
 
+@contextmanager
+def atomic_stripping() -> Iterator[None]:
+    """Within it, Ultralytics' stripping of finished checkpoints replaces them whole or not at all."""
+    theirs = engine.strip_optimizer
+
+    def strip(f: str | Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
+        with atomic_path(Path(s or f)) as temporary:
+            return theirs(f, str(temporary), updates)
+
+    engine.strip_optimizer = strip
+    try:
+        yield
+    finally:
+        engine.strip_optimizer = theirs
+
+
 def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
     """A trainer for Ultralytics' own extension point, `YOLO(...).train(trainer=...)`, with yolokd's keys bound.
 
@@ -318,20 +450,25 @@ def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
     return build
 
 
-def _planned(cfg: Any, keys: dict[str, Any]) -> dict[str, Any]:
+def _planned(cfg: Any, keys: dict[str, Any], resumed: Resumption | None) -> dict[str, Any]:
     """The flat keys of the run to be: of the checkpoint, where one is resumed, under those given."""
     base = {k: v for k, v in (dict(cfg) if isinstance(cfg, dict) else {}).items() if k in KNOWN_KEYS}
-    if not keys.get("resume"):
+    if resumed is None:
         return base | keys
-    last = str(keys["resume"] if keys["resume"] is not True else keys.get("model"))
-    _, ckpt = load_model(last, "resume", bool(keys.get("trust")))
-    saved = {k: v for k, v in ckpt.get("train_args", {}).items() if k in KNOWN_KEYS or is_own(k)}
-    if ckpt.get("epoch", -1) < 0 or ckpt.get("optimizer") is None:
-        raise UserError(f"resume={last}", "is finished, nothing to resume", f"start a new run with student={last}")
-    changed = [k for k, v in keys.items() if is_own(k) and k not in {"teacher", "trust"} and saved.get(k) != v]
-    if changed:
-        raise UserError(changed[0], "cannot change in a resumed run", "start a new run, or drop it")
+    saved = {k: v for k, v in resumed.keys.items() if k in KNOWN_KEYS or is_own(k)}
+    last = str(resumed.last)
     return base | saved | {k: v for k, v in keys.items() if v is not None} | {"model": last, "resume": last}
+
+
+def _check_same(plan: Plan, resumed: Resumption) -> None:
+    """Refuse to go on with another teacher or other classes than a run began with."""
+    state = resumed.state
+    if state is None or plan.config.force:
+        return
+    if state["teachers"] != [lesson.sha256 for lesson in plan.lessons]:
+        raise UserError("teacher", "is another than the run began with", "give that one, or force=True")
+    if state["names"] != dict(plan.data["names"]):
+        raise UserError("data", "has other classes than the run began with", "give that set, or force=True")
 
 
 def _announce(plan: Plan) -> None:

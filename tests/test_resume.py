@@ -1,0 +1,200 @@
+"""Runs that are killed and resumed end as those that never were; what cannot be resumed is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
+from ultralytics import YOLO
+
+from yolokd import UserError, YoloDistiller
+from yolokd.checkpoint import AtomicPath, atomic_path
+from yolokd.resume import random_state, set_random_state, sidecars
+
+EPOCHS = 5
+KILLED = Path(__file__).with_name("killed.py")
+
+
+def settings(data: str, teacher: str, student: str, folder: Path) -> dict[str, Any]:
+    """Batches whose gradients wait from one epoch to the next, mosaic that closes, gains that balance."""
+    method = {"method": "dfd+mgd", "balance": 0.3} if student == "yolov8n.yaml" else {"method": "pdf"}
+    own = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "probe": 2}
+    length = {"epochs": EPOCHS, "close_mosaic": 2, "nbs": 8, "warmup_epochs": 1.0, "deterministic": True}
+    return {**TINY, **own, **method, **length, "data": data, "student": student, "save_dir": str(folder)}
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, torch.Tensor]]]:
+    with open(folder / "results.csv") as f:
+        rows = [{k: v for k, v in row.items() if k.strip() != "time"} for row in csv.DictReader(f)]
+    files = [folder / "weights" / name for name in ("last.pt", "best.pt")]
+    return rows, [torch.load(f, weights_only=False)["model"].state_dict() for f in files]
+
+
+@pytest.fixture(scope="module")
+def whole(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each student that was never cut off, in a process of its own."""
+    folders = {}
+    for student in ("yolov8n.yaml", "yolo26n.yaml"):
+        folders[student] = folder = tmp_path_factory.mktemp("whole") / "run"
+        assert kill(settings(data, teacher, student, folder), "never", 1).returncode == 0
+    return folders
+
+
+def kill(keys: dict[str, Any], operation: str, number: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(KILLED), operation, str(number), json.dumps(keys)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def check_kill(keys: dict[str, Any], at: tuple[str, int], whole: Path) -> None:
+    folder = Path(keys["save_dir"])
+    killed = kill(keys, *at)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    weights = folder / "weights"
+    if (weights / "last.pt").exists():  # then it is whole, and its sidecar with it
+        epoch = torch.load(weights / "last.pt", weights_only=False)["epoch"]
+        found = sidecars(weights / "last.pt")
+        assert epoch < 0 or any(torch.load(s, weights_only=True)["epoch"] == epoch for s in found)
+    assert kill({"resume": str(folder)}, "never", 1).returncode == 0
+    rows, states = outcome(folder)
+    expected_rows, expected_states = outcome(whole)
+    assert rows == expected_rows
+    assert all(states_equal(a, b) for a, b in zip(states, expected_states, strict=True))
+    assert not sidecars(weights / "last.pt")
+    assert not list(weights.glob(".*.tmp"))
+
+
+# Each epoch syncs and renames a sidecar, last.pt and, if it is the best, best.pt; folders are synced as well.
+FAST = [("batch", 8), ("renamed", 5), ("val", EPOCHS + 1)]  # one batch of validation an epoch, then the final one
+SLOW = [
+    *(("written", n) for n in (5, 8, 9)), *(("synced", n) for n in (6, 9)), *(("renaming", n) for n in (4, 5, 6)),
+    *(("renamed", n) for n in (4, 6)), ("row", 3), ("row written", 3), ("dropping", 6), ("epoch", 4),
+    ("stripping", 1), ("stripped", 1), ("stripping", 2), ("stripped", 2),
+]  # fmt: skip
+RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)]
+
+
+@pytest.mark.parametrize("at", FAST, ids=str)
+def test_a_killed_run_ends_as_one_that_was_not(
+    at: tuple[str, int], whole: dict[str, Path], data: str, teacher: str, tmp_path: Path
+) -> None:
+    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, whole["yolov8n.yaml"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("student", ["yolov8n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize("at", [*SLOW, *RANDOM], ids=str)
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(
+    at: tuple[str, int], student: str, whole: dict[str, Path], data: str, teacher: str, tmp_path: Path
+) -> None:
+    check_kill(settings(data, teacher, student, tmp_path / "run"), at, whole[student])
+
+
+def test_a_run_killed_in_its_first_epoch_has_nothing_to_resume(data: str, teacher: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert kill(settings(data, teacher, "yolov8n.yaml", folder), "batch", 2).returncode == -signal.SIGKILL
+    with pytest.raises(UserError, match="no checkpoint there"):
+        YoloDistiller().train(resume=str(folder))
+
+
+class Stop(Exception):
+    """A cut at the end of an epoch."""
+
+
+def cut(tiny: dict[str, Any], teacher: str | None, method: str = "fitnet") -> Path:
+    def stop(trainer: Any) -> None:
+        raise Stop
+
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method=method)
+    d.add_callback("on_model_save", stop)
+    with pytest.raises(Stop):
+        d.train(**{"teacher_precision": "fp32"} | tiny)
+    return Path(d.trainer.save_dir)
+
+
+def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    folder = cut(tiny, teacher)
+    other = str(save_checkpoint(random_detector("yolov8s.yaml", seed=9), tmp_path / "other.pt"))
+    with pytest.raises(UserError, match="teacher: is another than the run began with"):
+        YoloDistiller().train(resume=str(folder), teacher=other)
+    YoloDistiller().train(resume=str(folder), teacher=other, force=True)
+
+
+def test_another_method_goes_on_where_forced(tiny: dict[str, Any], teacher: str) -> None:
+    folder = cut(tiny, teacher)
+    with logged() as lines:
+        d = YoloDistiller()
+        d.train(resume=str(folder), method="dfd", force=True)
+    assert d.trainer.plan.config.method == "dfd"
+    assert d.trainer.start_epoch == 1
+    assert any("start anew" in line for line in lines)
+
+
+def test_other_classes_are_refused(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    folder = cut(tiny, teacher)
+    other = write_dataset(tmp_path / "other", names={0: "disc", 1: "crate"})
+    with pytest.raises(UserError, match="data: has other classes"):
+        YoloDistiller().train(resume=str(folder), data=str(other))
+
+
+def test_a_checkpoint_of_plain_ultralytics_goes_on(tiny: dict[str, Any], teacher: str) -> None:
+    def stop(trainer: Any) -> None:
+        raise Stop
+
+    model = YOLO("yolov8n.yaml")
+    model.add_callback("on_model_save", stop)
+    with pytest.raises(Stop):
+        model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, name="plain")
+    with logged() as lines:
+        d = YoloDistiller(teacher=teacher, method="fitnet")
+        d.train(resume=str(model.trainer.last))
+    assert d.trainer.start_epoch == 1
+    assert d.trainer.criterion is not None
+    assert any("no exact continuation" in line for line in lines)
+
+
+def test_random_streams_come_back() -> None:
+    state = random_state()
+    draws = [(random.random(), np.random.rand(), float(torch.rand(1))) for _ in range(2)]
+    set_random_state(state)
+    assert [(random.random(), np.random.rand(), float(torch.rand(1))) for _ in range(2)] == draws
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    """As far as one process can fill it: a limit on the size of its files."""
+    path = AtomicPath(tmp_path / "last.pt")
+    path.write_bytes(b"good")
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        try:
+            path.write_bytes(bytes(2**20))
+        except UserError as e:
+            os._exit(0 if "cannot be written" in str(e) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert path.read_bytes() == b"good"
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_text("good")
+    with contextlib.suppress(KeyError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert path.read_text() == "good"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
