@@ -11,6 +11,8 @@ import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
 from yolokd.checkpoint import AtomicPath, atomic_path
+from yolokd.interrupts import Interrupted, heeded
 from yolokd.resume import random_state, set_random_state, sidecars
 
 EPOCHS = 5
@@ -198,3 +201,42 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
         raise KeyError
     assert path.read_text() == "good"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    words = {**TINY, "data": data, "epochs": 1000, "method": "none", "save_dir": folder}
+    command = [sys.executable, "-m", "yolokd.cli", "train", *(f"{k}={v}" for k, v in words.items())]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: epochs_of(folder) >= 2)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.splitlines()[-1] == f"yolokd: interrupted; go on with: yolokd train resume={folder}"
+    last = torch.load(folder / "weights" / "last.pt", weights_only=False)
+    assert last["epoch"] + 1 == epochs_of(folder)
+    (sidecar,) = sidecars(folder / "weights" / "last.pt")
+    assert torch.load(sidecar, weights_only=True)["epoch"] == last["epoch"]
+
+
+def epochs_of(folder: Path) -> int:
+    results = folder / "results.csv"
+    return len(results.read_text().splitlines()) - 1 if results.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with heeded() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signum == signal.SIGTERM
+        with pytest.raises(Interrupted, match="at once") as interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert interrupted.value.signum == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -42,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print(f"yolokd: error: {e}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
-        print("yolokd: interrupted", file=sys.stderr)
-        status = 130
+    except KeyboardInterrupt as e:
+        print(f"yolokd: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
+        status = 128 + getattr(e, "signum", signal.SIGINT)
     except Exception as e:
         if debug:
             traceback.print_exc()

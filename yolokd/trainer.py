@@ -26,6 +26,7 @@ from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
 from yolokd.errors import UserError
+from yolokd.interrupts import Interrupted, Request, heeded
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
 from yolokd.probe import level_name
@@ -82,6 +83,8 @@ class DistillationTrainer(DetectionTrainer):
         self._streams: State | None = None
         self._anew = False  # whether a resumed run has other adapters than it began with
         self._batch = 0  # number of the present batch, from the first epoch on
+        self._request = Request()
+        self.add_callback("on_train_batch_end", DistillationTrainer._stop_if_asked)
         self.add_callback("on_train_start", DistillationTrainer._close_mosaic_again)
         self.add_callback("on_train_epoch_start", DistillationTrainer._begin_epoch)
         if RANK in {-1, 0} and not self.resume:
@@ -101,8 +104,15 @@ class DistillationTrainer(DetectionTrainer):
 
     def train(self) -> Any:
         """Run Ultralytics' loop, loading every checkpoint under restriction."""
-        with restricted_loading(self.plan.config.trust), bfloat16_on_cpu(), atomic_stripping():
+        with restricted_loading(self.plan.config.trust), bfloat16_on_cpu(), atomic_stripping(), heeded() as request:
+            self._request = request
             return super().train()
+
+    def _stop_if_asked(self) -> None:
+        signum = self._request.signum
+        if signum is not None:
+            there = f"go on with: yolokd train resume={self.save_dir}"
+            raise Interrupted(signum, there if self.last.exists() else "there is no finished epoch to resume")
 
     def _do_train(self) -> None:
         if self._resumption is None or not self._resumption.trained:
