@@ -270,7 +270,7 @@ def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str
         if trainer.epoch == 1 and not seen.get("poisoned"):
             seen["poisoned"] = True
             with torch.no_grad():
-                next(trainer.criterion.parameters()).fill_(math.nan)
+                next(trainer.model.model.parameters()).fill_(math.nan)
 
     def look(trainer: Any) -> None:
         if seen.get("poisoned") and not seen["recovered"]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from yolokd.config import Distillation
 from yolokd.errors import UserError
+from yolokd.guard import Guard
 from yolokd.probe import Probe
 from yolokd.pyramid import Detector
 from yolokd.stage import Pairing, Stage
@@ -36,6 +37,7 @@ class DistillationCriterion(nn.Module):
         self.stages = nn.ModuleList(Stage(*lesson, config, seed, k) for k, lesson in enumerate(lessons))
         strides = sorted({shape.stride for _, pairing in lessons for shape in pairing.levels})
         self.probe = Probe([part.name for part in config.parts], strides)
+        self.guard = Guard([part.name for part in config.parts])
         self._step = 0  # a plain number: reading a tensor's value would make a GPU wait
         self.set_length(epochs=1, steps=1)
         self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]
@@ -92,8 +94,9 @@ class DistillationCriterion(nn.Module):
         task, items = self.base(preds, batch)
         factors = task.new_tensor(self._factors())
         parts = self.config.parts
-        if any(self._factors()):
-            losses, gains, weighted = self._distil(task, factors, preds, batch)
+        found = self._distil(task, factors, preds, batch) if any(self._factors()) else None
+        if found is not None:
+            losses, gains, weighted = found
             scaled = (gains * losses).sum(1)
             in_force = torch.where(weighted > 0, scaled / weighted, gains.sum(1)).detach()
             weighted = weighted.detach() / len(batch["img"])
@@ -106,14 +109,20 @@ class DistillationCriterion(nn.Module):
 
     def _distil(
         self, task: Tensor, factors: Tensor, preds: Any, batch: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(M, L) unscaled losses times batch size, (M, L) gains, and (M,) losses as weighted by level."""
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(M, L) unscaled losses times batch size, (M, L) gains, and (M,) losses as weighted by level.
+
+        None where a loss is not finite: the step trains without.
+        """
         stage, measuring = self.stage, self._measuring
         output = stage.teacher(batch["img"], *stage.wanted(measuring))
-        levels = stage.levels(preds, output, batch, self._seed + self._step)
+        levels, maps = stage.levels(preds, output, batch, self._seed + self._step, self.guard)
         losses = torch.stack([method(levels) for method in stage.methods]) * len(batch["img"])
+        if not self.guard.admits(losses, levels, batch.get("im_file", ())):
+            return None
         if measuring:
-            pull = stage.measure(task, losses, levels, output)
+            pull = stage.measure(task, losses, maps, output)
+            self.guard.forget()
         gains = stage.gains(factors)
         if measuring:
             self.probe.record([level.stride for level in levels], pull[0], pull[1:], gains, stage.share)

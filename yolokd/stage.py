@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from yolokd.balance import Balance
 from yolokd.boxes import Labels, decoded, distances_on_grid_of
 from yolokd.config import Distillation, Part
+from yolokd.guard import Guard
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.probe import gradient_norms
@@ -50,13 +51,12 @@ class Stage(nn.Module):
         """Which of the teacher's predictions a step needs: class scores, the mean of its branches', boxes."""
         return self.wants_logits or (measuring and self.teacher.has_logits), self.wants_mean_logits, self.wants_boxes
 
-    def measure(self, task: Tensor, losses: Tensor, levels: Sequence[Level], output: TeacherOutput) -> Tensor:
+    def measure(self, task: Tensor, losses: Tensor, maps: Sequence[Tensor], output: TeacherOutput) -> Tensor:
         """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method; takes them in."""
         if output.logits:
             of_shared = self.pairing.classes.of_teacher
             shares = confidence_shares([of_shared(output.logits[s.stride]) for s in self.pairing.levels])
-            self.share.copy_(shares)
-        maps = [level.student for level in levels]
+            self.share.copy_(torch.where(torch.isfinite(shares).all(), shares, self.share))
         norms = torch.stack([gradient_norms(loss, maps) for loss in (task, *losses)])
         self.balance.update(norms[0], norms[1:])
         self.measured = True
@@ -76,8 +76,10 @@ class Stage(nn.Module):
         uniform = self.config.level_weights == "uniform" or not self.teacher.has_logits
         return torch.full_like(self.share, 1 / len(self.share)) if uniform else self.share
 
-    def levels(self, preds: Any, output: TeacherOutput, batch: dict[str, Any], seed: int) -> list[Level]:
-        """Pair the student's maps (and predictions) with the teacher's, on the student's grid."""
+    def levels(
+        self, preds: Any, output: TeacherOutput, batch: dict[str, Any], seed: int, guard: Guard
+    ) -> tuple[list[Level], list[Tensor]]:
+        """Pair the student's maps (and predictions) with the teacher's, on the student's grid; and those maps bare."""
         raw = preds[1] if isinstance(preds, tuple) else preds
         raw = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
         strides, classes = self.pairing.student_strides, self.pairing.classes
@@ -87,11 +89,12 @@ class Stage(nn.Module):
         labels = Labels.of_centers(batch["batch_idx"], batch["bboxes"]).to(batch["img"].device)
         paired = []
         for shape in self.pairing.levels:
-            s, student = shape.stride, maps[shape.stride]
+            s = shape.stride
+            student = guard.watched(maps[s], s)
             level = Level(s, student, on_grid_of(student, output.maps[s].float()))  # cast once, for all methods
             level.labels, level.seed = labels, seed
             if self.wants_logits:
-                level.student_logits = classes.of_student(logits[s])
+                level.student_logits = classes.of_student(guard.watched(logits[s], s))
                 level.teacher_logits = on_grid_of(student, classes.of_teacher(output.logits[s]))
             if self.wants_mean_logits:
                 level.teacher_mean_logits = on_grid_of(student, classes.of_teacher(output.mean_logits[s]))
@@ -99,7 +102,7 @@ class Stage(nn.Module):
                 level.student_boxes = decoded(boxes[s], boxes[s].shape[1] // 4)
                 level.teacher_boxes = distances_on_grid_of(student, output.boxes[s])
             paired.append(level)
-        return paired
+        return paired, [maps[shape.stride] for shape in self.pairing.levels]
 
 
 class PerLevel(nn.ModuleList):

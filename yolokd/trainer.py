@@ -175,6 +175,7 @@ class DistillationTrainer(DetectionTrainer):
         self.ema.ema._modules.pop("criterion", None)
         if self.criterion is not None:
             self.criterion.set_length(self.epochs, len(self.train_loader))
+            self.criterion.guard.active = not self.scaler.is_enabled()
         if RANK in {-1, 0} and self.plan.lessons:
             _announce(self.plan)
             if self.plan.config.check_teacher and not self.resume:
@@ -260,6 +261,8 @@ class DistillationTrainer(DetectionTrainer):
 
     def optimizer_step(self) -> None:
         """Step once enough batches are in."""
+        if self.criterion is not None:
+            self.criterion.guard.after_backward(list(self.criterion.parameters()))
         self.pending += 1
         due = self._due()
         self._batch += 1
@@ -308,6 +311,7 @@ class DistillationTrainer(DetectionTrainer):
             clip = sum(self._clip) / len(self._clip) if self._clip else 1.0
             self._clip = []
             metrics = metrics | {f"level/{k}": v for k, v in means.items()} | {"clip/student": clip}
+            metrics["distill/dropped"] = criterion.guard.end_epoch()
             LOGGER.info(_balance_line(self.plan, means, clip))
         super().save_metrics(metrics)
 

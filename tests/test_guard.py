@@ -1,0 +1,136 @@
+"""Distillation that blows up costs its own steps, never the student."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logged, states_equal
+from torch import Tensor, nn
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolokd import UserError, YoloDistiller, register
+from yolokd.guard import IN_A_ROW
+from yolokd.methods import Method
+from yolokd.teacher import Teacher, TeacherOutput
+
+
+def rows(trainer: Any) -> list[dict[str, str]]:
+    with open(trainer.csv) as f:
+        return list(csv.DictReader(f))
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in unwrap_model(trainer.model).state_dict().items()}
+
+
+def broken_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]) -> None:
+    """The teacher's second image is `value` at stride 16 in some steps."""
+    run, seen = Teacher._run, iter(range(10**6))
+
+    def broken(self: Teacher, *args: Any) -> TeacherOutput:
+        output = run(self, *args)
+        if next(seen) in steps:
+            output.maps[16][1] = value
+        return output
+
+    monkeypatch.setattr(Teacher, "_run", broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("balance", [0.3, "off"])
+def test_a_teachers_nan_costs_its_steps_alone(
+    value: float, balance: Any, tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_teacher(monkeypatch, value, {0, 1, 4})
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf", balance=balance)
+    with logged() as lines:
+        d.train(**tiny | {"teacher_precision": "fp32", "probe": 2})
+    assert [float(r["distill/dropped"]) for r in rows(d.trainer)] == [2, 1]
+    warnings = [line for line in lines if "is not finite" in line]
+    assert len(warnings) == 2  # once an epoch
+    assert "dfd's loss at P4" in warnings[0]
+    assert ".jpg);" in warnings[0]  # one image: the others were sound
+    assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())
+    assert all(torch.isfinite(p).all() for p in d.trainer.criterion.parameters())
+    assert torch.isfinite(d.trainer.criterion.stage.balance.pull).all()
+
+
+def test_after_many_in_a_row_it_is_an_error(
+    tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_teacher(monkeypatch, math.nan, set(range(1000)))
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
+    with pytest.raises(UserError, match=rf"fitnet's loss at P4 is not finite for {IN_A_ROW} steps in a row \(images "):
+        d.train(**tiny | {"epochs": 9, "teacher_precision": "fp32"})
+    assert d.trainer.last.exists()
+
+
+class Explode(torch.autograd.Function):
+    """A loss of 0 whose gradient is not finite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum() * 0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.full(ctx.shape, math.inf)
+
+
+@register("explosive")
+class Explosive(Method):
+    paper = "a gradient that is not finite, after an adapter or before it"
+
+    def __init__(self, shape: Any, *, adapter: bool = False) -> None:
+        super().__init__()
+        self.adapt = nn.Conv2d(shape.student_channels, 2, 1) if adapter else nn.Identity()
+
+    def forward(self, level: Any) -> Tensor:
+        return Explode.apply(self.adapt(level.student.float()))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_gradient_that_is_not_finite_does_not_reach_the_student(
+    adapter: bool, tiny: dict[str, Any], teacher: str
+) -> None:
+    plain = YoloDistiller(student="yolov8n.yaml", method="none")
+    plain.train(**tiny)
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="explosive", **{"explosive.adapter": adapter})
+    d.train(**tiny | {"teacher_precision": "fp32", "level_weights": "uniform"})
+    assert [float(r["distill/dropped"]) for r in rows(d.trainer)] == [3, 3]
+    assert states_equal(weights(d.trainer), weights(plain.trainer))
+    assert all(torch.isfinite(p).all() for p in d.trainer.criterion.parameters())
+
+
+def test_float16_overflow_is_dropped(tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Teacher._run
+
+    def overflowing(self: Teacher, *args: Any) -> TeacherOutput:
+        output = run(self, *args)
+        return TeacherOutput({s: (m * 1e30).half() for s, m in output.maps.items()}, *list(vars(output).values())[1:])
+
+    monkeypatch.setattr(Teacher, "_run", overflowing)
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
+    d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
+    assert float(rows(d.trainer)[0]["distill/dropped"]) == 3
+    assert Path(d.trainer.best).exists()
+
+
+def test_all_zero_maps_train(tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Teacher._run
+
+    def zeroed(self: Teacher, *args: Any) -> TeacherOutput:
+        output = run(self, *args)
+        return TeacherOutput({s: m * 0 for s, m in output.maps.items()}, *list(vars(output).values())[1:])
+
+    monkeypatch.setattr(Teacher, "_run", zeroed)
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf+pkd+cwd+fgd+dfmsd", balance=0.3)
+    d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
+    assert float(rows(d.trainer)[0]["distill/dropped"]) == 0
+    assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())
