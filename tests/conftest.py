@@ -13,6 +13,9 @@ import pytest
 
 os.environ.setdefault("YOLO_AUTOINSTALL", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    cores = sorted(os.sched_getaffinity(0))  # a core for each process, or their threads would wait for each other
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import cv2
 import numpy as np

@@ -110,6 +110,12 @@ def _check_unchanged(keys: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             raise UserError(key, "cannot change in a resumed run", "start a new run, drop it, or give force=True")
 
 
+def tidy(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 def capture(trainer: Any) -> State:
     """A trainer at the end of an epoch: weights, averages, optimizer, unused gradients, scores, random streams."""
     model = unwrap_model(trainer.model)

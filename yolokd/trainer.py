@@ -40,6 +40,7 @@ from yolokd.resume import (
     restore_streams,
     resumption,
     save_sidecar,
+    tidy,
 )
 from yolokd.score import check_teacher
 
@@ -120,6 +121,7 @@ class DistillationTrainer(DetectionTrainer):
             return
         assert self._resumption.state is not None
         LOGGER.info("resume: all epochs are done, the final evaluation is left")
+        tidy(self.wdir)
         self.plan = replace(self.plan, lessons=())
         self._setup_train()
         self.epoch = self._resumption.state["epoch"]
@@ -361,6 +363,8 @@ class DistillationTrainer(DetectionTrainer):
     def _restore(self) -> None:
         assert self._resumption is not None
         last, state = self._resumption.last, self._state
+        tidy(self.wdir)
+        tidy(self.save_dir)
         if state is None:
             LOGGER.warning(
                 f"resume: {last} has no sidecar of its epoch. Weights go on from a float16 average, the optimizer from "
