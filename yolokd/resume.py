@@ -124,6 +124,7 @@ def capture(trainer: Any) -> State:
         "model": model.state_dict(),
         "gradients": {k: p.grad for k, p in trainer.model.named_parameters() if p.grad is not None},
         "pending": trainer.pending,
+        "accumulate": int(trainer.accumulate),
         "own": {k: v for k, v in vars(trainer.args).items() if is_own(k)},
         "ema": {"state": trainer.ema.ema.state_dict(), "updates": int(trainer.ema.updates)},
         "optimizer": trainer.optimizer.state_dict(),
@@ -159,7 +160,7 @@ def restore(trainer: Any, state: State) -> None:
 
 def restore_streams(trainer: Any, state: State) -> None:
     """Put gradients, random streams and the mosaic's buffer back: the last thing before the first batch."""
-    trainer.pending = state["pending"]
+    trainer.pending, trainer.accumulate = state["pending"], state["accumulate"]
     for name, parameter in trainer.model.named_parameters():
         if name in state["gradients"]:
             parameter.grad = state["gradients"][name].to(parameter.device)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import ultralytics
 from torch import Tensor
@@ -48,6 +47,17 @@ MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
 MOST_THREADS = 8  # Ultralytics' own bound on torch's threads on CPUs; it leaves one core idle besides
 
 
+class EveryBatch(int):
+    """A number of batches that no count falls short of.
+
+    Ultralytics' loop counts the batches since the last step in a variable of its own, which a resume would lose. So it
+    is made to ask for a step after each, and the trainer counts.
+    """
+
+    def __le__(self, _count: int) -> bool:
+        return True
+
+
 class DistillationTrainer(DetectionTrainer):
     """Ultralytics' detection trainer with a teacher.
 
@@ -57,7 +67,6 @@ class DistillationTrainer(DetectionTrainer):
 
     args: Any
     wdir: Path
-    accumulate: int
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
@@ -83,7 +92,6 @@ class DistillationTrainer(DetectionTrainer):
         self.pending = 0  # batches whose gradients wait for the optimizer
         self._streams: State | None = None
         self._anew = False  # whether a resumed run has other adapters than it began with
-        self._batch = 0  # number of the present batch, from the first epoch on
         self._request = Request()
         self.add_callback("on_train_batch_end", DistillationTrainer._stop_if_asked)
         self.add_callback("on_train_start", DistillationTrainer._close_mosaic_again)
@@ -227,13 +235,16 @@ class DistillationTrainer(DetectionTrainer):
             self.criterion.start_teacher(batch["img"])
         return batch
 
-    def _build_train_pipeline(self) -> None:
-        super()._build_train_pipeline()
-        # Ultralytics' loop counts batches between steps in a variable of its own, which a resume would lose.
-        self._accumulate, self.accumulate = self.accumulate, 1
+    @property
+    def accumulate(self) -> int:
+        """Batches between two steps of the optimizer, as Ultralytics sets it."""
+        return self._accumulate
+
+    @accumulate.setter
+    def accumulate(self, batches: int) -> None:
+        self._accumulate = EveryBatch(batches)
 
     def _begin_epoch(self) -> None:
-        self._batch = self.epoch * len(self.train_loader)
         state, self._streams = self._streams, None
         if state is not None:
             self.args.close_mosaic = state["close_mosaic"]
@@ -254,21 +265,12 @@ class DistillationTrainer(DetectionTrainer):
     def _state(self) -> State | None:
         return self._resumption.state if self._resumption is not None else None
 
-    def _due(self) -> int:
-        """After how many batches the optimizer steps: as many as Ultralytics', fewer in its warm-up."""
-        warmup = self._get_warmup_iterations(len(self.train_loader))
-        if not warmup or self._batch > warmup:
-            return int(self._accumulate)
-        return max(1, int(np.interp(self._batch, [0, warmup], [1, self._accumulate]).round()))
-
     def optimizer_step(self) -> None:
         """Step once enough batches are in."""
         if self.criterion is not None:
             self.criterion.guard.after_backward(list(self.criterion.parameters()))
         self.pending += 1
-        due = self._due()
-        self._batch += 1
-        if self.pending >= due:
+        if self.pending >= int(self.accumulate):
             self.pending = 0
             self._step()
 
@@ -395,7 +397,7 @@ class DistillationTrainer(DetectionTrainer):
             self._restore_criterion(state)
         self.criterion.probe.forget()
         self._clip = []
-        self.pending = int(self._accumulate)  # the loop, too, steps at once
+        self.pending = int(self.accumulate)  # the loop, too, steps at once
 
     def final_eval(self) -> None:
         """Finish as Ultralytics does, and drop the sidecar: a finished run has nothing to resume."""
