@@ -32,7 +32,7 @@ from yolokd.trainer import bfloat16_on_cpu
 
 NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer
 # What does not change a score by intent: where and how fast a run runs, and what it shows.
-INCIDENTAL = frozenset({"device", "workers", "plots", "verbose", "check_teacher", "trust"})
+INCIDENTAL = frozenset({"device", "workers", "plots", "verbose", "check_teacher", "trust", "force"})
 
 
 @dataclass(frozen=True)
