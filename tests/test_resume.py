@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,8 @@ def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str
     folder = tmp_path / "a run"
     words = {**TINY, "data": data, "epochs": 1000, "method": "none", "save_dir": folder}
     command = [sys.executable, "-m", "yolokd.cli", "train", *(f"{k}={v}" for k, v in words.items())]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=listen, **pipes) as process:
         wait_for(lambda: epochs_of(folder) >= 2)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
@@ -218,6 +219,11 @@ def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str
     assert last["epoch"] + 1 == epochs_of(folder)
     (sidecar,) = sidecars(folder / "weights" / "last.pt")
     assert torch.load(sidecar, weights_only=True)["epoch"] == last["epoch"]
+
+
+def listen() -> None:
+    """Tests that run in the background begin with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def epochs_of(folder: Path) -> int:
@@ -232,6 +238,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture
+def _default_signals() -> Iterator[None]:
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_default_signals")
 def test_a_second_signal_stops_at_once() -> None:
     with heeded() as request:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -240,3 +255,11 @@ def test_a_second_signal_stops_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     assert interrupted.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("_default_signals")
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with heeded() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert request.signum is None

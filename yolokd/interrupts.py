@@ -34,12 +34,17 @@ class Request:
 
 @contextmanager
 def heeded() -> Iterator[Request]:
-    """Within it, signals become a Request; outside the main thread, where Python has none, nothing changes."""
+    """Within it, signals become a Request.
+
+    Nothing changes outside the main thread, where Python has no signals, and for a signal that was ignored before, as
+    shells have it for what runs in the background.
+    """
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request.receive) for number in SIGNALS}
+    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request.receive) for number in taken}
     try:
         yield request
     finally:
