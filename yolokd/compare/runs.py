@@ -27,6 +27,7 @@ from yolokd.data import load_data, split_images
 from yolokd.distiller import YoloDistiller
 from yolokd.plan import load_teacher
 from yolokd.pyramid import pair_classes
+from yolokd.resume import sidecars
 from yolokd.score import Scores, aligned_copy, score
 from yolokd.trainer import bfloat16_on_cpu
 
@@ -141,14 +142,18 @@ def _is_trained(run: Run) -> bool:
     if not last.exists():
         return False
     _, checkpoint = load_model(last, "resume")
-    return bool(checkpoint.get("epoch", -1) < 0 or checkpoint["epoch"] + 1 >= int(run.keys.get("epochs", 100)))
+    done = int(checkpoint.get("epoch", -1))
+    if run.method == NATIVE:  # Ultralytics does not resume a final evaluation
+        return done < 0 or done + 1 >= int(run.keys.get("epochs", 100))
+    return done < 0 and not sidecars(last)
 
 
 def _train(run: Run, device: object) -> None:
     last = run.folder / "weights" / "last.pt"
     placed = {"save_dir": str(run.folder), "seed": run.seed, "device": device}
     if run.method != NATIVE:
-        YoloDistiller().train(**({"resume": str(run.folder)} if last.exists() else {**run.keys, **placed}))
+        resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust"))}
+        YoloDistiller().train(**(resumed if last.exists() else {**run.keys, **placed}))
     elif last.exists():
         DetectionTrainer(overrides={"model": str(last), "resume": str(last)}).train()
     else:
