@@ -101,10 +101,13 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
     for summary in compared:
         difference = summary.difference
         assert difference is not None
+        alone = difference.low is None
         error = None if difference.low is None else [[difference.mean - difference.low]] * 2
-        bars.barh(summary.method, difference.mean, xerr=error, color=colors[summary.method], capsize=4)
+        name, hatch = (f"{summary.method}\n(one seed)", "//") if alone else (summary.method, None)
+        bars.barh(name, difference.mean, xerr=error, color=colors[summary.method], capsize=4, hatch=hatch)
     bars.axvline(0, color="black", linewidth=1)
     bars.invert_yaxis()
-    bars.set(xlabel="difference of mAP50-95 to the baseline, paired by seed; 95 % interval")
+    bars.locator_params(axis="x", nbins=6)
+    bars.set(xlabel="difference of mAP50-95 to the baseline,\npaired by seed; 95 % interval")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
