@@ -30,6 +30,7 @@ class Guard:
         self._row = 0
         self._warned = False
         self._bad: list[tuple[int, Tensor]] = []  # by stride, whether a gradient of this step was not finite
+        self._admitted = False  # whether the step's losses were
         self._images: Sequence[str] = ()
 
     def admits(self, losses: Tensor, levels: Sequence[Level], images: Sequence[str]) -> bool:
@@ -39,7 +40,8 @@ class Guard:
         """
         self._images = images
         finite = torch.isfinite(losses.detach())
-        if bool(finite.all()):
+        self._admitted = bool(finite.all())
+        if self._admitted:
             return True
         method, level = (~finite).nonzero()[0].tolist()
         fine = torch.isfinite(levels[level].teacher).flatten(1).all(1).tolist()
@@ -64,11 +66,12 @@ class Guard:
     def after_backward(self, adapters: Sequence[Tensor]) -> None:
         """Drop the adapters' gradients that are not finite, before clipping spreads them."""
         bad, self._bad = self._bad, []
-        gradients = [p.grad for p in adapters if p.grad is not None]
-        if not self.active or not bad:
+        admitted, self._admitted = self._admitted, False
+        if not admitted:
             return
+        gradients = [p.grad for p in adapters if p.grad is not None] if self.active else []
         flags = [flag for _, flag in bad] + [~torch.isfinite(g).all() for g in gradients]
-        found = torch.stack(flags).tolist()  # at once: reading a tensor makes a GPU wait
+        found = torch.stack(flags).tolist() if flags else []  # at once: reading a tensor makes a GPU wait
         strides = [stride for (stride, _), broken in zip(bad, found, strict=False) if broken]
         for gradient, broken in zip(gradients, found[len(bad) :], strict=True):
             if broken:
