@@ -114,7 +114,7 @@ def parse(keys: Mapping[str, Any]) -> Distillation:
     merged = {k: v for k, v in defaults().items() if k in OWN_KEYS} | own
     merged["teacher"] = _teachers(merged["teacher"])
     if isinstance(merged["stages"], int | float | list):
-        merged["stages"] = tuple(map(_number, _sequence(merged["stages"])))
+        merged["stages"] = tuple(map(_number, listed(merged["stages"])))
     names = method_names(merged["method"])
     for key in dotted:
         _check_prefix(key, names)
@@ -157,8 +157,17 @@ def _teachers(given: object) -> object:
     return given
 
 
-def _sequence(value: object) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def listed(value: object) -> list[Any]:
+    """Several values as a list: of a sequence, of text joined by commas, or of one value alone.
+
+    >>> listed("a, b"), listed((1, 2)), listed(3)
+    (['a', 'b'], [1, 2], [3])
+    """
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",")]
+    return [value]
 
 
 def _number(value: object) -> object:

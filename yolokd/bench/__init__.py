@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from ultralytics.utils.files import increment_path
 
-from yolokd.bench.contender import NATIVE, PLAIN, Contender, Setting, our_trainer, quiet
+from yolokd.bench.contender import Contender, Setting, our_trainer, quiet
 from yolokd.bench.rounds import Row, measure, run_rounds
 from yolokd.bench.show import draw, table, write_csv
-from yolokd.config import defaults, method_names, parse_value
+from yolokd.config import defaults, listed, parse_value
 from yolokd.console import CONSOLE, print_table
+from yolokd.contenders import NATIVE, PLAIN, contenders
 from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.plan import load_student, load_teacher
@@ -48,16 +48,17 @@ def run_bench(
     """
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise UserError(f"rounds={rounds}", "must be a whole number of at least 1", "for example rounds=7")
-    methods = _methods(method, rest)
-    amps = [parse_value(str(a)) for a in _list(amp)]
+    # Plain training is always among them, and leads.
+    methods = list(dict.fromkeys([PLAIN, *contenders(method, rest)]))
+    amps = [parse_value(str(a)) for a in listed(amp)]
     rows: list[Row] = []
     out: Path | None = None
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, quiet():
         source = data_file(data)
-        teachers = {t: _checkpoint(t, source, Path(folder), bool(rest.get("trust"))) for t in _list(teacher)}
+        teachers = {t: _checkpoint(t, source, Path(folder), bool(rest.get("trust"))) for t in listed(teacher)}
         settings = [
             (str(t), Setting(teachers[t], str(student), size, count, source, folder, tuple(rest.items())))
-            for t, size, count in _combinations(_list(teacher), _numbers("imgsz", imgsz), _numbers("batch", batch))
+            for t, size, count in _combinations(listed(teacher), _numbers("imgsz", imgsz), _numbers("batch", batch))
         ]
         for title, setting in settings:
             found = measure(setting, title, methods, amps, rounds, memory)
@@ -75,30 +76,11 @@ def run_bench(
     return out
 
 
-def _methods(method: object, keys: Mapping[str, Any]) -> list[str]:
-    """Contenders in their order; plain training is always among them, and leads. Constants must be of one of them."""
-    asked = [str(m) for m in _list(method)]
-    names = [name for m in asked if m != NATIVE for name in method_names(m)]
-    for key in keys:
-        prefix, dot, _ = key.partition(".")
-        if dot and prefix not in names:
-            raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names)}")
-    return [PLAIN, *(m for m in dict.fromkeys(asked) if m != PLAIN)]
-
-
 def _numbers(key: str, value: object) -> list[int]:
     try:
-        return [int(v) for v in _list(value)]
+        return [int(v) for v in listed(value)]
     except (TypeError, ValueError) as e:
         raise UserError(f"{key}={value}", "is no number, nor several", f"for example {key}=320,640") from e
-
-
-def _list(value: object) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, str):
-        return [v.strip() for v in value.split(",")]
-    return [value]
 
 
 def _combinations(teachers: list[Any], sizes: list[Any], batches: list[Any]) -> list[tuple[Any, Any, Any]]:
@@ -133,7 +115,7 @@ def _measuring(row: Row, setting: Setting, rounds: int) -> str:
     amp = parse_value(row.amp)
     every = int(dict(setting.rest).get("probe", defaults()["probe"]))
     never, always = (
-        Contender(replace(setting, rest=(*_but_probe(setting), ("probe", n))), row.contender, amp) for n in (10**9, 1)
+        Contender(replace(setting, rest=(*setting.rest, ("probe", n))), row.contender, amp) for n in (10**9, 1)
     )
     found = run_rounds({"without": never, "with": always}, rounds, "measuring gradients")
     extra = found.ratio("with", "without") - 1
@@ -141,10 +123,6 @@ def _measuring(row: Row, setting: Setting, rounds: int) -> str:
         f"{row.contender}: a step that measures gradients takes {extra:.0%} longer: {extra / every:.2%} of training, "
         f"with one in {every} (probe={every})"
     )
-
-
-def _but_probe(setting: Setting) -> list[tuple[str, Any]]:
-    return [(k, v) for k, v in setting.rest if k != "probe"]
 
 
 def _agreement(row: Row, setting: Setting) -> str:

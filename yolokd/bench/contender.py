@@ -17,12 +17,13 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.checkpoint import restricted_loading
-from yolokd.config import is_own, method_names
+from yolokd.config import is_own
+from yolokd.contenders import NATIVE, PLAIN, is_for
 from yolokd.errors import UserError
 from yolokd.precision import clock
 from yolokd.trainer import DistillationTrainer, bfloat16_on_cpu, training_threads
 
-PLAIN, NATIVE, NATIVE_ALL = "none", "native", "native, all cores"
+NATIVE_ALL = f"{NATIVE}, all cores"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class TeacherAlone:
 
 def our_trainer(setting: Setting, keys: Mapping[str, Any], method: str) -> DistillationTrainer:
     """A trainer of `method`, with those of the constants that are its own."""
-    own = {k: v for k, v in keys.items() if "." not in k or k.partition(".")[0] in method_names(method)}
+    own = {k: v for k, v in keys.items() if is_for(k, method)}
     teacher = {"teacher": setting.teacher} if method != PLAIN else {}
     return DistillationTrainer(overrides=own | teacher | {"method": method, "check_teacher": False})
 

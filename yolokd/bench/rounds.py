@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from yolokd.bench.contender import NATIVE, NATIVE_ALL, PLAIN, Contender, Seconds, Setting, TeacherAlone
+from yolokd.bench.contender import NATIVE_ALL, Contender, Seconds, Setting, TeacherAlone
 from yolokd.bench.memory import peak_mib
+from yolokd.contenders import NATIVE, PLAIN
 
 WARM_UP = 2  # steps of each contender before those that count
 

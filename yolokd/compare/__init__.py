@@ -15,16 +15,16 @@ from rich.progress import Progress
 from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
-from yolokd.compare.runs import INCIDENTAL, NATIVE, Run, carry_out, fingerprint, row_of, stop_all
+from yolokd.compare.runs import FILES, INCIDENTAL, Run, carry_out, fingerprint, row_of, stop_all
 from yolokd.compare.statistics import labelled, summarize
-from yolokd.config import is_own, method_names
+from yolokd.config import is_own, listed
 from yolokd.console import CONSOLE, print_table
+from yolokd.contenders import NATIVE, PLAIN, contenders, is_for
 from yolokd.data import data_file, split_images
 from yolokd.errors import UserError
 from yolokd.plan import Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import pair_classes
 
-PLAIN = "none"
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
 OURS_ALONE = frozenset({"save_dir", "name", "exist_ok", "resume", "seed", "cfg"})  # each run has its own
 
@@ -53,11 +53,14 @@ def run_compare(
             raise UserError(f"csv={csv}", "holds no runs", "give teacher=, data= and the rest of a comparison")
         _report([row for row in held if row.method != TEACHER], [row for row in held if row.method == TEACHER], path)
         return path
-    runs, images = _planned(_split(method), _seeds(seeds), split, Path(project).absolute(), keys)
+    methods = contenders(method, keys)
+    if len(set(methods)) < len(methods):
+        raise UserError(f"method={method}", "names a method twice", "name each once")
+    runs, images = _planned(methods, _seeds(seeds), split, Path(project).absolute(), keys)
     held_rows = read(path)
     open_runs = [run for run in runs if run.hash not in held_rows]
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
-    failed = _carry_out_all(open_runs, _devices(device), path, images)
+    failed = _carry_out_all(open_runs, listed(device), path, images)
     held_rows = read(path)
     rows = [held_rows[run.hash] for run in runs if run.hash in held_rows]
     if any(row.method != TEACHER for row in rows):
@@ -74,35 +77,46 @@ def _planned(
     for key in keys:
         if key in OURS_ALONE:
             raise UserError(key, "is each run's own in a comparison", f"drop {key}")
-    names = [name for m in methods if m != NATIVE for name in method_names(m)]
-    for key in keys:
-        if "." in key and key.partition(".")[0] not in names:
-            raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names) or 'none'}")
     given = training_keys({**keys, "teacher": as_paths(keys.get("teacher"), "teacher")})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
+    teacher = (
+        load_teacher(given["teacher"], bool(given.get("trust"))) if given["teacher"] or NATIVE in methods else None
+    )
     runs: list[Run] = []
+    content: dict[str, Any] = {}
     for method in methods:
         own = {k: v for k, v in given.items() if _concerns(k, method)} | QUIET | {"method": method}
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
         if plan.data.get(split) is None:
             raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
-        if method == NATIVE:
-            load_teacher(given.get("teacher"), bool(given.get("trust")))
-        known = _known(own, plan)
+        content = content or _content(given, plan)
+        known = _known(own, plan, content)
         runs += [Run(method, s, split, own, json.dumps(known | {"seed": s}, sort_keys=True), project) for s in seeds]
     images = round(sum(1 for _ in split_images(plan.data["train"])) * float(keys.get("fraction", 1.0)))
-    return [*_teacher_run(given, plan, split, project), *runs], images
+    if teacher is not None and pair_classes(teacher.names, plan.data["names"]).teacher:  # else it has no score here
+        known = {"teacher": content["teacher"], "data": content["data"], "imgsz": given.get("imgsz", 640)}
+        own = {**given, "method": TEACHER}
+        runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
+    return runs, images
 
 
-def _known(own: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _content(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """What the files hold, read once for all runs."""
+    teacher, student = given["teacher"], given["student"]
+    return {
+        "data": fingerprint(plan.data),
+        "student": sha256(student) if str(student).endswith(".pt") else student,
+        "teacher": sha256(teacher) if teacher else None,
+    }
+
+
+def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> dict[str, Any]:
     """All that shapes a training, but for the seed: files by their content, yolokd's settings with their defaults."""
-    files = {"teacher", "student", "data"}
-    settings = {k: v for k, v in own.items() if not is_own(k) and k not in INCIDENTAL | files}
-    known = {"method": own["method"], "settings": settings, "data": fingerprint(plan.data)}
-    known["student"] = sha256(own["student"]) if str(own["student"]).endswith(".pt") else own["student"]
+    settings = {k: v for k, v in own.items() if not is_own(k) and k not in INCIDENTAL | FILES}
+    known = {"method": own["method"], "settings": settings, "data": content["data"], "student": content["student"]}
     if own["method"] != PLAIN:
-        known["teacher"] = sha256(own["teacher"])
+        known["teacher"] = content["teacher"]
     if own["method"] not in (PLAIN, NATIVE):
         known["distillation"] = {k: v for k, v in plan.config.flat().items() if k not in INCIDENTAL | {"teacher"}}
     return known
@@ -112,41 +126,14 @@ def _concerns(key: str, method: str) -> bool:
     """Whether a key is of a method's own training: constants go to those that have them, yolokd's to its own."""
     if method in (PLAIN, NATIVE):
         return not is_own(key) or key in {"trust", *({"teacher"} if method == NATIVE else ())}
-    return "." not in key or key.partition(".")[0] in method_names(method)
-
-
-def _teacher_run(given: Mapping[str, Any], plan: Plan, split: str, project: Path) -> list[Run]:
-    """The scoring of the teacher, where it knows a class of the data's."""
-    if not given.get("teacher"):
-        return []
-    model = load_teacher(given["teacher"], bool(given.get("trust")))
-    if not pair_classes(model.names, plan.data["names"]).teacher:
-        return []
-    known = {"teacher": sha256(given["teacher"]), "data": fingerprint(plan.data), "imgsz": given.get("imgsz", 640)}
-    return [Run(TEACHER, 0, split, {**given, "method": TEACHER}, json.dumps(known, sort_keys=True), project)]
-
-
-def _split(method: object) -> list[str]:
-    words = [w.strip() for w in (method.split(",") if isinstance(method, str) else map(str, _sequence(method)))]
-    if len(set(words)) < len(words):
-        raise UserError(f"method={method}", "names a method twice", "name each once")
-    return words
+    return is_for(key, method)
 
 
 def _seeds(seeds: object) -> list[int]:
-    found = _sequence(seeds)
+    found = listed(seeds)
     if not found or any(isinstance(s, bool) or not isinstance(s, int) for s in found) or len(set(found)) < len(found):
         raise UserError(f"seeds={seeds}", "must be different whole numbers", "for example seeds=0,1,2")
     return found
-
-
-def _devices(device: object) -> list[Any]:
-    """`0,1` are two devices, each of which trains a run of its own."""
-    return [d.strip() for d in device.split(",")] if isinstance(device, str) else _sequence(device)
-
-
-def _sequence(value: object) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, images: int) -> list[str]:
@@ -165,7 +152,7 @@ def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, imag
     failed = []
     with ThreadPoolExecutor(len(devices)) as pool, Progress(console=Console(stderr=True), transient=True) as progress:
         waiting: dict[Future[None], Run] = {pool.submit(work, run): run for run in runs}
-        epochs = sum(_epochs(run) for run in runs)
+        epochs = sum(run.epochs for run in runs)
         task = progress.add_task("", total=epochs)
         try:
             while waiting:
@@ -178,7 +165,7 @@ def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, imag
                     row = row_of(run, images)
                     append(path, row)
                     CONSOLE.print(f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s")
-                progress.update(task, completed=sum(min(run.epochs_done(), _epochs(run)) for run in runs))
+                progress.update(task, completed=sum(min(run.epochs_done(), run.epochs) for run in runs))
                 busy = ", ".join(f"{run.method} seed {run.seed}" for f, run in waiting.items() if f.running())
                 progress.update(task, description=f"{len(runs) - len(waiting)} of {len(runs)} runs; {busy}")
         except BaseException:
@@ -186,10 +173,6 @@ def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, imag
             stop_all()
             raise
     return failed
-
-
-def _epochs(run: Run) -> int:
-    return 0 if run.method == TEACHER else int(run.keys.get("epochs", 100))
 
 
 def _report(rows: Sequence[Row], teachers: Sequence[Row], path: Path) -> None:

@@ -18,11 +18,13 @@ import torch
 import ultralytics
 from ultralytics.data.utils import img2label_paths
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolokd
 from yolokd.checkpoint import atomic_path, load_model, restricted_loading
 from yolokd.compare.ledger import TEACHER, Row
 from yolokd.config import is_own
+from yolokd.contenders import NATIVE
 from yolokd.data import load_data, split_images
 from yolokd.distiller import YoloDistiller
 from yolokd.plan import load_teacher
@@ -31,7 +33,7 @@ from yolokd.resume import sidecars
 from yolokd.score import Scores, aligned_copy, score
 from yolokd.trainer import bfloat16_on_cpu
 
-NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer
+FILES = frozenset({"teacher", "student", "data"})  # keys that name files; a run is known by what those hold
 # What does not change a score by intent: where and how fast a run runs, and what it shows.
 INCIDENTAL = frozenset({"device", "workers", "plots", "verbose", "check_teacher", "trust", "force"})
 
@@ -61,6 +63,11 @@ class Run:
     def scores_path(self) -> Path:
         """Where the process leaves its scores."""
         return self.folder / f"scores-{self.split}.json"
+
+    @property
+    def epochs(self) -> int:
+        """How many its training has."""
+        return 0 if self.method == TEACHER else int(self.keys.get("epochs", DEFAULT_CFG_DICT["epochs"]))
 
     def epochs_done(self) -> int:
         """How many epochs results.csv holds."""
@@ -144,7 +151,7 @@ def _is_trained(run: Run) -> bool:
     _, checkpoint = load_model(last, "resume")
     done = int(checkpoint.get("epoch", -1))
     if run.method == NATIVE:  # Ultralytics does not resume a final evaluation
-        return done < 0 or done + 1 >= int(run.keys.get("epochs", 100))
+        return done < 0 or done + 1 >= run.epochs
     return done < 0 and not sidecars(last)
 
 
@@ -167,7 +174,7 @@ def row_of(run: Run, images: int) -> Row:
     scores = Scores(**json.loads(run.scores_path.read_text(encoding="utf-8")))
     curve, seconds = _history(run.folder / "results.csv")
     keys = run.keys
-    own = {k: v for k, v in keys.items() if k not in {"teacher", "student", "data", "method"} | INCIDENTAL}
+    own = {k: v for k, v in keys.items() if k not in FILES | INCIDENTAL | {"method"}}
     return Row(
         hash=run.hash,
         method=run.method,

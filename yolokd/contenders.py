@@ -1,0 +1,29 @@
+"""What `bench` and `compare` set side by side: methods, plain training, and Ultralytics' own distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from yolokd.config import listed, method_names
+from yolokd.errors import UserError
+
+PLAIN = "none"
+NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer
+
+
+def contenders(method: object, keys: Iterable[str]) -> list[str]:
+    """The contenders of `a,b+c,native`, in their order.
+
+    Raises UserError for an unknown method, and for a key that is a constant of none of them.
+    """
+    asked = [str(m) for m in listed(method)]
+    names = [name for m in asked if m != NATIVE for name in method_names(m)]
+    for key in keys:
+        if "." in key and key.partition(".")[0] not in names:
+            raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names) or PLAIN}")
+    return asked
+
+
+def is_for(key: str, method: str) -> bool:
+    """Whether a key may go to a method: a constant only to those that have it."""
+    return "." not in key or key.partition(".")[0] in method_names(method)
