@@ -35,23 +35,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 something in the command cannot work."""
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics reads it on import: nothing installs at run time
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    sys.exit(status_of(lambda: run([w for w in words if w != "--debug"]), "--debug" in words))
+
+
+def status_of(command: Callable[[], int], debug: bool = False) -> int:
+    """Run a command, say in one line why it fails, and return the exit status."""
     try:
-        status = run([w for w in words if w != "--debug"])
+        return command()
     except UserError as e:
         if debug:
             traceback.print_exc()
         print(f"yolokd: error: {e}", file=sys.stderr)
-        status = 2
+        return 2
     except KeyboardInterrupt as e:
         print(f"yolokd: interrupted{f'; {e}' if str(e) else ''}", file=sys.stderr)
-        status = 128 + getattr(e, "signum", signal.SIGINT)
+        return 128 + int(getattr(e, "signum", signal.SIGINT))
     except Exception as e:
         if debug:
             traceback.print_exc()
         print(f"yolokd: failed: {type(e).__name__}: {first_line(e)} (--debug shows the traceback)", file=sys.stderr)
-        status = 1
-    sys.exit(status)
+        return 1
 
 
 def run(words: Sequence[str]) -> int:

@@ -118,14 +118,15 @@ class DistillationCriterion(nn.Module):
         output = stage.teacher(batch["img"], *stage.wanted(measuring))
         levels, maps = stage.levels(preds, output, batch, self._seed + self._step, self.guard)
         losses = torch.stack([method(levels) for method in stage.methods]) * len(batch["img"])
-        if not self.guard.admits(losses, levels, batch.get("im_file", ())):
-            return None
-        if measuring:
+        admitted = self.guard.admits(losses, levels, batch.get("im_file", ()))
+        if measuring:  # also what is not admitted: other processes, where it may be, wait for this one's norms
             pull = stage.measure(task, losses, maps, output)
             self.guard.forget()
         gains = stage.gains(factors)
-        if measuring:
+        if measuring and torch.isfinite(pull).all():
             self.probe.record([level.stride for level in levels], pull[0], pull[1:], gains, stage.share)
+        if not admitted:
+            return None
         return losses, gains, (losses * stage.level_weights()).sum(1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -67,8 +67,6 @@ class Guard:
         """Drop the adapters' gradients that are not finite, before clipping spreads them."""
         bad, self._bad = self._bad, []
         admitted, self._admitted = self._admitted, False
-        if not admitted:
-            return
         gradients = [p.grad for p in adapters if p.grad is not None] if self.active else []
         flags = [flag for _, flag in bad] + [~torch.isfinite(g).all() for g in gradients]
         found = torch.stack(flags).tolist() if flags else []  # at once: reading a tensor makes a GPU wait
@@ -76,6 +74,8 @@ class Guard:
         for gradient, broken in zip(gradients, found[len(bad) :], strict=True):
             if broken:
                 gradient.zero_()
+        if not admitted:  # counted already; gradients are there all the same where another process did admit
+            return
         if any(found):
             where = f" at {level_name(strides[0])}" if strides else ", in an adapter"
             self._drop(f"a gradient of {' or '.join(self._names)}{where}", self._images)

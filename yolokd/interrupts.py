@@ -33,13 +33,13 @@ class Request:
 
 
 @contextmanager
-def heeded() -> Iterator[Request]:
-    """Within it, signals become a Request.
+def heeded(request: Request | None = None) -> Iterator[Request]:
+    """Within it, signals become a request: the one given, or a new one.
 
     Nothing changes outside the main thread, where Python has no signals, and for a signal that was ignored before, as
     shells have it for what runs in the background.
     """
-    request = Request()
+    request = request or Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

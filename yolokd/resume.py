@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, RANK, WORLD_SIZE
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.checkpoint import atomic_path, load_model
 from yolokd.config import is_own, method_names
 from yolokd.errors import UserError
+from yolokd.ranks import FIRST
 
 State = dict[str, Any]
 
@@ -117,12 +118,11 @@ def tidy(folder: Path) -> None:
 
 
 def capture(trainer: Any) -> State:
-    """A trainer at the end of an epoch: weights, averages, optimizer, unused gradients, scores, random streams."""
+    """A trainer at the end of an epoch: weights, averages, optimizer, unused gradients, scores."""
     model = unwrap_model(trainer.model)
-    dataset = trainer.train_loader.dataset
     return {
         "model": model.state_dict(),
-        "gradients": {k: p.grad for k, p in trainer.model.named_parameters() if p.grad is not None},
+        "gradients": {k: p.grad for k, p in model.named_parameters() if p.grad is not None},
         "pending": trainer.pending,
         "accumulate": int(trainer.accumulate),
         "own": {k: v for k, v in vars(trainer.args).items() if is_own(k)},
@@ -135,9 +135,15 @@ def capture(trainer: Any) -> State:
         "fitness": _plain(trainer.fitness),
         "metrics": _plain(trainer.metrics),
         "csv": trainer.csv.read_text(encoding="utf-8") if trainer.csv.exists() else "",
+    }
+
+
+def streams(loader: Any) -> State:
+    """Random streams, the sampler's, and the mosaic's buffer: a process's own among several."""
+    return {
         "random": random_state(),
-        "sampler": _generator_state(trainer.train_loader),
-        "buffer": list(getattr(dataset, "buffer", [])),
+        "sampler": loader.generator.get_state() if loader.generator is not None else None,
+        "buffer": list(getattr(loader.dataset, "buffer", [])),
     }
 
 
@@ -153,7 +159,7 @@ def restore(trainer: Any, state: State) -> None:
     vars(trainer.stopper).update(state["stopper"])
     trainer.best_fitness, trainer.fitness = state["best_fitness"], state["fitness"]
     trainer.metrics = state["metrics"]
-    if state["csv"]:  # rows that were written after the checkpoint are written again
+    if FIRST and state["csv"]:  # rows that were written after the checkpoint are written again
         with atomic_path(trainer.csv) as temporary:
             temporary.write_text(state["csv"], encoding="utf-8")
 
@@ -161,20 +167,24 @@ def restore(trainer: Any, state: State) -> None:
 def restore_streams(trainer: Any, state: State) -> None:
     """Put gradients, random streams and the mosaic's buffer back: the last thing before the first batch."""
     trainer.pending, trainer.accumulate = state["pending"], state["accumulate"]
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in unwrap_model(trainer.model).named_parameters():
         if name in state["gradients"]:
             parameter.grad = state["gradients"][name].to(parameter.device)
-    loader = trainer.train_loader
+    loader, saved = trainer.train_loader, state["streams"]
     if loader.num_workers:
         LOGGER.warning("resume: with workers=0 it would be exact; workers hold random streams that are lost")
-    for index in state["buffer"] if not loader.num_workers else []:
+    if len(saved) != WORLD_SIZE:
+        LOGGER.warning(f"resume: not exact, {len(saved)} processes have become {WORLD_SIZE}")
+        return
+    own = saved[max(RANK, 0)]
+    for index in own["buffer"] if not loader.num_workers else []:
         loader.dataset.load_image(index)  # fills the buffer in its old order
     loader.iterator = loader._get_iterator()
     for _ in range(0 if loader.num_workers else len(loader)):
         loader.iterator._next_index()  # it ends an epoch with a draw that is made when the next one begins
-    if state["sampler"] is not None:
-        loader.generator.set_state(state["sampler"])
-    set_random_state(state["random"])
+    if own["sampler"] is not None:
+        loader.generator.set_state(own["sampler"])
+    set_random_state(own["random"])
 
 
 def random_state() -> State:
@@ -196,10 +206,6 @@ def set_random_state(state: State) -> None:
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _generator_state(loader: Any) -> Any:
-    return loader.generator.get_state() if loader.generator is not None else None
 
 
 def _plain(value: Any) -> Any:

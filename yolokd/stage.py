@@ -17,6 +17,7 @@ from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.probe import gradient_norms
 from yolokd.pyramid import ClassPairing, Level, LevelShape, confidence_shares, on_grid_of, split_levels
+from yolokd.ranks import mean
 from yolokd.teacher import Teacher, TeacherOutput
 
 
@@ -52,14 +53,18 @@ class Stage(nn.Module):
         return self.wants_logits or (measuring and self.teacher.has_logits), self.wants_mean_logits, self.wants_boxes
 
     def measure(self, task: Tensor, losses: Tensor, maps: Sequence[Tensor], output: TeacherOutput) -> Tensor:
-        """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method; takes them in."""
+        """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method; takes them in.
+
+        Of several processes all must call it, and get the same: the norms of the whole batch, but for its
+        normalization, which their ratios do not see.
+        """
         if output.logits:
             of_shared = self.pairing.classes.of_teacher
-            shares = confidence_shares([of_shared(output.logits[s.stride]) for s in self.pairing.levels])
+            shares = mean(confidence_shares([of_shared(output.logits[s.stride]) for s in self.pairing.levels]))
             self.share.copy_(torch.where(torch.isfinite(shares).all(), shares, self.share))
-        norms = torch.stack([gradient_norms(loss, maps) for loss in (task, *losses)])
+        norms = mean(torch.stack([gradient_norms(loss, maps) for loss in (task, *losses)]).square()).sqrt()
         self.balance.update(norms[0], norms[1:])
-        self.measured = True
+        self.measured = bool((self.balance.seen > 0).any())
         return norms
 
     def gains(self, factors: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,14 @@ import torch
 import ultralytics
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
-from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK, YAML
-from ultralytics.utils.torch_utils import unwrap_model
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, WORLD_SIZE, YAML
+from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 import yolokd
+from yolokd import ranks
 from yolokd.checkpoint import AtomicPath, as_paths, atomic_path, load_model, restricted_loading
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
@@ -29,6 +31,7 @@ from yolokd.interrupts import Interrupted, Request, heeded
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
 from yolokd.probe import level_name
+from yolokd.ranks import FIRST, SEVERAL
 from yolokd.resume import (
     Resumption,
     State,
@@ -39,9 +42,11 @@ from yolokd.resume import (
     restore_streams,
     resumption,
     save_sidecar,
+    streams,
     tidy,
 )
 from yolokd.score import check_teacher
+from yolokd.standin import stand_in
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
 MOST_THREADS = 8  # Ultralytics' own bound on torch's threads on CPUs; it leaves one core idle besides
@@ -72,17 +77,25 @@ class DistillationTrainer(DetectionTrainer):
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
         keys = {**overrides} if overrides else {}
+        if SEVERAL:
+            keys["device"] = ranks.join(keys.get("device"))
         if "teacher" in keys:
             keys["teacher"] = as_paths(keys["teacher"], "teacher")
         self._resumption = resumption(keys) if keys.get("resume") else None
-        self.plan: Plan = make_plan(_planned(cfg, keys, self._resumption))
-        if self._resumption is not None:
-            _check_same(self.plan, self._resumption)
+        with torch_distributed_zero_first(LOCAL_RANK):  # it may have to download, and is the one to complain
+            self.plan: Plan = make_plan(_planned(cfg, keys, self._resumption))
+            if self._resumption is not None:
+                _check_same(self.plan, self._resumption)
         if keys.get("data") == "shapes" or (keys.get("data") is None and not keys.get("resume")):
             keys["data"] = data_file("shapes")
         own = self.plan.config.flat()
+        theirs = {k: v for k, v in keys.items() if not is_own(k)}
+        if SEVERAL and not keys.get("resume"):
+            theirs["save_dir"] = ranks.one_folder(get_cfg(cfg, theirs))
         with restricted_loading(self.plan.config.trust):
-            super().__init__(cfg, {k: v for k, v in keys.items() if not is_own(k)}, _callbacks)
+            super().__init__(cfg, theirs, _callbacks)
+        if SEVERAL:
+            self.world_size = WORLD_SIZE
         vars(self.args).update(own)
         self.args.save_dir = str(self.save_dir)
         self.teacher_score: float | None = None  # mAP50-95 on the validation set, where it was measured
@@ -93,10 +106,14 @@ class DistillationTrainer(DetectionTrainer):
         self._streams: State | None = None
         self._anew = False  # whether a resumed run has other adapters than it began with
         self._request = Request()
-        self.add_callback("on_train_batch_end", DistillationTrainer._stop_if_asked)
-        self.add_callback("on_train_start", DistillationTrainer._close_mosaic_again)
-        self.add_callback("on_train_epoch_start", DistillationTrainer._begin_epoch)
-        if RANK in {-1, 0} and not self.resume:
+        for event, ours in (
+            ("on_train_batch_end", DistillationTrainer._stop_if_asked),
+            ("on_train_start", DistillationTrainer._close_mosaic_again),
+            ("on_train_epoch_start", DistillationTrainer._begin_epoch),
+        ):
+            if ours not in self.callbacks[event]:  # a launched process is given those of the one that launched it
+                self.add_callback(event, ours)
+        if FIRST and not self.resume:
             self._save_repeatable(own | {"name": keys.get("name")})
 
     def _save_repeatable(self, own: dict[str, Any]) -> None:
@@ -112,16 +129,28 @@ class DistillationTrainer(DetectionTrainer):
         return found if isinstance(found, DistillationCriterion) else None
 
     def train(self) -> Any:
-        """Run Ultralytics' loop, loading every checkpoint under restriction."""
-        with restricted_loading(self.plan.config.trust), bfloat16_on_cpu(), atomic_stripping(), heeded() as request:
-            self._request = request
+        """Run Ultralytics' loop, or its launch of several processes, loading every checkpoint under restriction."""
+        if self.ddp:
+            return ranks.watch_over(super().train, self._how_to_go_on)
+        with ExitStack() as stack:
+            for context in (restricted_loading(self.plan.config.trust), bfloat16_on_cpu(), atomic_stripping()):
+                stack.enter_context(context)
+            if SEVERAL:
+                stack.enter_context(ranks.at_work(self.device, self._request, self._how_to_go_on))
+            stack.enter_context(heeded(self._request))
             return super().train()
 
     def _stop_if_asked(self) -> None:
-        signum = self._request.signum
-        if signum is not None:
-            there = f"go on with: yolokd train resume={self.save_dir}"
-            raise Interrupted(signum, there if self.last.exists() else "there is no finished epoch to resume")
+        if self._request.signum is not None:
+            raise Interrupted(self._request.signum, self._how_to_go_on())
+
+    def _how_to_go_on(self) -> str:
+        there = f"go on with: yolokd train resume={self.save_dir}"
+        return there if self.last.exists() else "there is no finished epoch to resume"
+
+    def _setup_ddp(self) -> None:
+        """Take the device of this process, which has joined the others already."""
+        self.device = ranks.own_device(self.args.device)
 
     def _do_train(self) -> None:
         if self._resumption is None or not self._resumption.trained:
@@ -149,13 +178,18 @@ class DistillationTrainer(DetectionTrainer):
         self.model.yolokd = provenance(plan)
         use_all_cores(self.device)  # the precision is tried as the training will run
         images = sample_batch(self.data, training_imgsz(self.args.imgsz, plan)).to(self.device)
-        precisions = self._precisions()
-        self.plan = replace(  # the slow ones are not needed again
-            plan, lessons=tuple(self._fast(*pair, images) for pair in zip(plan.lessons, precisions, strict=True))
-        )
+        self.plan = replace(plan, lessons=self._sped_up(plan.lessons, images))  # the slow ones are not needed again
         lessons = [(lesson.teacher, lesson.pairing) for lesson in self.plan.lessons]
         criterion = DistillationCriterion(self.model, lessons, plan.config, self.args.seed)
         self.model.criterion = criterion.to(self.device)
+
+    def _sped_up(self, lessons: Sequence[Lesson], images: Tensor) -> tuple[Lesson, ...]:
+        tried = [self._fast(*pair, images) for pair in zip(lessons, self._precisions(), strict=True)]
+        agreed = ranks.firsts([name_of(lesson.teacher.engine.dtype) for lesson in tried])  # timings differ
+        return tuple(
+            fast if name_of(fast.teacher.engine.dtype) == precision else self._fast(lesson, precision, images)
+            for lesson, fast, precision in zip(lessons, tried, agreed, strict=True)
+        )
 
     def _precisions(self) -> list[Any]:
         """Each teacher's; a resumed run goes on as it was."""
@@ -169,7 +203,7 @@ class DistillationTrainer(DetectionTrainer):
         teacher, notes = fit(
             lesson.teacher.to(self.device), images, precision, config.teacher_compile, config.teacher_imgsz
         )
-        for note in notes if RANK in {-1, 0} else []:
+        for note in notes if FIRST else []:
             LOGGER.info(f"teacher {Path(lesson.file).name}: {note}")
         return replace(lesson, teacher=teacher)
 
@@ -186,7 +220,7 @@ class DistillationTrainer(DetectionTrainer):
         if self.criterion is not None:
             self.criterion.set_length(self.epochs, len(self.train_loader))
             self.criterion.guard.active = not self.scaler.is_enabled()
-        if RANK in {-1, 0} and self.plan.lessons:
+        if FIRST and self.plan.lessons:
             _announce(self.plan)
             if self.plan.config.check_teacher and not self.resume:
                 self._score_teachers()
@@ -196,7 +230,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def _score_teachers(self) -> None:
         args = self.args
-        if RANK != -1:  # Ultralytics' validators gather over all ranks, and only one is here
+        if SEVERAL:  # Ultralytics' validators gather over all ranks, and only one is here
             LOGGER.info("teacher: not scored in a run over several devices")
             return
         taken = ("data", "imgsz", "device", "workers", "split", "single_cls")
@@ -315,15 +349,28 @@ class DistillationTrainer(DetectionTrainer):
             clip = sum(self._clip) / len(self._clip) if self._clip else 1.0
             self._clip = []
             metrics = metrics | {f"level/{k}": v for k, v in means.items()} | {"clip/student": clip}
-            metrics["distill/dropped"] = criterion.guard.end_epoch()
+            metrics["distill/dropped"] = sum(self._dropped)
             LOGGER.info(_balance_line(self.plan, means, clip))
         super().save_metrics(metrics)
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """Ultralytics' recovery; all processes pass here before the first alone writes, and tell it what it needs."""
+        recovered: bool = super()._handle_nan_recovery(epoch)
+        if not recovered:
+            self._dropped = ranks.everyones(self.criterion.guard.end_epoch() if self.criterion is not None else 0)
+            self._everyones_streams = ranks.everyones(streams(self.train_loader))
+        return recovered
 
     # Checkpoints
 
     def save_model(self) -> bool:
         """Save Ultralytics' checkpoint, and before it the sidecar that belongs to it."""
-        state = capture(self) | {"epoch": self.epoch, "device": self.device.type, "names": dict(self.data["names"])}
+        state = capture(self) | {
+            "streams": self._everyones_streams,
+            "epoch": self.epoch,
+            "device": self.device.type,
+            "names": dict(self.data["names"]),
+        }
         state["precisions"] = [name_of(lesson.teacher.engine.dtype) for lesson in self.plan.lessons]
         state["teachers"] = [lesson.sha256 for lesson in self.plan.lessons]
         if self.criterion is not None:
@@ -365,8 +412,9 @@ class DistillationTrainer(DetectionTrainer):
     def _restore(self) -> None:
         assert self._resumption is not None
         last, state = self._resumption.last, self._state
-        tidy(self.wdir)
-        tidy(self.save_dir)
+        if FIRST:
+            tidy(self.wdir)
+            tidy(self.save_dir)
         if state is None:
             LOGGER.warning(
                 f"resume: {last} has no sidecar of its epoch. Weights go on from a float16 average, the optimizer from "
@@ -378,7 +426,7 @@ class DistillationTrainer(DetectionTrainer):
         restore(self, state)
         if not self._anew:
             self._restore_criterion(state)
-        if state["fitness"] == state["best_fitness"] and last.exists():
+        if FIRST and state["fitness"] == state["best_fitness"] and last.exists():
             self.best.write_bytes(last.read_bytes())  # a cut between the two had left an older one
 
     def _restore_criterion(self, state: State) -> None:
@@ -404,14 +452,17 @@ class DistillationTrainer(DetectionTrainer):
         if self.resume and self.best.exists():  # Ultralytics' stripping loads it without restriction
             load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
-        if RANK in {-1, 0}:
+        if FIRST:
             drop_sidecars(self.last)
 
 
 def training_threads() -> int:
-    """How many threads torch trains with on CPUs: one for each core that this process may use, up to Ultralytics' 8."""
+    """How many threads torch trains with on CPUs: one for each core that this process may use, up to Ultralytics' 8.
+
+    Several processes on one machine share its cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_THREADS, cores)
+    return max(min(MOST_THREADS, cores // ranks.HERE), 1)
 
 
 def use_all_cores(device: torch.device) -> None:
@@ -431,11 +482,8 @@ def bfloat16_on_cpu() -> Iterator[None]:
             return torch.autocast("cpu", torch.bfloat16)
         return theirs(enabled, device)
 
-    engine.autocast = autocast
-    try:
+    with stand_in(engine, "autocast", autocast):
         yield
-    finally:
-        engine.autocast = theirs
 
 
 @contextmanager
@@ -447,11 +495,8 @@ def atomic_stripping() -> Iterator[None]:
         with atomic_path(Path(s or f)) as temporary:
             return theirs(f, str(temporary), updates)
 
-    engine.strip_optimizer = strip
-    try:
+    with stand_in(engine, "strip_optimizer", strip):
         yield
-    finally:
-        engine.strip_optimizer = theirs
 
 
 def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:

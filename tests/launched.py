@@ -1,0 +1,93 @@
+"""A training over two processes on CPUs: `launched.py KEYS-AS-JSON`, alone (Ultralytics' own launch) or under torchrun.
+
+Each process leaves in the run's folder the gradient of its half of a batch, before the first step, and what its
+criterion holds at the end of each epoch. KILL=RANK:BATCH lets one of them kill itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolokd.cli import status_of
+from yolokd.trainer import DistillationTrainer
+
+
+def rank() -> int:
+    """Asked anew each time: callbacks travel to the launched processes with the globals of the launching one."""
+    return int(os.environ.get("RANK", "-1"))
+
+
+def parts(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The two halves of a batch."""
+    middle = len(batch["img"]) // 2
+    first = batch["batch_idx"] < middle
+    halves = [{k: v[mask] for k, v in batch.items() if k != "img"} for mask in (first, ~first)]
+    return [
+        halves[0] | {"img": batch["img"][:middle]},
+        halves[1] | {"img": batch["img"][middle:], "batch_idx": halves[1]["batch_idx"] - middle},
+    ]
+
+
+def gradients(trainer: Any, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Of the sum of their losses, as the training loop takes it, with BatchNorm in eval mode; leaves no trace."""
+    model = trainer.model
+    normalizing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    state = trainer.criterion.private_state()
+    before = {k: v.clone() for k, v in state.items()}
+    model.train()
+    for module in normalizing:
+        module.eval()
+    for batch in batches:
+        loss, _ = model(batch)
+        (loss.sum() * int(os.environ.get("WORLD_SIZE", "1"))).backward()
+    found = {k: p.grad.clone() for k, p in unwrap_model(model).named_parameters() if p.grad is not None}
+    trainer.optimizer.zero_grad()
+    trainer.criterion.load_private_state(before)
+    for module in normalizing:
+        module.train()
+    return found
+
+
+def on_train_start(trainer: Any) -> None:
+    halves = parts(torch.load(os.environ["BATCH"]))
+    own = halves if rank() == -1 else [halves[rank()]]
+    torch.save(gradients(trainer, own), Path(trainer.save_dir) / f"gradient-{rank()}.pt")
+
+
+def on_train_batch_end(trainer: Any) -> None:
+    trainer.batches_seen = getattr(trainer, "batches_seen", 0) + 1
+    guilty, _, batch = os.environ.get("KILL", "9:0").partition(":")
+    if int(guilty) == rank() and trainer.batches_seen == int(batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_train_epoch_end(trainer: Any) -> None:
+    held = trainer.criterion.private_state() | unwrap_model(trainer.model).state_dict()
+    torch.save(held, Path(trainer.save_dir) / f"held-{rank()}.pt")
+    with open(Path(trainer.save_dir) / f"pids-{rank()}.txt", "a") as f:
+        f.write(f"{os.getpid()}\n")
+
+
+def main() -> int:
+    trainer = DistillationTrainer(overrides=json.loads(sys.argv[1]))
+    if "BATCH" in os.environ:
+        trainer.add_callback("on_train_start", on_train_start)
+    trainer.add_callback("on_train_batch_end", on_train_batch_end)
+    trainer.add_callback("on_train_epoch_end", on_train_epoch_end)
+    if os.environ.get("LAUNCH"):  # as Ultralytics decides for device=0,1, which needs GPUs
+        trainer.ddp, trainer.world_size = True, 2
+    trainer.train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(status_of(main))

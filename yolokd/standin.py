@@ -1,0 +1,24 @@
+"""The few places where Ultralytics leaves no other seam: one of its names, replaced for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def stand_in(owner: Any, name: str, substitute: Any) -> Iterator[None]:
+    """Within it, `owner.name` is the substitute.
+
+    >>> import math
+    >>> with stand_in(math, "pi", 3):
+    ...     math.pi
+    3
+    """
+    theirs = getattr(owner, name)
+    setattr(owner, name, substitute)
+    try:
+        yield
+    finally:
+        setattr(owner, name, theirs)
