@@ -44,6 +44,7 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
     Raises UserError, naming `argument`, where the file is missing, broken, or holds more than a known model.
     """
     name = f"{argument}={path}"
+    check_path(path, argument)
     if Path(path).is_dir():
         raise UserError(name, "is a folder", "give a .pt checkpoint")
     if Path(path).name != str(path) and not Path(path).exists():  # Ultralytics downloads bare names alone
@@ -62,6 +63,12 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
         raise UserError(name, "holds no Ultralytics model", "give an Ultralytics .pt checkpoint")
     return model, ckpt
+
+
+def check_path(path: str | Path, argument: str) -> None:
+    """Raise UserError for a path whose checkpoints Ultralytics would look for elsewhere."""
+    if "'" in str(path):
+        raise UserError(f"{argument}={path}", "holds an apostrophe, which Ultralytics drops", "choose another name")
 
 
 def _loading_problem(error: Exception) -> str:

@@ -114,7 +114,9 @@ def check(keys: Keys) -> int:
 
 def val(keys: Keys) -> int:
     """Ultralytics' validation."""
-    with _bad_input("val"):
+    from yolokd.data import only_own_scripts
+
+    with _bad_input("val"), only_own_scripts(bool(keys.get("trust", False))):
         _model(keys).val(**keys)
     return 0
 

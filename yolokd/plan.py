@@ -14,9 +14,9 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
 
-from yolokd.checkpoint import load_model, sha256
+from yolokd.checkpoint import check_path, load_model, sha256
 from yolokd.config import Distillation, check_keys, defaults, is_own, parse
-from yolokd.data import load_data
+from yolokd.data import check_images, load_data
 from yolokd.errors import UserError, first_line
 from yolokd.methods import registered
 from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
@@ -60,15 +60,19 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
     _check_settings(settings, config)
     single_cls = bool(settings.get("single_cls"))
     if not config.parts:
-        data = load_data(settings.get("data"), single_cls)
-        return Plan(config, data, load_student(settings.get("model"), data, config.trust), ())
+        data = load_data(settings.get("data"), single_cls, trust=config.trust)
+        student = load_student(settings.get("model"), data, config.trust)
+        check_images(data, float(settings.get("fraction") or 1.0), single_cls)
+        return Plan(config, data, student, ())
     for file in config.teachers:
         _check_distinct(file, settings.get("model"))
     models = {file: load_teacher(file, config.trust) for file in config.teachers}
-    data = load_data(settings.get("data"), single_cls)  # after the teachers: the embedded set is made on first use
+    # After the teachers: the embedded set is made on first use.
+    data = load_data(settings.get("data"), single_cls, trust=config.trust)
     student = load_student(settings.get("model"), data, config.trust)
     _check_stages(config, int(settings.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
     lessons = tuple(_lesson(file, model, config, data, read_pyramid(student)) for file, model in models.items())
+    check_images(data, float(settings.get("fraction") or 1.0), single_cls)  # last: it may take a while
     return Plan(config, data, student, lessons)
 
 
@@ -149,6 +153,9 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     if not isinstance(args.epochs, int) or args.epochs < 1:
         raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
+    for key in ("project", "save_dir"):
+        if settings.get(key) is not None:
+            check_path(Path(str(settings[key])).absolute(), key)
     if str(args.optimizer).lower() not in OPTIMIZERS:
         raise UserError(f"optimizer={args.optimizer}", "no such optimizer", f"one of: {', '.join(OPTIMIZERS)}")
     if not config.parts:

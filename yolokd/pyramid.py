@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -110,9 +111,14 @@ def _pick(logits: Tensor, index: tuple[int, ...]) -> Tensor:
 def pair_classes(teacher: Mapping[int, str], student: Mapping[int, str]) -> ClassPairing:
     """Pair classes by name, ignoring case and surrounding space, in the student's order.
 
+    Of a teacher's classes of one name the first counts. Raises UserError where two of the data's have one name.
+
     >>> pair_classes({0: "dog", 1: "Cat "}, {0: "cat", 1: "cow"})
     ClassPairing(teacher=(1,), student=(0,))
     """
+    twice = [name for name, count in Counter(map(_normal, student.values())).items() if count > 1]
+    if twice:
+        raise UserError("data", f"two classes are called {twice[0]!r}", "give each class a name of its own")
     index = {_normal(name): i for i, name in reversed(list(teacher.items()))}
     pairs = [(index[_normal(name)], i) for i, name in student.items() if _normal(name) in index]
     return ClassPairing(tuple(t for t, _ in pairs), tuple(s for _, s in pairs))

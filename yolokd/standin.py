@@ -16,9 +16,13 @@ def stand_in(owner: Any, name: str, substitute: Any) -> Iterator[None]:
     ...     math.pi
     3
     """
-    theirs = getattr(owner, name)
+    namespace = vars(owner)
+    had, theirs = name in namespace, namespace.get(name)  # a module may use a builtin, which is not its own
     setattr(owner, name, substitute)
     try:
         yield
     finally:
-        setattr(owner, name, theirs)
+        if had:
+            setattr(owner, name, theirs)
+        else:
+            delattr(owner, name)

@@ -26,7 +26,7 @@ from yolokd.checkpoint import AtomicPath, as_paths, atomic_path, load_model, res
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
-from yolokd.errors import UserError
+from yolokd.errors import UserError, first_line
 from yolokd.interrupts import Interrupted, Request, heeded
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
@@ -92,7 +92,7 @@ class DistillationTrainer(DetectionTrainer):
         theirs = {k: v for k, v in keys.items() if not is_own(k)}
         if SEVERAL and not keys.get("resume"):
             theirs["save_dir"] = ranks.one_folder(get_cfg(cfg, theirs))
-        with restricted_loading(self.plan.config.trust):
+        with restricted_loading(self.plan.config.trust), _told(lambda: "give a folder that can be written"):
             super().__init__(cfg, theirs, _callbacks)
         if SEVERAL:
             self.world_size = WORLD_SIZE
@@ -138,6 +138,7 @@ class DistillationTrainer(DetectionTrainer):
             if SEVERAL:
                 stack.enter_context(ranks.at_work(self.device, self._request, self._how_to_go_on))
             stack.enter_context(heeded(self._request))
+            stack.enter_context(_told(self._how_to_go_on))
             return super().train()
 
     def _stop_if_asked(self) -> None:
@@ -470,6 +471,16 @@ def use_all_cores(device: torch.device) -> None:
     # Measured on 2 cores: faster than a core kept free, also for a worker or a thread that prepares batches.
     if device.type == "cpu":
         torch.set_num_threads(training_threads())
+
+
+@contextmanager
+def _told(cure: Callable[[], str]) -> Iterator[None]:
+    """Within it, what the system refuses is told as an error of the user's: folders, a full disk, a vanished image."""
+    try:
+        yield
+    except OSError as e:
+        what = f"{e.strerror}: {e.filename}" if e.strerror and e.filename else e.strerror or first_line(e)
+        raise UserError("files", what, cure()) from e
 
 
 @contextmanager
