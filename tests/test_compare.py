@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, random_detector, save_checkpoint
 
 from yolokd.compare import run_compare
 from yolokd.compare.ledger import Row, append, read
@@ -124,6 +124,16 @@ def test_what_the_csv_holds_is_not_run_again(keys: dict[str, Any], tmp_path: Pat
     assert "native" in alone.stdout
     other = compare(elsewhere, method="dfd", amp="bf16", **{"dfd.gain": 1.0, "epochs": 1})
     assert "2 runs, 1 of them in" in other.stdout
+
+
+def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    weak = save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt")
+    several = keys | {"teacher": f"[{weak},{teacher}]", "method": "native,dfmsd", "stages": "[1]"}
+    done = compare(several)
+    assert done.returncode == 0, done.stderr
+    held = {row.method: row.teacher for row in read(tmp_path / "c" / "compare.csv").values()}
+    name = Path(teacher).name
+    assert held == {"native": name, "dfmsd": f"weak.pt {name}", "teacher": name}
 
 
 def test_what_was_cut_off_goes_on(keys: dict[str, Any], tmp_path: Path) -> None:

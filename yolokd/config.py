@@ -112,7 +112,7 @@ def parse(keys: Mapping[str, Any]) -> Distillation:
     own = {k: v for k, v in keys.items() if k in OWN_KEYS}
     dotted = {k: v for k, v in keys.items() if "." in k}
     merged = {k: v for k, v in defaults().items() if k in OWN_KEYS} | own
-    merged["teacher"] = _teachers(merged["teacher"])
+    merged["teacher"] = as_teachers(merged["teacher"])
     if isinstance(merged["stages"], int | float | list):
         merged["stages"] = tuple(map(_number, listed(merged["stages"])))
     names = method_names(merged["method"])
@@ -146,7 +146,7 @@ def _check_stages(config: Distillation) -> None:
         )
 
 
-def _teachers(given: object) -> object:
+def as_teachers(given: object) -> object:
     """One path as it is; several, also as the command line gives them (`[weak.pt, strong.pt]`), as a tuple."""
     if isinstance(given, str) and given.startswith("[") and given.endswith("]"):
         given = [word.strip().strip("'\"") for word in given[1:-1].split(",")]

@@ -17,7 +17,7 @@ from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import FILES, INCIDENTAL, Run, carry_out, fingerprint, row_of, stop_all
 from yolokd.compare.statistics import labelled, summarize
-from yolokd.config import is_own, listed
+from yolokd.config import as_teachers, is_own, listed
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import NATIVE, PLAIN, contenders, is_for
 from yolokd.data import data_file, split_images
@@ -77,15 +77,15 @@ def _planned(
     for key in keys:
         if key in OURS_ALONE:
             raise UserError(key, "is each run's own in a comparison", f"drop {key}")
-    given = training_keys({**keys, "teacher": as_paths(keys.get("teacher"), "teacher")})
+    given = training_keys({**keys, "teacher": as_teachers(as_paths(keys.get("teacher"), "teacher"))})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
-    teacher = (
-        load_teacher(given["teacher"], bool(given.get("trust"))) if given["teacher"] or NATIVE in methods else None
-    )
+    strongest = given["teacher"][-1] if isinstance(given["teacher"], tuple) else given["teacher"]
+    teacher = load_teacher(strongest, bool(given.get("trust"))) if strongest or NATIVE in methods else None
     runs: list[Run] = []
     content: dict[str, Any] = {}
     for method in methods:
         own = {k: v for k, v in given.items() if _concerns(k, method)} | QUIET | {"method": method}
+        own |= {"teacher": strongest} if method == NATIVE else {}
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
         if plan.data.get(split) is None:
@@ -95,8 +95,8 @@ def _planned(
         runs += [Run(method, s, split, own, json.dumps(known | {"seed": s}, sort_keys=True), project) for s in seeds]
     images = round(sum(1 for _ in split_images(plan.data["train"])) * float(keys.get("fraction", 1.0)))
     if teacher is not None and pair_classes(teacher.names, plan.data["names"]).teacher:  # else it has no score here
-        known = {"teacher": content["teacher"], "data": content["data"], "imgsz": given.get("imgsz", 640)}
-        own = {**given, "method": TEACHER}
+        known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
+        own = {**given, "method": TEACHER, "teacher": strongest}
         runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
     return runs, images
 
@@ -107,7 +107,7 @@ def _content(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return {
         "data": fingerprint(plan.data),
         "student": sha256(student) if str(student).endswith(".pt") else student,
-        "teacher": sha256(teacher) if teacher else None,
+        "teacher": [sha256(t) for t in teacher] if isinstance(teacher, tuple) else sha256(teacher) if teacher else None,
     }
 
 
@@ -116,7 +116,7 @@ def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> di
     settings = {k: v for k, v in own.items() if not is_own(k) and k not in INCIDENTAL | FILES}
     known = {"method": own["method"], "settings": settings, "data": content["data"], "student": content["student"]}
     if own["method"] != PLAIN:
-        known["teacher"] = content["teacher"]
+        known["teacher"] = sha256(own["teacher"]) if own["method"] == NATIVE else content["teacher"]
     if own["method"] not in (PLAIN, NATIVE):
         known["distillation"] = {k: v for k, v in plan.config.flat().items() if k not in INCIDENTAL | {"teacher"}}
     return known

@@ -174,13 +174,15 @@ def row_of(run: Run, images: int) -> Row:
     scores = Scores(**json.loads(run.scores_path.read_text(encoding="utf-8")))
     curve, seconds = _history(run.folder / "results.csv")
     keys = run.keys
+    given = keys.get("teacher") or ()
+    teachers = given if isinstance(given, tuple) else (str(given),)
     own = {k: v for k, v in keys.items() if k not in FILES | INCIDENTAL | {"method"}}
     return Row(
         hash=run.hash,
         method=run.method,
         seed=run.seed,
         split=run.split,
-        teacher=Path(str(keys["teacher"])).name if keys.get("teacher") else "",
+        teacher=" ".join(Path(t).name for t in teachers),
         student=Path(str(keys["student"])).name if run.method != TEACHER else "",
         data=Path(str(keys["data"])).name,
         settings=" ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(own.items())),
