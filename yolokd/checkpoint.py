@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from ultralytics.nn import tasks
 from yolokd.errors import UserError, first_line
 from yolokd.pyramid import Detector
 
+FULL = 2**20  # ours: bytes below which a disk is full
 Checkpoint = dict[str, Any]
 Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
 
@@ -96,8 +99,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as e:  # torch's writer raises the latter for a full disk
+    except (OSError, RuntimeError) as e:  # torch's writer raises the latter for a full disk, in words of its own
         why = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
+        if shutil.disk_usage(path.parent).free < FULL:
+            why = os.strerror(errno.ENOSPC)
         raise UserError(f"{path}", f"cannot be written: {why}", "what was there is kept; free space or rights") from e
     finally:
         temporary.unlink(missing_ok=True)
