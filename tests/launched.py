@@ -1,7 +1,8 @@
 """A training over two processes on CPUs: `launched.py KEYS-AS-JSON`, alone (Ultralytics' own launch) or under torchrun.
 
 Each process leaves in the run's folder the gradient of its half of a batch, before the first step, and what its
-criterion holds at the end of each epoch. KILL=RANK:BATCH lets one of them kill itself.
+criterion holds at the end of each epoch. KILL=RANK:BATCH lets one of them kill itself, KILL=RANK:end when its last
+epoch is done; NAN=RANK:BATCH gives one a loss that is not finite.
 """
 
 from __future__ import annotations
@@ -63,10 +64,27 @@ def on_train_start(trainer: Any) -> None:
     torch.save(gradients(trainer, own), Path(trainer.save_dir) / f"gradient-{rank()}.pt")
 
 
+def meant(order: str, now: object) -> bool:
+    """Whether an environment variable RANK:MOMENT means this process and moment."""
+    return os.environ.get(order) == f"{rank()}:{now}"
+
+
+def on_train_batch_start(trainer: Any) -> None:
+    trainer.batches = getattr(trainer, "batches", 0) + 1
+    if meant("NAN", trainer.batches):
+        spoil = trainer.criterion.stage.methods[0].register_forward_hook(lambda _m, _i, losses: losses * float("nan"))
+        trainer.spoil = spoil
+
+
 def on_train_batch_end(trainer: Any) -> None:
-    trainer.batches_seen = getattr(trainer, "batches_seen", 0) + 1
-    guilty, _, batch = os.environ.get("KILL", "9:0").partition(":")
-    if int(guilty) == rank() and trainer.batches_seen == int(batch):
+    if hasattr(trainer, "spoil"):
+        trainer.spoil.remove()
+    if meant("KILL", trainer.batches):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def on_fit_epoch_end(trainer: Any) -> None:
+    if trainer.epoch + 1 == trainer.epochs and meant("KILL", "end"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -81,8 +99,8 @@ def main() -> int:
     trainer = DistillationTrainer(overrides=json.loads(sys.argv[1]))
     if "BATCH" in os.environ:
         trainer.add_callback("on_train_start", on_train_start)
-    trainer.add_callback("on_train_batch_end", on_train_batch_end)
-    trainer.add_callback("on_train_epoch_end", on_train_epoch_end)
+    for callback in (on_train_batch_start, on_train_batch_end, on_train_epoch_end, on_fit_epoch_end):
+        trainer.add_callback(callback.__name__, callback)
     if os.environ.get("LAUNCH"):  # as Ultralytics decides for device=0,1, which needs GPUs
         trainer.ddp, trainer.world_size = True, 2
     trainer.train()

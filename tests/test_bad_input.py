@@ -17,7 +17,9 @@ from conftest import NAMES, TINY, logged, random_detector, save_checkpoint, writ
 from PIL import Image
 
 from yolokd import UserError, YoloDistiller
-from yolokd.data import check_images, load_data, only_own_scripts
+from yolokd.data import load_data
+from yolokd.plan import make_plan
+from yolokd.restricted import restricted_loading
 
 LABEL = "0 0.5 0.5 0.3 0.3\n"
 GOOD = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -104,7 +106,24 @@ def test_nothing_but_broken_images_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", BAD_LABELS)
 def test_nothing_but_broken_labels_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No valid images found"):
-        check_images(load_data(dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, sound=0)))
+        make_plan(
+            {
+                "data": dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, sound=0),
+                "method": "none",
+                "model": "yolov8n.yaml",
+            }
+        )
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_scanning_counts_as_training_will(split: str, tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "d", train=8)
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "test": "images/val"}))
+    keys = {"data": str(path), "method": "none", "model": "yolov8n.yaml", "split": split}
+    assert make_plan(keys).images == 8
+    assert make_plan({**keys, "fraction": 0.5}).images == 4
+    assert make_plan({**keys, "fraction": 3}).images == 3
+    assert make_plan({**keys, "single_cls": True}).images == 8
 
 
 def test_images_without_labels_are_refused(teacher: str, tmp_path: Path) -> None:
@@ -168,7 +187,7 @@ def test_what_ultralytics_ships_may_run_its_own_code(tmp_path: Path) -> None:
     from ultralytics.utils import ROOT
 
     scope = {"yaml": {"yaml_file": str(ROOT / "cfg" / "datasets" / "VOC.yaml")}}
-    with only_own_scripts(trust=False):
+    with restricted_loading(trust=False):
         utils.exec("yaml['ran'] = True", scope)
     assert scope["yaml"]["ran"] is True
     assert "exec" not in vars(utils)

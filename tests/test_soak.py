@@ -18,7 +18,7 @@ from yolokd.shapes import CLASSES
 EPOCHS, WARM = 200, 40
 # In a process of its own: what other tests leave behind would be counted.
 SCRIPT = """
-import gc, json, sys, threading
+import gc, json, sys
 import psutil, torch
 from yolokd import YoloDistiller
 
@@ -31,7 +31,7 @@ def hooks(model):
 def look(trainer):
     gc.collect()
     seen.append({
-        "memory": process.memory_info().rss, "handles": process.num_fds(), "threads": threading.active_count(),
+        "memory": process.memory_info().rss, "handles": process.num_fds(), "threads": process.num_threads(),
         "processes": len(process.children(recursive=True)), "hooks": hooks(trainer.model),
         "tensors": sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),
     })

@@ -19,26 +19,11 @@ from ultralytics.nn import tasks
 
 from yolokd.errors import UserError, first_line
 from yolokd.pyramid import Detector
+from yolokd.restricted import restricted_loading
 
 FULL = 2**20  # ours: bytes below which a disk is full
 Checkpoint = dict[str, Any]
 Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
-
-
-@contextmanager
-def restricted_loading(trust: bool = False) -> Iterator[None]:
-    """Within it, every checkpoint that Ultralytics loads is rebuilt from known classes alone, running no code from it.
-
-    `trust=True` leaves Ultralytics' ordinary (unrestricted) loading in force.
-    """
-    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-        raise UserError("torch", f"{torch.__version__} cannot load checkpoints safely", "install torch >= 2.6")
-    before = tasks.SAFE_LOAD
-    tasks.SAFE_LOAD = not trust
-    try:
-        yield
-    finally:
-        tasks.SAFE_LOAD = before
 
 
 def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[Detector, Checkpoint]:
@@ -99,10 +84,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(f.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as e:  # torch's writer raises the latter for a full disk, in words of its own
-        why = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
-        if shutil.disk_usage(path.parent).free < FULL:
-            why = os.strerror(errno.ENOSPC)
+    except (OSError, RuntimeError) as e:
+        full = shutil.disk_usage(path.parent).free < FULL
+        if not (full or isinstance(e, OSError) or "inline_container" in str(e)):  # so torch's writer names itself
+            raise
+        why = os.strerror(errno.ENOSPC) if full else getattr(e, "strerror", None) or first_line(e)
         raise UserError(f"{path}", f"cannot be written: {why}", "what was there is kept; free space or rights") from e
     finally:
         temporary.unlink(missing_ok=True)

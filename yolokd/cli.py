@@ -114,9 +114,9 @@ def check(keys: Keys) -> int:
 
 def val(keys: Keys) -> int:
     """Ultralytics' validation."""
-    from yolokd.data import only_own_scripts
+    from yolokd.restricted import restricted_loading
 
-    with _bad_input("val"), only_own_scripts(bool(keys.get("trust", False))):
+    with _bad_input("val"), restricted_loading(bool(keys.get("trust", False))):
         _model(keys).val(**keys)
     return 0
 

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import copy
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from ultralytics.data import utils
 from ultralytics.data.augment import LetterBox
-from ultralytics.data.dataset import YOLODataset
+from ultralytics.data.build import build_yolo_dataset
 from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
-from ultralytics.utils import LOGGER, NUM_THREADS, ROOT
+from ultralytics.utils import LOGGER, NUM_THREADS
 from ultralytics.utils.patches import imread
 
 from yolokd import shapes
 from yolokd.errors import UserError, first_line
-from yolokd.standin import stand_in
+from yolokd.restricted import restricted_loading
 
 Image = npt.NDArray[np.uint8]
 
 PICTURES = 8  # ours: how many validation pictures an export is tried on
-VERIFIED = frozenset({".jpg", ".jpeg", ".png", ".webp"})  # formats whose damage Ultralytics' scan finds
 SAMPLE = 4  # ours: how many a teacher's precision is tried on
 
 
@@ -36,8 +33,10 @@ def data_file(data: object) -> str:
     return str(shapes.ensure()) if data in (None, "shapes") else str(data)
 
 
-def load_data(data: object, single_cls: bool = False, download: bool = True, trust: bool = False) -> dict[str, Any]:
-    """Ultralytics' data dictionary, after a check that training and validation have images.
+def load_data(
+    data: object, single_cls: bool = False, download: bool = True, trust: bool = False, split: str = "val"
+) -> dict[str, Any]:
+    """Ultralytics' data dictionary, after a check that training and `split` have images.
 
     Raises UserError where the data set is missing, broken or empty, or (without trust) brings code to download it.
     """
@@ -45,9 +44,9 @@ def load_data(data: object, single_cls: bool = False, download: bool = True, tru
     if data is not None and not isinstance(data, str | Path):
         raise UserError(argument, "is no data set", cure)
     try:
-        with only_own_scripts(trust):
-            loaded: dict[str, Any] = check_det_dataset(data_file(data), autodownload=download)
-        empty = [split for split in ("train", "val") if next(split_images(loaded[split]), None) is None]
+        with restricted_loading(trust):
+            loaded: dict[str, Any] = check_det_dataset(data_file(data), autodownload=download, split=split)
+        empty = [s for s in ("train", split) if next(split_images(loaded[s]), None) is None]
     except UserError:
         raise
     except Exception as e:  # whatever the parsers of YAML, paths and archives raise
@@ -57,55 +56,33 @@ def load_data(data: object, single_cls: bool = False, download: bool = True, tru
     return loaded | {"names": {0: "item"}, "nc": 1} if single_cls else loaded
 
 
-@contextmanager
-def only_own_scripts(trust: bool) -> Iterator[None]:
-    """Within it, a data set's `download:` runs code only where Ultralytics ships the file, or with trust."""
+def check_images(data: dict[str, Any], args: Any) -> int:
+    """Let Ultralytics scan images and labels as for a training with its settings `args`, and warn of what it skips.
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise UserError(
-            "data", "its images are missing, and its download: is code", "fetch them, or trust=True runs it"
-        )
-
-    def run(code: str, scope: dict[str, Any]) -> None:
-        shipped = ROOT.resolve() in Path(scope["yaml"]["yaml_file"]).resolve().parents
-        exec(code, scope) if shipped else refuse()
-
-    if trust:
-        yield
-        return
-    with stand_in(utils, "exec", run), stand_in(utils, "subprocess", SimpleNamespace(run=refuse)):
-        yield
-
-
-def check_images(data: dict[str, Any], fraction: float = 1.0, single_cls: bool = False) -> None:
-    """Let Ultralytics scan images and labels as for training, whose cache this fills; warn of what it skips.
-
-    Raises UserError where nothing is left to train on or to validate with, and for images that its scan passes and
-    that cannot be read.
+    The scan fills the cache beside the labels that training reads. Returns how many images are left to train on.
+    Raises UserError where there is none, or none to validate with, and for images that the scan passes and that cannot
+    be read.
     """
-    argument = f"data={data.get('yaml_file', data.get('path'))}"
-    for split in ("train", "val"):
-        settings = {"fraction": fraction if split == "train" else 1.0, "single_cls": single_cls}
-        LOGGER.addFilter(_hide)  # training says it all once more
+    argument = f"data={args.data}"
+    uncached = copy(args)
+    uncached.cache = False
+    kept = {}
+    for mode, split in (("train", "train"), ("val", args.split)):
         try:
-            scanned = YOLODataset(img_path=data[split], data=dict(data), task="detect", augment=False, **settings)
+            scanned = build_yolo_dataset(uncached, data[split], 1, dict(data), mode=mode)
             given = len(scanned.get_img_files(data[split]))
+            unread = _unreadable(scanned)
         except Exception as e:  # whatever its readers of images and labels raise
             raise UserError(argument, f"its {split} split: {_why(e)}", "repair or remove what is broken") from e
-        finally:
-            LOGGER.removeFilter(_hide)
-        if split == "train" and not any(len(label["cls"]) for label in scanned.labels):
+        if mode == "train" and not any(len(label["cls"]) for label in scanned.labels):
             raise UserError(argument, "its training images have no labels", "check the paths of images and labels")
         if skipped := given - len(scanned.im_files):
             LOGGER.warning(f"data: {skipped} of {given} {split} images are skipped as broken, or with broken labels")
-        unread = _unreadable(scanned.im_files)
         if unread:
             some = f"{len(unread)} of its images cannot be read, such as {unread[0]}"
             raise UserError(argument, some, "repair or remove what is broken")
-
-
-def _hide(_record: Any) -> bool:
-    return False
+        kept[mode] = len(scanned.im_files)
+    return kept["train"]
 
 
 def _why(error: Exception) -> str:
@@ -114,16 +91,19 @@ def _why(error: Exception) -> str:
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def _unreadable(files: list[str]) -> list[str]:
-    """Those that OpenCV cannot decode, of formats that the scan does not verify."""
-    doubtful = [file for file in files if Path(file).suffix.lower() not in VERIFIED]
+def _unreadable(scanned: Any) -> list[str]:
+    """Those that OpenCV cannot decode, of the one common format whose damage the scan does not see."""
+    doubtful = [file for file in scanned.im_files if Path(file).suffix.lower() == ".bmp"]
     with ThreadPool(NUM_THREADS) as pool:
-        return [file for file, image in zip(doubtful, pool.imap(imread, doubtful), strict=True) if image is None]
+        images = pool.imap(lambda file: imread(file, scanned.cv2_flag), doubtful)
+        return [file for file, image in zip(doubtful, images, strict=True) if image is None]
 
 
 def split_images(paths: str | list[str]) -> Iterator[Path]:
     """The image files of a split: of folders, or listed in text files, one path a line as Ultralytics reads them."""
     for path in map(Path, [paths] if isinstance(paths, str) else paths):
+        if not path.exists():
+            continue
         if path.is_dir():
             files: Iterator[Path] = path.rglob("*.*")
         else:

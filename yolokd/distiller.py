@@ -9,10 +9,11 @@ from typing import Any
 from ultralytics import YOLO
 from ultralytics.utils import SETTINGS, callbacks
 
-from yolokd.checkpoint import Source, as_path, as_paths, load_model, restricted_loading
+from yolokd.checkpoint import Source, as_path, as_paths, load_model
 from yolokd.config import with_file
 from yolokd.errors import UserError
 from yolokd.plan import training_keys
+from yolokd.restricted import restricted_loading
 from yolokd.trainer import DistillationTrainer
 
 
@@ -70,7 +71,8 @@ class YoloDistiller:
 
     def val(self, **kwargs: Any) -> Any:
         """Ultralytics' validation of the student."""
-        return self.model.val(**kwargs)
+        with restricted_loading(self.trainer is not None and self.trainer.plan.config.trust):
+            return self.model.val(**kwargs)
 
     def predict(self, source: Any = None, **kwargs: Any) -> Any:
         """Ultralytics' predictions of the student."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from ultralytics.engine.exporter import export_formats
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import LOGGER, checks
 
-from yolokd.checkpoint import atomic_path, load_model, restricted_loading
+from yolokd.checkpoint import atomic_path, load_model
 from yolokd.config import nearest
 from yolokd.data import data_file, validation_images
 from yolokd.errors import UserError, first_line
 from yolokd.parity import ExportReport, Thresholds, precision_of, verify
+from yolokd.restricted import restricted_loading
+from yolokd.standin import stand_in
 
 RENAMED = frozenset({"half", "int8", "end2end"})  # export arguments that Ultralytics still takes under an old name
 
@@ -79,21 +80,12 @@ def _require_detector(module: nn.Module, name: str | Path) -> None:
 
 def _export(module: nn.Module, options: Mapping[str, Any], trust: bool) -> Path:
     try:
-        with restricted_loading(trust), _no_installs():
+        with restricted_loading(trust), stand_in(checks, "AUTOINSTALL", False):
             return Path(YOLO(module.pt_path).export(**options))
     except ImportError as e:
         raise UserError(f"format={options['format']}", f"needs {e.name or e}", f"pip install {e.name or ''}") from e
     except (AssertionError, SyntaxError, TypeError, ValueError) as e:
         raise UserError(f"format={options['format']}", first_line(e), "see Ultralytics' export settings") from e
-
-
-@contextmanager
-def _no_installs() -> Iterator[None]:
-    before, checks.AUTOINSTALL = checks.AUTOINSTALL, False
-    try:
-        yield
-    finally:
-        checks.AUTOINSTALL = before
 
 
 def _data(data: str | None, checkpoint: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralytics.cfg import get_cfg
+from ultralytics.cfg import get_cfg, get_save_dir
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT
@@ -20,6 +20,7 @@ from yolokd.data import check_images, load_data
 from yolokd.errors import UserError, first_line
 from yolokd.methods import registered
 from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
+from yolokd.ranks import PROCESSES, SEVERAL
 from yolokd.stage import Pairing
 from yolokd.teacher import Teacher, check_detector
 
@@ -44,6 +45,7 @@ class Plan:
 
     config: Distillation
     data: dict[str, Any]
+    images: int  # for training, without those that are skipped
     student: Detector
     lessons: tuple[Lesson, ...]
 
@@ -51,29 +53,25 @@ class Plan:
 def make_plan(keys: Mapping[str, Any]) -> Plan:
     """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
 
-    Reads files, may download what Ultralytics can download, and trains and writes nothing.
+    Reads files, may download what Ultralytics can download, and trains nothing; it writes nothing but the cache of
+    images and labels that Ultralytics keeps beside the labels.
     Raises UserError naming the first argument that cannot work.
     """
     check_keys(keys, KNOWN_KEYS)
     config = parse({k: v for k, v in keys.items() if is_own(k)})
     settings = {k: v for k, v in keys.items() if not is_own(k)}
-    _check_settings(settings, config)
-    single_cls = bool(settings.get("single_cls"))
-    if not config.parts:
-        data = load_data(settings.get("data"), single_cls, trust=config.trust)
-        student = load_student(settings.get("model"), data, config.trust)
-        check_images(data, float(settings.get("fraction") or 1.0), single_cls)
-        return Plan(config, data, student, ())
-    for file in config.teachers:
+    args = _check_settings(settings, config)
+    files = config.teachers if config.parts else ()
+    for file in files:
         _check_distinct(file, settings.get("model"))
-    models = {file: load_teacher(file, config.trust) for file in config.teachers}
+    models = {file: load_teacher(file, config.trust) for file in files}
     # After the teachers: the embedded set is made on first use.
-    data = load_data(settings.get("data"), single_cls, trust=config.trust)
+    data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
-    _check_stages(config, int(settings.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
+    if files:
+        _check_stages(config, args.epochs)
     lessons = tuple(_lesson(file, model, config, data, read_pyramid(student)) for file, model in models.items())
-    check_images(data, float(settings.get("fraction") or 1.0), single_cls)  # last: it may take a while
-    return Plan(config, data, student, lessons)
+    return Plan(config, data, check_images(data, args), student, lessons)  # images last: they may take a while
 
 
 def _lesson(
@@ -143,23 +141,25 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     return model
 
 
-def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
-    """Refuse what Ultralytics would refuse too late, and what does not go with a teacher."""
+def _check_settings(settings: Mapping[str, Any], config: Distillation) -> Any:
+    """Ultralytics' settings; what it would refuse too late is refused, and what does not go with a teacher."""
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
         check_imgsz(args.imgsz, max_dim=1)
-        select_device(parse_device(args.device), verbose=False)
+        devices = parse_device(args.device)
+        select_device(devices, verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     if not isinstance(args.epochs, int) or args.epochs < 1:
         raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
-    for key in ("project", "save_dir"):
-        if settings.get(key) is not None:
-            check_path(Path(str(settings[key])).absolute(), key)
+    check_path(get_save_dir(args), "project")
+    processes = PROCESSES if SEVERAL else len(devices.split(","))
+    if processes > 1 and args.batch < processes:
+        raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
     if str(args.optimizer).lower() not in OPTIMIZERS:
         raise UserError(f"optimizer={args.optimizer}", "no such optimizer", f"one of: {', '.join(OPTIMIZERS)}")
     if not config.parts:
-        return
+        return args
     if args.distill_model:
         raise UserError("distill_model", "is Ultralytics' own distillation", "use teacher=, or drop the teacher")
     if args.quantize == 8:
@@ -168,6 +168,7 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> None:
         raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
     if args.batch < 1:
         raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
+    return args
 
 
 def _check_distinct(teacher: object, student: object) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,8 @@ from yolokd.standin import stand_in
 T = TypeVar("T")
 FIRST = RANK in {-1, 0}  # whether this process writes and speaks
 SEVERAL = RANK != -1
-HERE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) if SEVERAL else 1  # processes on this machine
+PROCESSES = WORLD_SIZE if SEVERAL else 1
+HERE = int(os.environ.get("LOCAL_WORLD_SIZE", PROCESSES)) if SEVERAL else 1  # processes on this machine
 PATIENCE = timedelta(hours=3)  # Ultralytics' own: the first process may have a data set to download
 
 
@@ -44,7 +45,7 @@ def join(device: object) -> str:
     Raises UserError where devices and processes do not fit.
     """
     devices = str(parse_device(device)) or (",".join(map(str, range(HERE))) if torch.cuda.is_available() else "cpu")
-    indices = devices.removeprefix("cuda:").split(",")
+    indices = devices.split(",")
     if devices != "cpu" and not (len(indices) == HERE and all(map(str.isdigit, indices))):
         fitting = f"give device=cpu, or {HERE} CUDA devices"
         raise UserError(f"device={device}", f"does not suit {HERE} processes", fitting)
@@ -59,7 +60,7 @@ def own_device(devices: str) -> torch.device:
     """This process's among those that `join` returned."""
     if devices == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(devices.removeprefix("cuda:").split(",")[LOCAL_RANK]))
+    return torch.device("cuda", int(devices.split(",")[LOCAL_RANK]))
 
 
 def firsts(value: T) -> T:
@@ -75,7 +76,7 @@ def everyones(value: T) -> list[T]:
     """All processes' values by rank, in all of them."""
     if not SEVERAL:
         return [value]
-    found: list[Any] = [None] * WORLD_SIZE
+    found: list[Any] = [None] * PROCESSES
     dist.all_gather_object(found, value)
     return found
 
@@ -85,7 +86,7 @@ def mean(values: Tensor) -> Tensor:
     if not SEVERAL:
         return values
     dist.all_reduce(values)
-    return values.div(WORLD_SIZE)
+    return values.div(PROCESSES)
 
 
 def one_folder(settings: Any) -> str:
@@ -93,10 +94,10 @@ def one_folder(settings: Any) -> str:
 
     settings: Ultralytics'. Raises UserError where a process does not see it.
     """
-    folder = Path(firsts(str(get_save_dir(settings))))
-    if FIRST:
-        folder.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    named = get_save_dir(settings) if FIRST else None  # a look at it before it exists may be remembered by a network
+    if named is not None:
+        named.mkdir(parents=True, exist_ok=True)
+    folder = Path(firsts(str(named)))
     if not folder.is_dir():
         raise UserError(f"project={folder}", f"is not seen by process {RANK}", "give a folder that all machines share")
     return str(folder)
@@ -131,18 +132,24 @@ def on_cpus() -> Iterator[None]:
 
 
 class Relay(Request):
-    """The request of a process that has launched the training: those at work are told, and ended by a second."""
+    """The request of a process that launches the training: those at work are told, and ended by a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before = set(psutil.Process().children())  # the user's own
 
     def receive(self, signum: int, frame: Any) -> None:
         """Pass a signal on; raises Interrupted for the second."""
-        launched = psutil.Process().children(recursive=self.signum is not None)
-        # A terminal sends Ctrl-C to all of them itself.
-        heard = signum == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()
-        for process in launched:
-            if self.signum is not None:
-                process.kill()
-            elif not heard:
-                process.send_signal(signum)
+        launchers = set(psutil.Process().children()) - self._before
+        heard = signum == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()  # a terminal tells launchers
+        for launcher in launchers:
+            with suppress(psutil.NoSuchProcess):
+                if self.signum is not None:
+                    for process in [*launcher.children(recursive=True), launcher]:
+                        with suppress(psutil.NoSuchProcess):
+                            process.kill()
+                elif not heard:
+                    launcher.send_signal(signum)
         super().receive(signum, frame)
 
 

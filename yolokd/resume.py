@@ -6,6 +6,7 @@ The sidecar holds the rest in full precision, as tensors and plain data that loa
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from ultralytics.utils import LOGGER, RANK, WORLD_SIZE
+from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.checkpoint import atomic_path, load_model
 from yolokd.config import is_own, method_names
 from yolokd.errors import UserError
-from yolokd.ranks import FIRST
+from yolokd.ranks import FIRST, PROCESSES
 
 State = dict[str, Any]
 
@@ -144,6 +145,7 @@ def streams(loader: Any) -> State:
         "random": random_state(),
         "sampler": loader.generator.get_state() if loader.generator is not None else None,
         "buffer": list(getattr(loader.dataset, "buffer", [])),
+        "images": hashlib.sha256("\n".join(Path(f).name for f in loader.dataset.im_files).encode()).hexdigest(),
     }
 
 
@@ -173,10 +175,13 @@ def restore_streams(trainer: Any, state: State) -> None:
     loader, saved = trainer.train_loader, state["streams"]
     if loader.num_workers:
         LOGGER.warning("resume: with workers=0 it would be exact; workers hold random streams that are lost")
-    if len(saved) != WORLD_SIZE:
-        LOGGER.warning(f"resume: not exact, {len(saved)} processes have become {WORLD_SIZE}")
+    if len(saved) != PROCESSES:
+        LOGGER.warning(f"resume: not exact, {len(saved)} processes have become {PROCESSES}")
         return
     own = saved[max(RANK, 0)]
+    if own["images"] != streams(loader)["images"]:
+        LOGGER.warning("resume: not exact, the training images are others than the run began with")
+        return
     for index in own["buffer"] if not loader.num_workers else []:
         loader.dataset.load_image(index)  # fills the buffer in its old order
     loader.iterator = loader._get_iterator()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,12 @@ from torch.nn.utils import clip_grad_norm_
 from ultralytics.cfg import get_cfg
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
-from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, WORLD_SIZE, YAML
+from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, YAML
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
 import yolokd
 from yolokd import ranks
-from yolokd.checkpoint import AtomicPath, as_paths, atomic_path, load_model, restricted_loading
+from yolokd.checkpoint import AtomicPath, as_paths, atomic_path, load_model
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
@@ -31,7 +32,8 @@ from yolokd.interrupts import Interrupted, Request, heeded
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
 from yolokd.probe import level_name
-from yolokd.ranks import FIRST, SEVERAL
+from yolokd.ranks import FIRST, PROCESSES, SEVERAL
+from yolokd.restricted import restricted_loading
 from yolokd.resume import (
     Resumption,
     State,
@@ -77,11 +79,12 @@ class DistillationTrainer(DetectionTrainer):
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
         keys = {**overrides} if overrides else {}
-        if SEVERAL:
-            keys["device"] = ranks.join(keys.get("device"))
         if "teacher" in keys:
             keys["teacher"] = as_paths(keys["teacher"], "teacher")
         self._resumption = resumption(keys) if keys.get("resume") else None
+        if SEVERAL:
+            before = self._resumption.keys.get("device") if self._resumption is not None else None
+            keys["device"] = ranks.join(before if keys.get("device") is None else keys["device"])
         with torch_distributed_zero_first(LOCAL_RANK):  # it may have to download, and is the one to complain
             self.plan: Plan = make_plan(_planned(cfg, keys, self._resumption))
             if self._resumption is not None:
@@ -90,12 +93,13 @@ class DistillationTrainer(DetectionTrainer):
             keys["data"] = data_file("shapes")
         own = self.plan.config.flat()
         theirs = {k: v for k, v in keys.items() if not is_own(k)}
-        if SEVERAL and not keys.get("resume"):
-            theirs["save_dir"] = ranks.one_folder(get_cfg(cfg, theirs))
         with restricted_loading(self.plan.config.trust), _told(lambda: "give a folder that can be written"):
+            if SEVERAL and not keys.get("resume"):
+                theirs["save_dir"] = ranks.one_folder(get_cfg(cfg, theirs))
             super().__init__(cfg, theirs, _callbacks)
         if SEVERAL:
-            self.world_size = WORLD_SIZE
+            self.world_size = PROCESSES
+            self.args.rect = False  # as Ultralytics' own launch has it: it gives processes different numbers of batches
         vars(self.args).update(own)
         self.args.save_dir = str(self.save_dir)
         self.teacher_score: float | None = None  # mAP50-95 on the validation set, where it was measured
@@ -159,14 +163,17 @@ class DistillationTrainer(DetectionTrainer):
             return
         assert self._resumption.state is not None
         LOGGER.info("resume: all epochs are done, the final evaluation is left")
-        tidy(self.wdir)
         self.plan = replace(self.plan, lessons=())
+        if SEVERAL:
+            self._setup_ddp()
         self._setup_train()
         self.epoch = self._resumption.state["epoch"]
         self.final_eval()
-        if self.args.plots:
-            self.plot_metrics()
-        self.run_callbacks("on_train_end")
+        if FIRST:
+            tidy(self.wdir)
+            if self.args.plots:
+                self.plot_metrics()
+            self.run_callbacks("on_train_end")
 
     # Building the pieces
 
@@ -479,7 +486,10 @@ def _told(cure: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        what = f"{e.strerror}: {e.filename}" if e.strerror and e.filename else e.strerror or first_line(e)
+        image = "Image Not Found" in str(e)
+        if not (image or e.filename or e.errno == errno.ENOSPC):  # a network's, say
+            raise
+        what = first_line(e) if image else f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror)
         raise UserError("files", what, cure()) from e
 
 

@@ -16,11 +16,11 @@ from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolokd.checkpoint import restricted_loading
 from yolokd.config import is_own
 from yolokd.contenders import NATIVE, PLAIN, is_for
 from yolokd.errors import UserError
 from yolokd.precision import clock
+from yolokd.restricted import restricted_loading
 from yolokd.trainer import DistillationTrainer, bfloat16_on_cpu, training_threads
 
 NATIVE_ALL = f"{NATIVE}, all cores"

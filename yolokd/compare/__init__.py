@@ -20,7 +20,7 @@ from yolokd.compare.statistics import labelled, summarize
 from yolokd.config import as_teachers, is_own, listed
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import NATIVE, PLAIN, contenders, is_for
-from yolokd.data import data_file, split_images
+from yolokd.data import data_file
 from yolokd.errors import UserError
 from yolokd.plan import Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import pair_classes
@@ -93,7 +93,7 @@ def _planned(
         content = content or _content(given, plan)
         known = _known(own, plan, content)
         runs += [Run(method, s, split, own, json.dumps(known | {"seed": s}, sort_keys=True), project) for s in seeds]
-    images = round(sum(1 for _ in split_images(plan.data["train"])) * float(keys.get("fraction", 1.0)))
+    images = plan.images
     if teacher is not None and pair_classes(teacher.names, plan.data["names"]).teacher:  # else it has no score here
         known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
         own = {**given, "method": TEACHER, "teacher": strongest}

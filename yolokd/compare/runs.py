@@ -21,7 +21,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolokd
-from yolokd.checkpoint import atomic_path, load_model, restricted_loading
+from yolokd.checkpoint import atomic_path, load_model
 from yolokd.compare.ledger import TEACHER, Row
 from yolokd.config import is_own
 from yolokd.contenders import NATIVE
@@ -29,6 +29,7 @@ from yolokd.data import load_data, split_images
 from yolokd.distiller import YoloDistiller
 from yolokd.plan import load_teacher
 from yolokd.pyramid import pair_classes
+from yolokd.restricted import restricted_loading
 from yolokd.resume import sidecars
 from yolokd.score import Scores, aligned_copy, score
 from yolokd.trainer import bfloat16_on_cpu
@@ -140,7 +141,8 @@ def _train_and_score(run: Run, device: object) -> None:
 def _aligned_teacher(run: Run) -> Any:
     """The teacher, with the data set's classes."""
     model = load_teacher(run.keys["teacher"], bool(run.keys.get("trust")))
-    names = load_data(run.keys["data"])["names"]
+    trust = bool(run.keys.get("trust"))
+    names = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=trust)["names"]
     return aligned_copy(model, names, pair_classes(model.names, names).mapping)
 
 
