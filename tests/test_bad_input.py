@@ -155,7 +155,7 @@ def refused(teacher: str, data: str, folder: Path, why: str) -> None:
         ({"names": []}, "cannot be used"),
         ({"channels": 4}, "takes 3 channels, the data 4"),
         ({"val": "nowhere"}, "missing path"),
-        ({"train": "nowhere"}, "cannot be used"),
+        ({"train": "nowhere"}, "no images in its train split"),
         ({"train": 3}, "cannot be used"),
     ],
     ids=str,
