@@ -17,7 +17,7 @@ from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import FILES, INCIDENTAL, Run, carry_out, fingerprint, row_of, stop_all
 from yolokd.compare.statistics import labelled, summarize
-from yolokd.config import as_teachers, is_own, listed
+from yolokd.config import as_teachers, defaults, is_own, listed
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import NATIVE, PLAIN, contenders, is_for
 from yolokd.data import data_file
@@ -26,6 +26,7 @@ from yolokd.plan import Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import pair_classes
 
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
+TOLD = ("balance", "level_weights")  # in a row's settings also at their defaults, which may change one day
 OURS_ALONE = frozenset({"save_dir", "name", "exist_ok", "resume", "seed", "cfg"})  # each run has its own
 
 
@@ -85,7 +86,10 @@ def _planned(
     content: dict[str, Any] = {}
     for method in methods:
         own = {k: v for k, v in given.items() if _concerns(k, method)} | QUIET | {"method": method}
-        own |= {"teacher": strongest} if method == NATIVE else {}
+        if method == NATIVE:
+            own["teacher"] = strongest
+        elif method != PLAIN:
+            own = {key: defaults()[key] for key in TOLD} | own
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
         if plan.data.get(split) is None:
