@@ -190,7 +190,7 @@ def test_check_pairs_and_writes_nothing(files: dict[str, str], tmp_path: Path) -
         "8x8",
         "adapters",
         "classes paired: 2 of 2 (disc, box)",
-        "dfd.gain=",
+        "dfd.alpha=",
         "GFLOPs",
         "relative L2",
     ):

@@ -69,6 +69,9 @@ def test_what_differs_in_its_settings_is_another_method() -> None:
     common, found = labelled(rows)
     assert common == "epochs=2"
     assert [r.method for r in found] == ["none", "dfd balance=0.3", "dfd"]
+    common, found = labelled([rows[0], rows[1], row("pdf", 0, 0.5, settings="epochs=2 balance=0.3 pdf.box=1.0")])
+    assert common == "epochs=2 balance=0.3 pdf.box=1.0"
+    assert [r.method for r in found] == ["none", "dfd", "pdf"]
 
 
 def test_without_a_gap_no_share_is_claimed() -> None:

@@ -25,6 +25,13 @@ def test_defaults_are_those_of_the_yaml_files() -> None:
     assert defaults().keys() - OWN_KEYS == {"student", "data"}
 
 
+def test_a_gain_that_is_set_is_in_force() -> None:
+    assert parse(T).balance == defaults()["balance"] == 1.0
+    assert parse({**T, "dfd.alpha": 2.0}).balance == 1.0
+    fixed = parse({**T, "method": "dfd+pdf", "pdf.gain": 3.0})
+    assert (fixed.balance, [part.gain for part in fixed.parts]) == ("off", [method_defaults("dfd")["gain"], 3.0])
+
+
 @pytest.mark.parametrize("name", ["dfd", "pdf"])
 def test_each_yaml_holds_exactly_the_methods_constants(name: str) -> None:
     content = yaml.safe_load((shipped("cfg") / "methods" / f"{name}.yaml").read_text())

@@ -116,6 +116,8 @@ def parse(keys: Mapping[str, Any]) -> Distillation:
     if isinstance(merged["stages"], int | float | list):
         merged["stages"] = tuple(map(_number, listed(merged["stages"])))
     names = method_names(merged["method"])
+    if "balance" not in own and any(key.endswith(".gain") for key in dotted):
+        merged["balance"] = "off"  # who sets a gain wants it in force
     for key in dotted:
         _check_prefix(key, names)
         if key.endswith(".gain") and merged["balance"] != "off":

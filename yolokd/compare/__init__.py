@@ -17,7 +17,7 @@ from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import FILES, INCIDENTAL, Run, carry_out, fingerprint, row_of, stop_all
 from yolokd.compare.statistics import labelled, summarize
-from yolokd.config import as_teachers, defaults, is_own, listed
+from yolokd.config import as_teachers, is_own, listed
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import NATIVE, PLAIN, contenders, is_for
 from yolokd.data import data_file
@@ -86,16 +86,14 @@ def _planned(
     content: dict[str, Any] = {}
     for method in methods:
         own = {k: v for k, v in given.items() if _concerns(k, method)} | QUIET | {"method": method}
-        if method == NATIVE:
-            own["teacher"] = strongest
-        elif method != PLAIN:
-            own = {key: defaults()[key] for key in TOLD} | own
+        own |= {"teacher": strongest} if method == NATIVE else {}
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
         if plan.data.get(split) is None:
             raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
         content = content or _content(given, plan)
         known = _known(own, plan, content)
+        own |= {key: getattr(plan.config, key) for key in TOLD} if plan.config.parts else {}
         runs += [Run(method, s, split, own, json.dumps(known | {"seed": s}, sort_keys=True), project) for s in seeds]
     images = plan.images
     if teacher is not None and pair_classes(teacher.names, plan.data["names"]).teacher:  # else it has no score here

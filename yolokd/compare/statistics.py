@@ -10,6 +10,8 @@ from statistics import fmean, stdev
 from scipy.stats import t as student_t
 
 from yolokd.compare.ledger import Row
+from yolokd.config import is_own
+from yolokd.contenders import NATIVE, PLAIN, is_for
 
 LEVEL = 0.95
 
@@ -80,15 +82,25 @@ class Summary:
 
 
 def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
-    """The settings that all rows share, and the rows with those of their own in their method's name."""
+    """The settings that rows share, wherever they apply, and the rows with those of their own in the method's name."""
     settings = [row.settings.split(" ") for row in rows]
-    shared = set(settings[0]).intersection(*settings)
-    own = [
-        " ".join([row.method, *(w for w in words if w not in shared)])
-        for row, words in zip(rows, settings, strict=True)
+    words = list(dict.fromkeys(word for line in settings for word in line))
+    shared = [
+        word
+        for word in words
+        if all(word in line or not _concerns(word, row) for row, line in zip(rows, settings, strict=True))
     ]
-    renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, own, strict=True)]
-    return " ".join(w for w in settings[0] if w in shared), renamed
+    names = [
+        " ".join([row.method, *(w for w in line if w not in shared)]) for row, line in zip(rows, settings, strict=True)
+    ]
+    renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, names, strict=True)]
+    return " ".join(shared), renamed
+
+
+def _concerns(word: str, row: Row) -> bool:
+    """Whether a setting is one that a row's method has: plain training and Ultralytics' own have none of yolokd's."""
+    key = word.partition("=")[0]
+    return not is_own(key) if row.method in (PLAIN, NATIVE) else is_for(key, row.method)
 
 
 def summarize(rows: Sequence[Row], baseline: str, teacher: Row | None) -> list[Summary]:
