@@ -20,7 +20,7 @@ T = {"teacher": "t.pt"}
 
 def test_defaults_are_those_of_the_yaml_files() -> None:
     config = parse(T)
-    assert config.method == defaults()["method"] == "dfd"
+    assert config.method == defaults()["method"] == "dfd+pdf"
     assert config.parts[0].gain == method_defaults("dfd")["gain"]
     assert defaults().keys() - OWN_KEYS == {"student", "data"}
 
