@@ -163,7 +163,7 @@ def test_after_the_end_the_task_trains_alone(
     tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = counted_runs(monkeypatch)
-    keys = {"fitnet.schedule": "linear", "fitnet.warmup": 1.0, "fitnet.end": 2.0, "epochs": 4}
+    keys = {"fitnet.schedule": "linear", "fitnet.warmup": 1.0, "fitnet.end": 2.0, "epochs": 4, "balance": "off"}
     d = distil(teacher, tiny | keys)
     found = rows(d.trainer)
     # three steps an epoch: a ramp of 0, 1/3, 2/3, then a fall of 1, 2/3, 1/3, then nothing
