@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from yolokd.config import listed, method_names
+from yolokd.config import is_own, listed, method_names
 from yolokd.errors import UserError
 
 PLAIN = "none"
@@ -22,6 +22,11 @@ def contenders(method: object, keys: Iterable[str]) -> list[str]:
         if "." in key and key.partition(".")[0] not in names:
             raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names) or PLAIN}")
     return asked
+
+
+def concerns(key: str, method: str) -> bool:
+    """Whether a setting is one that a method has: plain training and Ultralytics' own have none of yolokd's."""
+    return not is_own(key) if method in (PLAIN, NATIVE) else is_for(key, method)
 
 
 def is_for(key: str, method: str) -> bool:

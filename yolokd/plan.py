@@ -20,7 +20,7 @@ from yolokd.data import check_images, load_data
 from yolokd.errors import UserError, first_line
 from yolokd.methods import registered
 from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
-from yolokd.ranks import PROCESSES, SEVERAL
+from yolokd.ranks import PROCESSES
 from yolokd.stage import Pairing
 from yolokd.teacher import Teacher, check_detector
 
@@ -153,7 +153,7 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> Any:
     if not isinstance(args.epochs, int) or args.epochs < 1:
         raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
     check_path(get_save_dir(args), "project")
-    processes = PROCESSES if SEVERAL else len(devices.split(","))
+    processes = max(PROCESSES, len(devices.split(",")))
     if processes > 1 and args.batch < processes:
         raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
     if str(args.optimizer).lower() not in OPTIMIZERS:

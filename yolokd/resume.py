@@ -145,8 +145,13 @@ def streams(loader: Any) -> State:
         "random": random_state(),
         "sampler": loader.generator.get_state() if loader.generator is not None else None,
         "buffer": list(getattr(loader.dataset, "buffer", [])),
-        "images": hashlib.sha256("\n".join(Path(f).name for f in loader.dataset.im_files).encode()).hexdigest(),
+        "images": _images(loader),
     }
+
+
+def _images(loader: Any) -> str:
+    """A hash of the training images' names: the buffer and the sampler mean them by number."""
+    return hashlib.sha256("\n".join(Path(f).name for f in loader.dataset.im_files).encode()).hexdigest()
 
 
 def restore(trainer: Any, state: State) -> None:
@@ -179,7 +184,7 @@ def restore_streams(trainer: Any, state: State) -> None:
         LOGGER.warning(f"resume: not exact, {len(saved)} processes have become {PROCESSES}")
         return
     own = saved[max(RANK, 0)]
-    if own["images"] != streams(loader)["images"]:
+    if own["images"] != _images(loader):
         LOGGER.warning("resume: not exact, the training images are others than the run began with")
         return
     for index in own["buffer"] if not loader.num_workers else []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -136,13 +136,14 @@ class DistillationTrainer(DetectionTrainer):
         """Run Ultralytics' loop, or its launch of several processes, loading every checkpoint under restriction."""
         if self.ddp:
             return ranks.watch_over(super().train, self._how_to_go_on)
-        with ExitStack() as stack:
-            for context in (restricted_loading(self.plan.config.trust), bfloat16_on_cpu(), atomic_stripping()):
-                stack.enter_context(context)
-            if SEVERAL:
-                stack.enter_context(ranks.at_work(self.device, self._request, self._how_to_go_on))
-            stack.enter_context(heeded(self._request))
-            stack.enter_context(_told(self._how_to_go_on))
+        with (
+            restricted_loading(self.plan.config.trust),
+            bfloat16_on_cpu(),
+            atomic_stripping(),
+            ranks.at_work(self.device, self._request, self._how_to_go_on) if SEVERAL else nullcontext(),
+            heeded(self._request),
+            _told(self._how_to_go_on),
+        ):
             return super().train()
 
     def _stop_if_asked(self) -> None:

@@ -19,7 +19,7 @@ from yolokd.compare.runs import FILES, INCIDENTAL, Run, carry_out, fingerprint, 
 from yolokd.compare.statistics import labelled, summarize
 from yolokd.config import as_teachers, is_own, listed
 from yolokd.console import CONSOLE, print_table
-from yolokd.contenders import NATIVE, PLAIN, contenders, is_for
+from yolokd.contenders import NATIVE, PLAIN, concerns, contenders
 from yolokd.data import data_file
 from yolokd.errors import UserError
 from yolokd.plan import Plan, load_teacher, make_plan, training_keys
@@ -85,7 +85,7 @@ def _planned(
     runs: list[Run] = []
     content: dict[str, Any] = {}
     for method in methods:
-        own = {k: v for k, v in given.items() if _concerns(k, method)} | QUIET | {"method": method}
+        own = {k: v for k, v in given.items() if concerns(k, method) or k == "trust"} | QUIET | {"method": method}
         own |= {"teacher": strongest} if method == NATIVE else {}
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
@@ -122,13 +122,6 @@ def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> di
     if own["method"] not in (PLAIN, NATIVE):
         known["distillation"] = {k: v for k, v in plan.config.flat().items() if k not in INCIDENTAL | {"teacher"}}
     return known
-
-
-def _concerns(key: str, method: str) -> bool:
-    """Whether a key is of a method's own training: constants go to those that have them, yolokd's to its own."""
-    if method in (PLAIN, NATIVE):
-        return not is_own(key) or key in {"trust", *({"teacher"} if method == NATIVE else ())}
-    return is_for(key, method)
 
 
 def _seeds(seeds: object) -> list[int]:

@@ -140,8 +140,8 @@ def _train_and_score(run: Run, device: object) -> None:
 
 def _aligned_teacher(run: Run) -> Any:
     """The teacher, with the data set's classes."""
-    model = load_teacher(run.keys["teacher"], bool(run.keys.get("trust")))
     trust = bool(run.keys.get("trust"))
+    model = load_teacher(run.keys["teacher"], trust)
     names = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=trust)["names"]
     return aligned_copy(model, names, pair_classes(model.names, names).mapping)
 

@@ -10,8 +10,7 @@ from statistics import fmean, stdev
 from scipy.stats import t as student_t
 
 from yolokd.compare.ledger import Row
-from yolokd.config import is_own
-from yolokd.contenders import NATIVE, PLAIN, is_for
+from yolokd.contenders import concerns
 
 LEVEL = 0.95
 
@@ -88,19 +87,16 @@ def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
     shared = [
         word
         for word in words
-        if all(word in line or not _concerns(word, row) for row, line in zip(rows, settings, strict=True))
+        if all(
+            word in line or not concerns(word.partition("=")[0], row.method)
+            for row, line in zip(rows, settings, strict=True)
+        )
     ]
     names = [
         " ".join([row.method, *(w for w in line if w not in shared)]) for row, line in zip(rows, settings, strict=True)
     ]
     renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, names, strict=True)]
     return " ".join(shared), renamed
-
-
-def _concerns(word: str, row: Row) -> bool:
-    """Whether a setting is one that a row's method has: plain training and Ultralytics' own have none of yolokd's."""
-    key = word.partition("=")[0]
-    return not is_own(key) if row.method in (PLAIN, NATIVE) else is_for(key, row.method)
 
 
 def summarize(rows: Sequence[Row], baseline: str, teacher: Row | None) -> list[Summary]:
