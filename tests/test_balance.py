@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 from conftest import random_detector, save_checkpoint, states_equal, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from results import cut, rows, weights
 from torch import Tensor
-from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import YoloDistiller
 from yolokd.balance import WINDOW, Balance
@@ -24,15 +23,6 @@ from yolokd.schedule import Schedule
 from yolokd.teacher import Teacher
 
 LEVELS = ("P3", "P4", "P5")
-
-
-def rows(trainer: Any) -> list[dict[str, float]]:
-    with open(trainer.csv) as f:
-        return [{k.strip(): float(v) for k, v in row.items()} for row in csv.DictReader(f)]
-
-
-def weights(d: YoloDistiller) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in unwrap_model(d.trainer.model).state_dict().items()}
 
 
 def distil(teacher: Any, tiny: dict[str, Any], **more: Any) -> YoloDistiller:
@@ -106,9 +96,9 @@ def test_a_losss_scale_changes_no_bit(student: str, scaled: Any, tiny: dict[str,
     assert rows(loud.trainer)[-1]["train/fitnet_loss"] == pytest.approx(
         1024 * rows(plain.trainer)[-1]["train/fitnet_loss"], rel=1e-3
     )
-    assert states_equal(weights(loud), weights(plain))
+    assert states_equal(weights(loud.trainer), weights(plain.trainer))
     if student == "yolov8n.yaml":  # and the share is in force
-        assert not states_equal(weights(distil(teacher, tiny | {"balance": 0.6})), weights(plain))
+        assert not states_equal(weights(distil(teacher, tiny | {"balance": 0.6}).trainer), weights(plain.trainer))
 
 
 @pytest.mark.parametrize("level_weights", ["uniform", "confidence"])
@@ -123,17 +113,8 @@ def test_the_measured_share_is_the_chosen_one(level_weights: str, tiny: dict[str
 
 
 def test_a_resume_keeps_the_running_means(tiny: dict[str, Any], teacher: str) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(trainer: Any) -> None:
-        if trainer.epoch == 0:
-            raise Stop
-
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd", balance=0.3, probe=2)
-    d.add_callback("on_model_save", stop)
-    with pytest.raises(Stop):
-        d.train(**tiny)
+    cut(d, tiny)
     saved = torch.load(sidecar_path(d.trainer.last, 0), weights_only=True)["criterion"]
     assert (saved["stages.0.balance.seen"] == 2).all()
     resumed = YoloDistiller()
@@ -183,17 +164,8 @@ def test_teachers_take_turns_and_a_resume_goes_on_in_its_stage(
     assert [channels for channels, _ in runs] == [256] * 9 + [512] * 3
     runs.clear()
 
-    class Stop(Exception):
-        pass
-
-    def stop(trainer: Any) -> None:
-        if trainer.epoch == 2:
-            raise Stop
-
     d = YoloDistiller(teacher=[weak, teacher], student="yolov8n.yaml", method="dfmsd", teacher_precision="fp32")
-    d.add_callback("on_model_save", stop)
-    with pytest.raises(Stop):
-        d.train(**tiny)
+    cut(d, tiny, epoch=2)
     assert {channels for channels, _ in runs} == {256}
     runs.clear()
     YoloDistiller().train(resume=str(d.trainer.save_dir))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import logged, states_equal
+from results import rows, weights
 from torch import Tensor, nn
-from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import UserError, YoloDistiller, register
 from yolokd.guard import IN_A_ROW
 from yolokd.methods import Method
 from yolokd.teacher import Teacher, TeacherOutput
-
-
-def rows(trainer: Any) -> list[dict[str, str]]:
-    with open(trainer.csv) as f:
-        return list(csv.DictReader(f))
-
-
-def weights(trainer: Any) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in unwrap_model(trainer.model).state_dict().items()}
 
 
 def broken_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]) -> None:
@@ -50,7 +40,7 @@ def test_a_teachers_nan_costs_its_steps_alone(
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf", balance=balance)
     with logged() as lines:
         d.train(**tiny | {"teacher_precision": "fp32", "probe": 2})
-    assert [float(r["distill/dropped"]) for r in rows(d.trainer)] == [2, 1]
+    assert [r["distill/dropped"] for r in rows(d.trainer)] == [2, 1]
     warnings = [line for line in lines if "is not finite" in line]
     assert len(warnings) == 2  # once an epoch
     assert "dfd's loss at P4" in warnings[0]
@@ -103,7 +93,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_student(
     plain.train(**tiny)
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="explosive", **{"explosive.adapter": adapter})
     d.train(**tiny | {"teacher_precision": "fp32", "level_weights": "uniform"})
-    assert [float(r["distill/dropped"]) for r in rows(d.trainer)] == [3, 3]
+    assert [r["distill/dropped"] for r in rows(d.trainer)] == [3, 3]
     assert states_equal(weights(d.trainer), weights(plain.trainer))
     assert all(torch.isfinite(p).all() for p in d.trainer.criterion.parameters())
 
@@ -118,7 +108,7 @@ def test_float16_overflow_is_dropped(tiny: dict[str, Any], teacher: str, monkeyp
     monkeypatch.setattr(Teacher, "_run", overflowing)
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
-    assert float(rows(d.trainer)[0]["distill/dropped"]) == 3
+    assert rows(d.trainer)[0]["distill/dropped"] == 3
     assert Path(d.trainer.best).exists()
 
 
@@ -132,5 +122,5 @@ def test_all_zero_maps_train(tiny: dict[str, Any], teacher: str, monkeypatch: py
     monkeypatch.setattr(Teacher, "_run", zeroed)
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf+pkd+cwd+fgd+dfmsd", balance=0.3)
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
-    assert float(rows(d.trainer)[0]["distill/dropped"]) == 0
+    assert rows(d.trainer)[0]["distill/dropped"] == 0
     assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
+from results import cut
 from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
@@ -112,23 +113,14 @@ def test_a_run_killed_in_its_first_epoch_has_nothing_to_resume(data: str, teache
         YoloDistiller().train(resume=str(folder))
 
 
-class Stop(Exception):
-    """A cut at the end of an epoch."""
-
-
-def cut(tiny: dict[str, Any], teacher: str | None, method: str = "fitnet") -> Path:
-    def stop(trainer: Any) -> None:
-        raise Stop
-
+def cut_off(tiny: dict[str, Any], teacher: str | None, method: str = "fitnet") -> Path:
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method=method)
-    d.add_callback("on_model_save", stop)
-    with pytest.raises(Stop):
-        d.train(**{"teacher_precision": "fp32"} | tiny)
+    cut(d, {"teacher_precision": "fp32"} | tiny)
     return Path(d.trainer.save_dir)
 
 
 def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
-    folder = cut(tiny, teacher)
+    folder = cut_off(tiny, teacher)
     other = str(save_checkpoint(random_detector("yolov8s.yaml", seed=9), tmp_path / "other.pt"))
     with pytest.raises(UserError, match="teacher: is another than the run began with"):
         YoloDistiller().train(resume=str(folder), teacher=other)
@@ -136,7 +128,7 @@ def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher:
 
 
 def test_another_method_goes_on_where_forced(tiny: dict[str, Any], teacher: str) -> None:
-    folder = cut(tiny, teacher)
+    folder = cut_off(tiny, teacher)
     with logged() as lines:
         d = YoloDistiller()
         d.train(resume=str(folder), method="dfd", force=True)
@@ -146,20 +138,15 @@ def test_another_method_goes_on_where_forced(tiny: dict[str, Any], teacher: str)
 
 
 def test_other_classes_are_refused(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
-    folder = cut(tiny, teacher)
+    folder = cut_off(tiny, teacher)
     other = write_dataset(tmp_path / "other", names={0: "disc", 1: "crate"})
     with pytest.raises(UserError, match="data: has other classes"):
         YoloDistiller().train(resume=str(folder), data=str(other))
 
 
 def test_a_checkpoint_of_plain_ultralytics_goes_on(tiny: dict[str, Any], teacher: str) -> None:
-    def stop(trainer: Any) -> None:
-        raise Stop
-
     model = YOLO("yolov8n.yaml")
-    model.add_callback("on_model_save", stop)
-    with pytest.raises(Stop):
-        model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, name="plain")
+    cut(model, {k: v for k, v in tiny.items() if k != "check_teacher"} | {"name": "plain"})
     with logged() as lines:
         d = YoloDistiller(teacher=teacher, method="fitnet")
         d.train(resume=str(model.trainer.last))

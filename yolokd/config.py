@@ -66,7 +66,7 @@ class Distillation(BaseModel):
     @property
     def teachers(self) -> tuple[str, ...]:
         """All teachers, weakest first."""
-        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher or ()
+        return each_teacher(self.teacher)
 
     def starts(self, epochs: float) -> tuple[float, ...]:
         """The epoch at which each teacher takes over: as given, or evenly spread over a training of `epochs`."""
@@ -157,6 +157,11 @@ def as_teachers(given: object) -> object:
             raise UserError(f"teacher={given}", "is empty or names one twice", "name each once, weakest first")
         return given[0] if len(given) == 1 else tuple(given)
     return given
+
+
+def each_teacher(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Of none, one or several teachers, as `as_teachers` leaves them, all, weakest first."""
+    return (given,) if isinstance(given, str) else given or ()
 
 
 def listed(value: object) -> list[Any]:

@@ -18,12 +18,14 @@ import torch
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
+from yolokd import __version__
 from yolokd.checkpoint import atomic_path, load_model
 from yolokd.config import is_own, method_names
 from yolokd.errors import UserError
 from yolokd.ranks import FIRST, PROCESSES
 
 State = dict[str, Any]
+FORMAT = 1  # of sidecars: to be raised with each change of what they hold
 
 
 def sidecar_path(checkpoint: Path, epoch: int) -> Path:
@@ -43,22 +45,26 @@ def sidecars(checkpoint: Path) -> list[Path]:
 def save_sidecar(checkpoint: Path, epoch: int, state: State) -> None:
     """Write a state beside `checkpoint`, atomically."""
     with atomic_path(sidecar_path(checkpoint, epoch)) as temporary:
-        torch.save(state, temporary)
+        torch.save({"format": FORMAT, "yolokd": __version__} | state, temporary)
 
 
 def load_sidecar(checkpoint: Path, epoch: int) -> State | None:
     """Read the sidecar of an epoch, or None where there is none; never runs code from it.
 
     epoch: -1, as a finished checkpoint says, for the only one that is there.
-    Raises UserError where it cannot be read.
+    Raises UserError where it cannot be read, or another yolokd wrote it in another format.
     """
     found = sidecars(checkpoint) if epoch < 0 else [sidecar_path(checkpoint, epoch)]
     if not found or not found[-1].is_file():
         return None
     try:
         state: State = torch.load(found[-1], map_location="cpu", weights_only=True)
+        written = state.get("format")
     except Exception as e:
         raise UserError(f"resume={checkpoint}", f"its sidecar {found[-1].name} is unreadable", "start a new run") from e
+    if written != FORMAT:
+        why = f"its sidecar {found[-1].name} has the format of yolokd {state.get('yolokd', 'before 0.1.0')}"
+        raise UserError(f"resume={checkpoint}", why, "resume with that version, or start a new run")
     return state
 
 

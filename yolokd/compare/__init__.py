@@ -17,7 +17,7 @@ from yolokd.compare import show
 from yolokd.compare.ledger import TEACHER, Row, append, read
 from yolokd.compare.runs import FILES, INCIDENTAL, Run, carry_out, fingerprint, row_of, stop_all
 from yolokd.compare.statistics import labelled, summarize
-from yolokd.config import as_teachers, is_own, listed
+from yolokd.config import as_teachers, each_teacher, is_own, listed
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import NATIVE, PLAIN, concerns, contenders
 from yolokd.data import data_file
@@ -80,7 +80,7 @@ def _planned(
             raise UserError(key, "is each run's own in a comparison", f"drop {key}")
     given = training_keys({**keys, "teacher": as_teachers(as_paths(keys.get("teacher"), "teacher"))})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
-    strongest = given["teacher"][-1] if isinstance(given["teacher"], tuple) else given["teacher"]
+    strongest = each_teacher(given["teacher"])[-1] if given["teacher"] else None
     teacher = load_teacher(strongest, bool(given.get("trust"))) if strongest or NATIVE in methods else None
     runs: list[Run] = []
     content: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _planned(
         own |= {key: getattr(plan.config, key) for key in TOLD} if plan.config.parts else {}
         runs += [Run(method, s, split, own, json.dumps(known | {"seed": s}, sort_keys=True), project) for s in seeds]
     images = plan.images
-    if teacher is not None and pair_classes(teacher.names, plan.data["names"]).teacher:  # else it has no score here
+    if strongest and teacher and pair_classes(teacher.names, plan.data["names"]).teacher:  # else it has no score here
         known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
         own = {**given, "method": TEACHER, "teacher": strongest}
         runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
@@ -105,11 +105,11 @@ def _planned(
 
 def _content(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     """What the files hold, read once for all runs."""
-    teacher, student = given["teacher"], given["student"]
+    student, teachers = given["student"], [sha256(teacher) for teacher in each_teacher(given["teacher"])]
     return {
         "data": fingerprint(plan.data),
         "student": sha256(student) if str(student).endswith(".pt") else student,
-        "teacher": [sha256(t) for t in teacher] if isinstance(teacher, tuple) else sha256(teacher) if teacher else None,
+        "teacher": teachers if len(teachers) > 1 else (None, *teachers)[-1],
     }
 
 

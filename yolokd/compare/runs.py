@@ -23,7 +23,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 import yolokd
 from yolokd.checkpoint import atomic_path, load_model
 from yolokd.compare.ledger import TEACHER, Row
-from yolokd.config import is_own
+from yolokd.config import each_teacher, is_own
 from yolokd.contenders import NATIVE
 from yolokd.data import load_data, split_images
 from yolokd.distiller import YoloDistiller
@@ -176,15 +176,13 @@ def row_of(run: Run, images: int) -> Row:
     scores = Scores(**json.loads(run.scores_path.read_text(encoding="utf-8")))
     curve, seconds = _history(run.folder / "results.csv")
     keys = run.keys
-    given = keys.get("teacher") or ()
-    teachers = given if isinstance(given, tuple) else (str(given),)
     own = {k: v for k, v in keys.items() if k not in FILES | INCIDENTAL | {"method"}}
     return Row(
         hash=run.hash,
         method=run.method,
         seed=run.seed,
         split=run.split,
-        teacher=" ".join(Path(t).name for t in teachers),
+        teacher=" ".join(Path(t).name for t in each_teacher(keys.get("teacher"))),
         student=Path(str(keys["student"])).name if run.method != TEACHER else "",
         data=Path(str(keys["data"])).name,
         settings=" ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(own.items())),
