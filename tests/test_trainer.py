@@ -23,7 +23,7 @@ from yolokd import UserError, YoloDistiller, distillation_trainer, precision, re
 from yolokd.criterion import DistillationCriterion
 from yolokd.methods import Method
 from yolokd.resume import sidecar_path, sidecars
-from yolokd.trainer import training_threads
+from yolokd.threads import training_threads
 
 STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
 
@@ -480,6 +480,6 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any],
 def test_all_cores_train_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
     """Ultralytics sets OMP_NUM_THREADS=1 on import, which torch heeds if it comes after."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    code = f"{first}\nfrom yolokd.trainer import training_threads\nprint(training_threads())"
+    code = f"{first}\nfrom yolokd.threads import training_threads\nprint(training_threads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert int(done.stdout) == min(8, len(os.sched_getaffinity(0)))

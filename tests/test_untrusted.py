@@ -73,7 +73,7 @@ def test_a_damaged_sidecar_is_a_clear_error(kind: str, sidecar: Path, tmp_path: 
 
 def test_a_sidecar_of_another_format_names_the_version_that_reads_it(tmp_path: Path) -> None:
     save_sidecar(tmp_path / "last.pt", 0, {"format": 0, "yolokd": "0.0.9"})
-    with pytest.raises(UserError, match="has the format of yolokd 0.0.9"):
+    with pytest.raises(UserError, match=r"has the format of yolokd 0\.0\.9"):
         load_sidecar(tmp_path / "last.pt", 0)
 
 

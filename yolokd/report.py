@@ -23,7 +23,7 @@ from yolokd.precision import fit
 from yolokd.probe import level_name
 from yolokd.pyramid import ClassPairing, Level, LevelShape
 from yolokd.stage import build_methods
-from yolokd.trainer import use_all_cores
+from yolokd.threads import use_all_cores
 
 
 def methods_report() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -12,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import ultralytics
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from ultralytics.cfg import get_cfg
-from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.utils import DEFAULT_CFG, LOCAL_RANK, LOGGER, YAML
 from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_model
 
-import yolokd
 from yolokd import ranks
-from yolokd.checkpoint import AtomicPath, as_paths, atomic_path, load_model
+from yolokd.announce import announce, balance_line
+from yolokd.checkpoint import AtomicPath, as_paths, load_model
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
@@ -31,7 +28,7 @@ from yolokd.errors import UserError, first_line
 from yolokd.interrupts import Interrupted, Request, heeded
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
-from yolokd.probe import level_name
+from yolokd.provenance import provenance
 from yolokd.ranks import FIRST, PROCESSES, SEVERAL
 from yolokd.restricted import restricted_loading
 from yolokd.resume import (
@@ -48,10 +45,10 @@ from yolokd.resume import (
     tidy,
 )
 from yolokd.score import check_teacher
-from yolokd.standin import stand_in
+from yolokd.seams import atomic_stripping, bfloat16_on_cpu
+from yolokd.threads import use_all_cores
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
-MOST_THREADS = 8  # Ultralytics' own bound on torch's threads on CPUs; it leaves one core idle besides
 
 
 class EveryBatch(int):
@@ -230,7 +227,7 @@ class DistillationTrainer(DetectionTrainer):
             self.criterion.set_length(self.epochs, len(self.train_loader))
             self.criterion.guard.active = not self.scaler.is_enabled()
         if FIRST and self.plan.lessons:
-            _announce(self.plan)
+            announce(self.plan)
             if self.plan.config.check_teacher and not self.resume:
                 self._score_teachers()
         # Scored: their memory is the training's now.
@@ -359,7 +356,7 @@ class DistillationTrainer(DetectionTrainer):
             self._clip = []
             metrics = metrics | {f"level/{k}": v for k, v in means.items()} | {"clip/student": clip}
             metrics["distill/dropped"] = sum(self._dropped)
-            LOGGER.info(_balance_line(self.plan, means, clip))
+            LOGGER.info(balance_line(self.plan, means, clip))
         super().save_metrics(metrics)
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
@@ -465,22 +462,6 @@ class DistillationTrainer(DetectionTrainer):
             drop_sidecars(self.last)
 
 
-def training_threads() -> int:
-    """How many threads torch trains with on CPUs: one for each core that this process may use, up to Ultralytics' 8.
-
-    Several processes on one machine share its cores.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(MOST_THREADS, cores // ranks.HERE), 1)
-
-
-def use_all_cores(device: torch.device) -> None:
-    """Give torch all `training_threads()` on CPUs; Ultralytics' device selection resets them."""
-    # Measured on 2 cores: faster than a core kept free, also for a worker or a thread that prepares batches.
-    if device.type == "cpu":
-        torch.set_num_threads(training_threads())
-
-
 @contextmanager
 def _told(cure: Callable[[], str]) -> Iterator[None]:
     """Within it, what the system refuses is told as an error of the user's: folders, a full disk, a vanished image."""
@@ -492,33 +473,6 @@ def _told(cure: Callable[[], str]) -> Iterator[None]:
             raise
         what = first_line(e) if image else f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror)
         raise UserError("files", what, cure()) from e
-
-
-@contextmanager
-def bfloat16_on_cpu() -> Iterator[None]:
-    """Within it, `amp=bf16` works on CPUs too, where Ultralytics' loop refuses it; other settings are as ever."""
-    theirs = engine.autocast
-
-    def autocast(enabled: bool | torch.dtype, device: str = "cuda") -> Any:
-        if device == "cpu" and enabled is torch.bfloat16:
-            return torch.autocast("cpu", torch.bfloat16)
-        return theirs(enabled, device)
-
-    with stand_in(engine, "autocast", autocast):
-        yield
-
-
-@contextmanager
-def atomic_stripping() -> Iterator[None]:
-    """Within it, Ultralytics' stripping of finished checkpoints replaces them whole or not at all."""
-    theirs = engine.strip_optimizer
-
-    def strip(f: str | Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        with atomic_path(Path(s or f)) as temporary:
-            return theirs(f, str(temporary), updates)
-
-    with stand_in(engine, "strip_optimizer", strip):
-        yield
 
 
 def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
@@ -556,50 +510,3 @@ def _check_same(plan: Plan, resumed: Resumption) -> None:
         raise UserError("teacher", "is another than the run began with", "give that one, or force=True")
     if state["names"] != dict(plan.data["names"]):
         raise UserError("data", "has other classes than the run began with", "give that set, or force=True")
-
-
-def _announce(plan: Plan) -> None:
-    """Log what is paired with what."""
-    for lesson in plan.lessons:
-        name = f"distil from {Path(lesson.file).name}"
-        for level in lesson.pairing.levels:
-            LOGGER.info(
-                f"{name}, {level_name(level.stride)}: student {level.student_channels} channels, "
-                f"teacher {level.teacher_channels}"
-            )
-        classes = lesson.pairing.classes
-        if classes.objectness:
-            LOGGER.info(f"{name}, classes: none shared by name, the highest score of each model is one objectness")
-        else:
-            LOGGER.info(f"{name}, classes: {len(classes.student)} of {len(plan.data['names'])} shared by name")
-
-
-def _balance_line(plan: Plan, means: dict[str, float], clip: float) -> str:
-    """Ratios of distillation to task gradient, level by level, as one line of log."""
-    names = [key.partition("/")[0] for key in means if key.endswith("/share")]
-    ratios = (
-        f"{part.name} " + " ".join(f"{n} {means[f'{n}/{part.name}_ratio']:.3g}" for n in names)
-        for part in plan.config.parts
-    )
-    share = " ".join(f"{n} {means[f'{n}/share']:.2%}" for n in names)
-    return (
-        f"gradients, distillation/task: {'; '.join(ratios)}; teacher's confidence: {share}; student's clip {clip:.3g}"
-    )
-
-
-def provenance(plan: Plan) -> dict[str, Any]:
-    """Where a student comes from, as plain data that travels in its checkpoint."""
-    config = plan.config
-    teachers = [{"file": Path(lesson.file).name, "sha256": lesson.sha256} for lesson in plan.lessons]
-    return {
-        "teacher": teachers[0] if len(teachers) == 1 else teachers,
-        "method": config.method,
-        "balance": config.balance,
-        "gains": {p.name: p.gain for p in config.parts} if config.balance == "off" else {},
-        "constants": {p.name: p.constants for p in config.parts},
-        "versions": {
-            "yolokd": yolokd.__version__,
-            "ultralytics": ultralytics.__version__,
-            "torch": str(torch.__version__),
-        },
-    }

@@ -21,7 +21,9 @@ from yolokd.contenders import NATIVE, PLAIN, is_for
 from yolokd.errors import UserError
 from yolokd.precision import clock
 from yolokd.restricted import restricted_loading
-from yolokd.trainer import DistillationTrainer, bfloat16_on_cpu, training_threads
+from yolokd.seams import bfloat16_on_cpu
+from yolokd.threads import training_threads
+from yolokd.trainer import DistillationTrainer
 
 NATIVE_ALL = f"{NATIVE}, all cores"
 

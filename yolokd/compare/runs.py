@@ -32,7 +32,7 @@ from yolokd.pyramid import pair_classes
 from yolokd.restricted import restricted_loading
 from yolokd.resume import sidecars
 from yolokd.score import Scores, aligned_copy, score
-from yolokd.trainer import bfloat16_on_cpu
+from yolokd.seams import bfloat16_on_cpu
 
 FILES = frozenset({"teacher", "student", "data"})  # keys that name files; a run is known by what those hold
 # What does not change a score by intent: where and how fast a run runs, and what it shows.

@@ -1,0 +1,41 @@
+"""Two functions of Ultralytics' training loop, replaced while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ultralytics.engine import trainer as engine
+
+from yolokd.checkpoint import atomic_path
+from yolokd.standin import stand_in
+
+
+@contextmanager
+def bfloat16_on_cpu() -> Iterator[None]:
+    """Within it, `amp=bf16` works on CPUs too, where Ultralytics' loop refuses it; other settings are as ever."""
+    theirs = engine.autocast
+
+    def autocast(enabled: bool | torch.dtype, device: str = "cuda") -> Any:
+        if device == "cpu" and enabled is torch.bfloat16:
+            return torch.autocast("cpu", torch.bfloat16)
+        return theirs(enabled, device)
+
+    with stand_in(engine, "autocast", autocast):
+        yield
+
+
+@contextmanager
+def atomic_stripping() -> Iterator[None]:
+    """Within it, Ultralytics' stripping of finished checkpoints replaces them whole or not at all."""
+    theirs = engine.strip_optimizer
+
+    def strip(f: str | Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
+        with atomic_path(Path(s or f)) as temporary:
+            return theirs(f, str(temporary), updates)
+
+    with stand_in(engine, "strip_optimizer", strip):
+        yield
