@@ -63,26 +63,30 @@ def check_images(data: dict[str, Any], args: Any) -> int:
     Raises UserError where there is none, or none to validate with, and for images that the scan passes and that cannot
     be read.
     """
-    argument = f"data={args.data}"
     uncached = copy(args)
     uncached.cache = False
-    kept = {}
-    for mode, split in (("train", "train"), ("val", args.split)):
-        try:
-            scanned = build_yolo_dataset(uncached, data[split], 1, dict(data), mode=mode)
-            given = len(scanned.get_img_files(data[split]))
-            unread = _unreadable(scanned)
-        except Exception as e:  # whatever its readers of images and labels raise
-            raise UserError(argument, f"its {split} split: {_why(e)}", "repair or remove what is broken") from e
-        if mode == "train" and not any(len(label["cls"]) for label in scanned.labels):
-            raise UserError(argument, "its training images have no labels", "check the paths of images and labels")
-        if skipped := given - len(scanned.im_files):
-            LOGGER.warning(f"data: {skipped} of {given} {split} images are skipped as broken, or with broken labels")
-        if unread:
-            some = f"{len(unread)} of its images cannot be read, such as {unread[0]}"
-            raise UserError(argument, some, "repair or remove what is broken")
-        kept[mode] = len(scanned.im_files)
-    return kept["train"]
+    images = _scan(data, uncached, "train", "train")
+    _scan(data, uncached, "val", args.split)
+    return images
+
+
+def _scan(data: dict[str, Any], args: Any, mode: str, split: str) -> int:
+    """The images of a split that can be used."""
+    argument = f"data={args.data}"
+    try:
+        scanned = build_yolo_dataset(args, data[split], 1, dict(data), mode=mode)
+        given = len(scanned.get_img_files(data[split]))
+        unread = _unreadable(scanned)
+    except Exception as e:  # whatever its readers of images and labels raise
+        raise UserError(argument, f"its {split} split: {_why(e)}", "repair or remove what is broken") from e
+    if mode == "train" and not any(len(label["cls"]) for label in scanned.labels):
+        raise UserError(argument, "its training images have no labels", "check the paths of images and labels")
+    if skipped := given - len(scanned.im_files):
+        LOGGER.warning(f"data: {skipped} of {given} {split} images are skipped as broken, or with broken labels")
+    if unread:
+        some = f"{len(unread)} of its images cannot be read, such as {unread[0]}"
+        raise UserError(argument, some, "repair or remove what is broken")
+    return len(scanned.im_files)
 
 
 def _why(error: Exception) -> str:
