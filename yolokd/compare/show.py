@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from rich.table import Table
 
@@ -78,36 +79,46 @@ def write_csv(lines: Sequence[tuple[str, ...]], path: Path) -> None:
 
 
 def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) -> None:
-    """mAP50-95 over epochs, a line and a band (one standard deviation) a method; and differences with intervals."""
+    """mAP50-95 over epochs, and differences with their intervals: a method's curve has the color of its bar."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, max(5, 2 + 0.35 * len(found))), layout="constrained")
     curves, bars = figure.subplots(1, 2)
-    colors = {s.method: colormaps["tab20"](i % 20) for i, s in enumerate(found)}
+    compared = [s for s in found if s.difference is not None]
+    colors = {s.method: colormaps["tab20"](i % 20) for i, s in enumerate(compared)}
     for summary in found:
-        epochs = list(zip(*(row.epochs for row in summary.rows), strict=False))
-        means = [fmean(e) for e in epochs]
-        spread = [stdev(e) if len(e) > 1 else 0.0 for e in epochs]
-        at = range(1, len(means) + 1)
-        curves.plot(at, means, color=colors[summary.method], label=summary.method)
-        low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-        curves.fill_between(at, low, high, color=colors[summary.method], alpha=0.15, linewidth=0)
+        _draw_curve(curves, summary, colors.get(summary.method))
     if teacher is not None and teacher.split == "val":
         curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label="teacher")
     curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set")
-    curves.legend(fontsize="small")
-    compared = [s for s in found if s.difference is not None]
+    curves.legend()
     for summary in compared:
-        difference = summary.difference
-        assert difference is not None
-        alone = difference.low is None
-        error = None if difference.low is None else [[difference.mean - difference.low]] * 2
-        name, hatch = (f"{summary.method}\n(one seed)", "//") if alone else (summary.method, None)
-        bars.barh(name, difference.mean, xerr=error, color=colors[summary.method], capsize=4, hatch=hatch)
+        _draw_bar(bars, summary, colors[summary.method])
     bars.axvline(0, color="black", linewidth=1)
     bars.invert_yaxis()
     bars.locator_params(axis="x", nbins=6)
     bars.set(xlabel="difference of mAP50-95 to the baseline,\npaired by seed; 95 % interval")
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
+
+
+def _draw_curve(curves: Any, summary: Summary, color: Any) -> None:
+    """A line over epochs, and a band of one standard deviation over seeds; the baseline's is black, and named."""
+    epochs = list(zip(*(row.epochs for row in summary.rows), strict=False))
+    means = [fmean(e) for e in epochs]
+    spread = [stdev(e) if len(e) > 1 else 0.0 for e in epochs]
+    at = range(1, len(means) + 1)
+    curves.plot(at, means, color=color or "black", label=f"_{summary.method}" if color else summary.method)
+    low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
+    curves.fill_between(at, low, high, color=color or "black", alpha=0.15, linewidth=0)
+
+
+def _draw_bar(bars: Any, summary: Summary, color: Any) -> None:
+    """The difference to the baseline; hatched where one seed gives no interval."""
+    difference = summary.difference
+    assert difference is not None
+    alone = difference.low is None
+    error = None if difference.low is None else [[difference.mean - difference.low]] * 2
+    name, hatch = (f"{summary.method}\n(one seed)", "//") if alone else (summary.method, None)
+    bars.barh(name, difference.mean, xerr=error, color=color, capsize=4, hatch=hatch)
