@@ -85,16 +85,15 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
 
     figure = Figure(figsize=(13, max(5, 2 + 0.35 * len(found))), layout="constrained")
     curves, bars = figure.subplots(1, 2)
-    compared = [s for s in found if s.difference is not None]
-    colors = {s.method: colormaps["tab20"](i % 20) for i, s in enumerate(compared)}
+    colors = {s.method: colormaps["tab20"](i % 20) for i, s in enumerate(found)}
     for summary in found:
-        _draw_curve(curves, summary, colors.get(summary.method))
+        _draw_curve(curves, summary, colors[summary.method])
+        if summary.difference is not None:
+            _draw_bar(bars, summary, summary.difference, colors[summary.method])
     if teacher is not None and teacher.split == "val":
         curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label="teacher")
     curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set")
     curves.legend()
-    for summary in compared:
-        _draw_bar(bars, summary, colors[summary.method])
     bars.axvline(0, color="black", linewidth=1)
     bars.invert_yaxis()
     bars.locator_params(axis="x", nbins=6)
@@ -104,20 +103,18 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
 
 
 def _draw_curve(curves: Any, summary: Summary, color: Any) -> None:
-    """A line over epochs, and a band of one standard deviation over seeds; the baseline's is black, and named."""
+    """A line over epochs, and a band of one standard deviation over seeds; named where no bar names its color."""
     epochs = list(zip(*(row.epochs for row in summary.rows), strict=False))
     means = [fmean(e) for e in epochs]
     spread = [stdev(e) if len(e) > 1 else 0.0 for e in epochs]
     at = range(1, len(means) + 1)
-    curves.plot(at, means, color=color or "black", label=f"_{summary.method}" if color else summary.method)
+    curves.plot(at, means, color=color, label=summary.method if summary.difference is None else None)
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-    curves.fill_between(at, low, high, color=color or "black", alpha=0.15, linewidth=0)
+    curves.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_bar(bars: Any, summary: Summary, color: Any) -> None:
+def _draw_bar(bars: Any, summary: Summary, difference: Interval, color: Any) -> None:
     """The difference to the baseline; hatched where one seed gives no interval."""
-    difference = summary.difference
-    assert difference is not None
     alone = difference.low is None
     error = None if difference.low is None else [[difference.mean - difference.low]] * 2
     name, hatch = (f"{summary.method}\n(one seed)", "//") if alone else (summary.method, None)
