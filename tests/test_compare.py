@@ -62,6 +62,7 @@ def test_no_loss_and_no_noise_becomes_a_win() -> None:
     assert found["better"].verdict == "better"
     assert found["once"].verdict == "one seed: nothing to say"
     assert found["none"].verdict == "baseline"
+    assert summaries(*base, row("elsewhere", 7, 0.9))["elsewhere"].verdict == "no seed of the baseline's"
 
 
 def test_what_differs_in_its_settings_is_another_method() -> None:

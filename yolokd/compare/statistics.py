@@ -52,8 +52,9 @@ class Summary:
     """One method over its seeds, and against the baseline's same seeds."""
 
     method: str
+    is_baseline: bool
     rows: tuple[Row, ...]
-    difference: Interval | None  # of mAP50-95, paired by seed; None for the baseline itself
+    difference: Interval | None  # of mAP50-95, paired by seed; None for the baseline itself, and without common seeds
     share: Interval | None  # of the gap to the teacher that is closed; None where there is no gap
     improved: int
     pairs: int
@@ -71,8 +72,10 @@ class Summary:
     @property
     def verdict(self) -> str:
         """In words; never better than its interval."""
+        if self.is_baseline:
+            return "baseline"
         if self.difference is None:
-            return "baseline" if not self.pairs else "no pair of seeds"
+            return "no seed of the baseline's"
         if self.difference.low is None:
             return "one seed: nothing to say"
         if not self.difference.excludes_zero:
@@ -111,6 +114,7 @@ def summarize(rows: Sequence[Row], baseline: str, teacher: Row | None) -> list[S
         found.append(
             Summary(
                 method,
+                method == baseline,
                 own,
                 interval(differences) if differences else None,
                 interval([d / gap for d in differences]) if gap > 0 else None,
