@@ -19,11 +19,7 @@ def announce(plan: Plan) -> None:
                 f"{name}, {level_name(level.stride)}: student {level.student_channels} channels, "
                 f"teacher {level.teacher_channels}"
             )
-        classes = lesson.pairing.classes
-        if classes.objectness:
-            LOGGER.info(f"{name}, classes: none shared by name, the highest score of each model is one objectness")
-        else:
-            LOGGER.info(f"{name}, classes: {len(classes.student)} of {len(plan.data['names'])} shared by name")
+        LOGGER.info(f"{name}, {lesson.pairing.classes.in_words(plan.data['names'])}")
 
 
 def balance_line(plan: Plan, means: dict[str, float], clip: float) -> str:

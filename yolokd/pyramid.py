@@ -93,6 +93,15 @@ class ClassPairing:
         """{student's class: teacher's class}."""
         return dict(zip(self.student, self.teacher, strict=True))
 
+    def in_words(self, names: Mapping[int, str]) -> str:
+        """One line for people. names: of the student's classes."""
+        if self.objectness:
+            return "classes paired: none shared by name; the highest score of each model is one objectness channel"
+        missing = [name for i, name in names.items() if i not in self.student]
+        unknown = f"; unknown to the teacher: {', '.join(missing)}" if missing else ""
+        paired = ", ".join(names[i] for i in self.student[:10]) + (" …" if len(self.student) > 10 else "")
+        return f"classes paired: {len(self.student)} of {len(names)} ({paired}){unknown}"
+
     def of_teacher(self, logits: Tensor) -> Tensor:
         """(B, nc_T, H, W) -> (B, K, H, W)."""
         return _pick(logits, self.teacher)

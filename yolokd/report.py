@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import parse_device, select_device
@@ -21,7 +21,7 @@ from yolokd.methods import constants_model, registered
 from yolokd.plan import Lesson, Plan, make_plan, training_imgsz, training_keys
 from yolokd.precision import fit
 from yolokd.probe import level_name
-from yolokd.pyramid import ClassPairing, Level, LevelShape
+from yolokd.pyramid import Level, LevelShape
 from yolokd.stage import build_methods
 from yolokd.threads import use_all_cores
 
@@ -47,12 +47,14 @@ def check_report(keys: Mapping[str, Any]) -> None:
     if not plan.lessons:
         CONSOLE.print("method=none: plain Ultralytics training")
         return
+    at = select_device(parse_device(full.get("device")), verbose=False)
+    images = sample_batch(plan.data, imgsz).to(at)
     starts = plan.config.starts(int(full.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
     for lesson, start in zip(plan.lessons, starts, strict=True):
         name = Path(lesson.file).name
         print_table(_levels_table(lesson.pairing.levels, imgsz, f"levels paired with {name}, from epoch {start:g}"))
-        CONSOLE.print(_classes_line(lesson.pairing.classes, plan.data["names"]))
-        for note in _teacher_notes(plan, lesson, imgsz, full.get("device")):
+        CONSOLE.print(lesson.pairing.classes.in_words(plan.data["names"]))
+        for note in _teacher_notes(plan, lesson, images):
             CONSOLE.print(f"teacher {name}: {note}")
     balance = plan.config.balance
     for part in plan.config.parts:
@@ -62,13 +64,12 @@ def check_report(keys: Mapping[str, Any]) -> None:
     CONSOLE.print("nothing to refuse; nothing was trained")
 
 
-def _teacher_notes(plan: Plan, lesson: Lesson, imgsz: int, device: object) -> list[str]:
-    """How a teacher would run on the training's device, tried on validation pictures."""
-    at, config = select_device(parse_device(device), verbose=False), plan.config
-    images = sample_batch(plan.data, imgsz).to(at)
-    use_all_cores(at)
+def _teacher_notes(plan: Plan, lesson: Lesson, images: Tensor) -> list[str]:
+    """How a teacher would run on these images' device. images: (B, C, H, W), float in 0..1."""
+    config = plan.config
+    use_all_cores(images.device)
     settings = config.teacher_precision, config.teacher_compile, config.teacher_imgsz
-    _, notes = fit(lesson.teacher.to(at), images, *settings)
+    _, notes = fit(lesson.teacher.to(images.device), images, *settings)
     return notes or ["fp32"]
 
 
@@ -115,12 +116,3 @@ def _levels_table(levels: tuple[LevelShape, ...], imgsz: int, title: str) -> Tab
             level_name(s.stride), str(s.stride), str(s.student_channels), str(s.teacher_channels), f"{grid}x{grid}"
         )
     return table
-
-
-def _classes_line(classes: ClassPairing, names: Mapping[int, str]) -> str:
-    if classes.objectness:
-        return "classes paired: none shared by name; the highest score of each model is one objectness channel"
-    missing = [names[i] for i in names if i not in classes.student]
-    unknown = f"; unknown to the teacher: {', '.join(missing)}" if missing else ""
-    paired = ", ".join(names[i] for i in classes.student[:10]) + (" …" if len(classes.student) > 10 else "")
-    return f"classes paired: {len(classes.student)} of {len(names)} ({paired}){unknown}"
