@@ -48,6 +48,7 @@ def check_report(keys: Mapping[str, Any]) -> None:
         CONSOLE.print("method=none: plain Ultralytics training")
         return
     at = select_device(parse_device(full.get("device")), verbose=False)
+    use_all_cores(at)
     images = sample_batch(plan.data, imgsz).to(at)
     starts = plan.config.starts(int(full.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
     for lesson, start in zip(plan.lessons, starts, strict=True):
@@ -67,7 +68,6 @@ def check_report(keys: Mapping[str, Any]) -> None:
 def _teacher_notes(plan: Plan, lesson: Lesson, images: Tensor) -> list[str]:
     """How a teacher would run on these images' device. images: (B, C, H, W), float in 0..1."""
     config = plan.config
-    use_all_cores(images.device)
     settings = config.teacher_precision, config.teacher_compile, config.teacher_imgsz
     _, notes = fit(lesson.teacher.to(images.device), images, *settings)
     return notes or ["fp32"]
