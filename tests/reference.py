@@ -112,6 +112,49 @@ def sl2(teacher: Array, student: Array, logits: Array) -> float:
     return weighted / (c * weights + 1e-9)
 
 
+def convolved(maps: Array, weight: Array, bias: Array) -> Array:
+    """A convolution of (B, C, H, W) that keeps the size, zeros around it; weight: (D, C, k, k), k odd."""
+    b, c, h, w = maps.shape
+    d, _, k, _ = weight.shape
+    out = np.zeros((b, d, h, w))
+    for n, o, i, j in np.ndindex(b, d, h, w):
+        out[n, o, i, j] = bias[o]
+        for y, x in np.ndindex(k, k):
+            at, to = i + y - k // 2, j + x - k // 2
+            if 0 <= at < h and 0 <= to < w:
+                out[n, o, i, j] += sum(weight[o, q, y, x] * maps[n, q, at, to] for q in range(c))
+    return out
+
+
+def generator(maps: Array, first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
+    """MGD's G: 3x3, ReLU, 3x3, each given as weight and bias."""
+    return convolved(np.maximum(convolved(maps, *first), 0), *second)
+
+
+def global_context(
+    maps: Array,
+    key: tuple[Array, Array],
+    narrow: tuple[Array, Array],
+    norm: tuple[Array, Array],
+    wide: tuple[Array, Array],
+) -> Array:
+    """FGD's R, GCNet's block: F + wide(ReLU(LayerNorm(narrow(sum over positions of softmax(key(F)) F))))."""
+    b, c, h, w = maps.shape
+    out = maps.copy()
+    for n in range(b):
+        attention = softmax([float(v) for v in convolved(maps[n : n + 1], *key).flat])
+        places = list(np.ndindex(h, w))
+        context = [sum(a * maps[n, k, i, j] for a, (i, j) in zip(attention, places, strict=True)) for k in range(c)]
+        hidden = [float(row[:, 0, 0] @ context) + float(bias) for row, bias in zip(*narrow, strict=True)]
+        mean = sum(hidden) / len(hidden)
+        variance = sum((v - mean) ** 2 for v in hidden) / len(hidden)
+        normal = [(v - mean) / math.sqrt(variance + 1e-5) for v in hidden]
+        active = [max(float(g) * v + float(s), 0) for v, g, s in zip(normal, *(p.ravel() for p in norm), strict=True)]
+        for k in range(c):
+            out[n, k] += float(wide[0][k, :, 0, 0] @ active) + float(wide[1][k])
+    return out
+
+
 def fitnet(teacher: Array, student: Array) -> float:
     """Mean squared error of a batch; `student` is adapted."""
     return float(sum((t - s) ** 2 for t, s in zip(teacher.flat, student.flat, strict=True)) / teacher.size)

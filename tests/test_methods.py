@@ -121,6 +121,12 @@ def inverse_of(level: Level) -> np.ndarray[Any, Any]:
     return reference.inverse_areas(level.labels.image.tolist(), level.labels.corners.double().numpy(), b, h, w)
 
 
+def parameters(module: nn.Module) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Weight and bias of each layer, in order."""
+    found = [p.detach().numpy() for p in module.parameters()]
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
 def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
     return np.asarray(method.adapt(level.student).detach())
 
@@ -131,10 +137,12 @@ def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("width", ["student", "teacher"])
 def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, width: str) -> None:
     method: Any = build("dfd", alpha=0.7, beta=1.3, regions=regions, constraint=constraint, width=width)
-    f_trans = method.transform or (lambda maps: maps)
-    student = level.student
-    after = method.adapt(f_trans(student)) if width == "student" else f_trans(method.adapt(student))
-    transformed = np.asarray(after.detach())
+    transformed = adapted(method, level)
+    if method.transform is not None and width == "student":
+        through = reference.generator(level.student.numpy(), *parameters(method.transform))
+        transformed = np.asarray(method.adapt(torch.as_tensor(through)).detach())
+    elif method.transform is not None:
+        transformed = reference.generator(transformed, *parameters(method.transform))
     expected = reference.dfd(level.teacher.numpy(), adapted(method, level), transformed, 0.7, 1.3, regions, constraint)
     # float32 attention and distances inside, float64 in the reference
     assert float(method(level)) == pytest.approx(expected, rel=2e-5, abs=1e-7)
@@ -202,7 +210,7 @@ class TestEqualsTheReference:
         method: Any = build("mgd", lambda_=masked)
         kept = method.kept(level)
         assert masked > 0 or kept.all()
-        rebuilt = method.generate(torch.as_tensor(adapted(method, level) * kept.numpy())).detach().numpy()
+        rebuilt = reference.generator(adapted(method, level) * kept.numpy(), *parameters(method.generate))
         assert loss(method, level) == close(reference.fitnet(level.teacher.numpy(), rebuilt))
 
     @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.0, 2.0), (3.0, 0.0)])
@@ -217,7 +225,10 @@ class TestEqualsTheReference:
         names = ("alpha", "beta", "gamma", "lambda_")
         method: Any = build("fgd", temperature=0.5, **{k: float(v) for k, v in zip(names, weights, strict=True)})
         student = adapted(method, level)
-        contexts = tuple(method.context(m).detach().numpy() for m in (level.teacher, torch.as_tensor(student)))
+        key, narrow, norm, wide = parameters(method.context)
+        contexts = tuple(
+            reference.global_context(maps, key, narrow, norm, wide) for maps in (level.teacher.numpy(), student)
+        )
         expected = reference.fgd(level.teacher.numpy(), student, contexts, inverse_of(level), *weights, 0.5)
         assert loss(method, level) == close(expected)
 
@@ -231,10 +242,10 @@ class TestEqualsTheReference:
         inside = min(0.5 * (1 + 0.15 * stage), 0.95)
         spatial, channel = reference.dfmsd_masks(level.teacher.numpy(), inverse_of(level), 0.5, inside, 0.15)
         student = adapted(method, level)
-        by_position = method.by_position(torch.as_tensor(student * spatial[:, None]))
-        by_channel = method.by_channel(torch.as_tensor(student * channel[:, :, None, None]))
+        by_position = reference.generator(student * spatial[:, None], *parameters(method.by_position))
+        by_channel = reference.generator(student * channel[:, :, None, None], *parameters(method.by_channel))
         first = 1 / (1 + math.exp(-0.7))
-        rebuilt = (first * by_position + (1 - first) * by_channel).detach().numpy()
+        rebuilt = first * by_position + (1 - first) * by_channel
         expected = reference.correlation_loss(level.teacher.numpy(), rebuilt)
         assert loss(method, level) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -334,15 +345,16 @@ def test_gradients_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     level, method = random_level(2, 3, 2, seed=4), build(name)
 
-    def loss(student: Tensor, *parameters: Tensor) -> Tensor:
+    def loss(student: Tensor, student_logits: Tensor, *parameters: Tensor) -> Tensor:
         return torch.func.functional_call(
             method,
             dict(zip(names, parameters, strict=True)),
-            (replace(level, student=student),),
+            (replace(level, student=student, student_logits=student_logits if reads_logits else level.student_logits),),
         )
 
+    reads_logits = name == "frs"  # others only weigh by them, without gradient
     names = [n for n, _ in method.named_parameters()]
-    inputs = [level.student.clone(), *(p.detach().clone() for p in method.parameters())]
+    inputs = [level.student.clone(), level.student_logits.clone(), *(p.detach().clone() for p in method.parameters())]
     assert torch.autograd.gradcheck(loss, [i.requires_grad_() for i in inputs])
 
 
