@@ -33,24 +33,22 @@ class Labels:
 def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tensor:
     """(images, height, width) float32: one over the area, in cells, of the smallest box over a cell; 0 where none is.
 
-    A box covers every cell that it touches; one without area covers none. No loop over boxes.
+    A box covers every cell that it touches; one without area covers none. No loop over boxes, and no more memory than
+    the cells that they cover.
     """
-    size = labels.corners.new_tensor([width, height])
-    low, high = labels.corners[:, :2] * size, labels.corners[:, 2:] * size
-    real = ((high > low).all(1) & torch.isfinite(labels.corners).all(1)).float()
-    columns = _touched(low[:, 0], high[:, 0], width)
-    rows = _touched(low[:, 1], high[:, 1], height)
-    area = columns.sum(1) * rows.sum(1)
-    value = real / area.clamp(min=1)
-    cells = rows[:, :, None] * columns[:, None, :] * value.nan_to_num()[:, None, None]
-    grid = cells.new_zeros(images, height, width)
-    return grid.scatter_reduce_(0, labels.image[:, None, None].expand_as(cells), cells, "amax")
-
-
-def _touched(low: Tensor, high: Tensor, cells: int) -> Tensor:
-    """(N, cells) 1 where the cell [i, i+1) overlaps [low, high)."""
-    at = torch.arange(cells, device=low.device)
-    return ((at + 1 > low[:, None]) & (at < high[:, None])).float()
+    grid = labels.corners.new_tensor([width, height])
+    corners = (labels.corners * grid.repeat(2)).nan_to_num()
+    low, high = corners[:, :2].clamp(min=0).floor(), torch.minimum(corners[:, 2:].ceil(), grid)
+    real = torch.isfinite(labels.corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+    columns, rows = ((high - low).clamp(min=0) * real[:, None]).long().unbind(1)
+    area = columns * rows
+    box = torch.repeat_interleave(area)  # for each covered cell, the box that covers it
+    within = torch.arange(len(box), device=box.device) - (area.cumsum(0) - area)[box]
+    x = low[:, 0].long()[box] + within % columns[box]
+    y = low[:, 1].long()[box] + within // columns[box]
+    cell = (labels.image[box] * height + y) * width + x
+    found = corners.new_zeros(images * height * width).scatter_reduce_(0, cell, 1 / area[box].to(corners.dtype), "amax")
+    return found.view(images, height, width)
 
 
 def decoded(raw: Tensor, bins: int) -> Tensor:
