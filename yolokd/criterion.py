@@ -117,10 +117,11 @@ class DistillationCriterion(nn.Module):
         stage, measuring = self.stage, self._measuring
         output = stage.teacher(batch["img"], *stage.wanted(measuring))
         levels, maps = stage.levels(preds, output, batch, self._seed + self._step, self.guard)
-        losses = torch.stack([method(levels) for method in stage.methods]) * len(batch["img"])
+        each = [method(levels) * len(batch["img"]) for method in stage.methods]
+        losses = torch.stack(each)
         admitted = self.guard.admits(losses, levels, batch.get("im_file", ()))
         if measuring:  # also what is not admitted: other processes, where it may be, wait for this one's norms
-            pull = stage.measure(task, losses, maps, output)
+            pull = stage.measure(task, each, maps, output)
             self.guard.forget()
         gains = stage.gains(factors)
         if measuring and torch.isfinite(pull).all():

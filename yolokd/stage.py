@@ -52,8 +52,10 @@ class Stage(nn.Module):
         """Which of the teacher's predictions a step needs: class scores, the mean of its branches', boxes."""
         return self.wants_logits or (measuring and self.teacher.has_logits), self.wants_mean_logits, self.wants_boxes
 
-    def measure(self, task: Tensor, losses: Tensor, maps: Sequence[Tensor], output: TeacherOutput) -> Tensor:
+    def measure(self, task: Tensor, losses: Sequence[Tensor], maps: Sequence[Tensor], output: TeacherOutput) -> Tensor:
         """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method; takes them in.
+
+        losses: (L,) of each method, not taken from one stack, which would drag the others into each backward pass.
 
         Of several processes all must call it, and get the same: the norms of the whole batch, but for its
         normalization, which their ratios do not see.
