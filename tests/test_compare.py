@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from conftest import TINY, random_detector, save_checkpoint
+from filelock import FileLock
 
 from yolokd.compare import run_compare
+from yolokd.compare.grounds import labelled
 from yolokd.compare.ledger import Row, append, read
+from yolokd.compare.plan import planned
 from yolokd.compare.show import markdown
-from yolokd.compare.statistics import interval, labelled, summarize
+from yolokd.compare.statistics import interval, summarize
 from yolokd.errors import UserError
 
 
 def row(method: str, seed: int, score: float, **changes: Any) -> Row:
     values: dict[str, Any] = {
-        "hash": f"{method}{seed}", "method": method, "seed": seed, "split": "val", "teacher": "t.pt",
+        "hash": f"{method}{seed}{changes}", "method": method, "seed": seed, "split": "val", "teacher": "t.pt",
         "student": "s.yaml", "data": "d.yaml", "settings": "epochs=2", "map": score, "map50": score,
         "ap_small": None, "ap_medium": 0.1, "ap_large": 0.2, "seconds": 1.0, "images_per_second": 2.0,
         "yolokd": "0", "ultralytics": "0", "torch": "0", "curve": "0.1 0.2",
@@ -68,11 +75,49 @@ def test_no_loss_and_no_noise_becomes_a_win() -> None:
 def test_what_differs_in_its_settings_is_another_method() -> None:
     rows = [row("none", 0, 0.4), row("dfd", 0, 0.5, settings="epochs=2 balance=0.3"), row("dfd", 0, 0.6)]
     common, found = labelled(rows)
-    assert common == "epochs=2"
+    assert common == "epochs=2 teacher=t.pt"
     assert [r.method for r in found] == ["none", "dfd balance=0.3", "dfd"]
     common, found = labelled([rows[0], rows[1], row("pdf", 0, 0.5, settings="epochs=2 balance=0.3 pdf.box=1.0")])
-    assert common == "epochs=2 balance=0.3 pdf.box=1.0"
+    assert common == "epochs=2 teacher=t.pt balance=0.3 pdf.box=1.0"
     assert [r.method for r in found] == ["none", "dfd", "pdf"]
+    _, found = labelled([row("none", 0, 0.4, teacher=""), row("dfd", 0, 0.5), row("dfd", 0, 0.6, teacher="w.pt t.pt")])
+    assert [r.method for r in found] == ["none", "dfd teacher=t.pt", "dfd teacher=w.pt,t.pt"]
+
+
+def shown(folder: Path, *rows: Row) -> dict[str, dict[str, dict[str, str]]]:
+    """What `compare csv=FILE` makes of rows: {summary's file: {method: its line}}."""
+    for r in rows:
+        append(folder / "c.csv", r)
+    run_compare(csv=str(folder / "c.csv"))
+    files = sorted(folder.glob("*-summary.csv"))
+    return {f.name: {line["method"]: line for line in csv.DictReader(open(f))} for f in files}
+
+
+def test_only_rows_of_one_ground_are_compared(tmp_path: Path) -> None:
+    """Scores on other pictures, or after another training, say nothing about a method."""
+    others: list[dict[str, Any]] = [{"split": "test"}, {"data": "e.yaml"}, {"settings": "epochs=9"}, {"student": "m"}]
+    rows = [row("none", s, 0.9, **other) for other in others for s in (0, 1)]
+    own = [row("none", s, 0.5) for s in (0, 1)] + [row("dfd", s, 0.49 + s / 500) for s in (0, 1)]
+    found = shown(tmp_path, *own, *rows, row("teacher", 0, 0.6), row("teacher", 0, 0.7, split="test"))
+    assert list(found) == ["c-2-summary.csv", "c-3-summary.csv", "c-4-summary.csv", "c-5-summary.csv", "c-summary.csv"]
+    first = found["c-summary.csv"]
+    assert first["dfd"]["difference (95 % interval)"].startswith("-0.009")
+    assert first["none"]["seeds"] == "2"
+    assert first["teacher"]["mAP50-95 (sd)"] == "0.600"
+    assert found["c-2-summary.csv"]["teacher"]["mAP50-95 (sd)"] == "0.700"
+    assert (tmp_path / "c.png").stat().st_size > 100
+    assert (tmp_path / "c-5.png").stat().st_size > 100
+
+
+def test_of_one_method_and_seed_the_newest_row_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(tmp_path, row("none", 0, 0.5), row("dfd", 0, 0.1), row("dfd", 0, 0.6, hash="later"))
+    assert found["c-summary.csv"]["dfd"]["difference (95 % interval)"] == "+0.100"
+    assert "1 older rows" in capsys.readouterr().out
+
+
+def test_rows_of_other_versions_are_named(tmp_path: Path) -> None:
+    shown(tmp_path, row("none", 0, 0.5, ultralytics="8.4.1"), row("dfd", 0, 0.6, ultralytics="8.4.2"))
+    assert "different versions: ultralytics 8.4.1 and 8.4.2" in (tmp_path / "c-summary.md").read_text()
 
 
 def test_without_a_gap_no_share_is_claimed() -> None:
@@ -84,6 +129,12 @@ def test_the_ledger_gives_back_what_it_was_given(tmp_path: Path) -> None:
     for r in rows:
         append(tmp_path / "new" / "c.csv", r)
     assert list(read(tmp_path / "new" / "c.csv").values()) == rows
+
+
+def test_a_ledger_without_a_training_has_nothing_to_show(tmp_path: Path) -> None:
+    append(tmp_path / "c.csv", row("teacher", 0, 0.5))
+    with pytest.raises(UserError, match="holds no runs"):
+        run_compare(csv=str(tmp_path / "c.csv"))
 
 
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "hash,method\nx", "\x00"])
@@ -140,29 +191,98 @@ def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], te
     assert held == {"native": name, "dfmsd": f"weak.pt {name}", "teacher": name}
 
 
-def test_what_was_cut_off_goes_on(keys: dict[str, Any], tmp_path: Path) -> None:
-    keys |= {"epochs": 40, "method": "none"}
+def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_path: Path) -> None:
+    keys |= {"method": "none", "epochs": 1}
+    assert compare(keys).returncode == 0
+    (run,) = (tmp_path / "c").glob("none-*")
+    held = (tmp_path / "c" / "compare.csv").read_bytes()
+    (tmp_path / "c" / "compare.csv").unlink()
+    with FileLock(run / ".lock"):
+        refused = compare(keys)
+    assert refused.returncode == 1
+    assert "none with seed 0 is at work in another comparison" in refused.stderr
+    trained = (run / "weights" / "last.pt").stat().st_mtime_ns
+    assert compare(keys).returncode == 0
+    assert (tmp_path / "c" / "compare.csv").read_bytes() == held
+    assert (run / "weights" / "last.pt").stat().st_mtime_ns == trained
+
+
+def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: Path) -> None:
+    def hashes(**changes: Any) -> list[str]:
+        given = {k: v for k, v in keys.items() if k not in ("seeds", "project")} | changes
+        return [run.hash for run in planned(["none"], 0, "val", tmp_path, given)[0]]
+
+    student = tmp_path / "own-yolov8n.yaml"
+    content = random_detector("yolov8n.yaml", seed=0).yaml
+    student.write_text(yaml.safe_dump({k: v for k, v in content.items() if k not in ("yaml_file", "scale")}))
+    first = hashes(student=str(student))
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / student.name
+    moved.write_bytes(student.read_bytes())
+    assert hashes(student=str(moved)) == first
+    student.write_text(student.read_text().replace("0.25", "0.5"))
+    assert hashes(student=str(student))[-1] != first[-1]
+    by_name = hashes(student="yolov8n.yaml")
+    assert by_name == hashes(student="yolov8n.yaml", device="cpu", workers=1)
+    assert by_name != hashes(student="yolov8s.yaml")
+
+
+def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any], tmp_path: Path) -> None:
+    segmenter = save_checkpoint(random_detector("yolov8n-seg.yaml", seed=1), tmp_path / "seg.pt")
+    given = {k: v for k, v in keys.items() if k not in ("seeds", "project")} | {"teacher": segmenter}
+    assert [run.method for run in planned(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
+
+
+def no_harm(_weights: Path) -> None: ...
+
+
+def half_a_file(weights: Path) -> None:
+    last = weights / "last.pt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+
+
+def last_epoch(weights: Path) -> None:
+    """As if killed between the last epoch and Ultralytics' last strokes."""
+    checkpoint = torch.load(weights / "last.pt", weights_only=False)
+    torch.save(checkpoint | {"epoch": 19}, weights / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("method", "harm", "says"),
+    [
+        ("none", no_harm, "Resuming"),
+        ("native", no_harm, "Resuming"),
+        ("native", half_a_file, "Starting training"),
+        ("native", last_epoch, ""),
+    ],
+)
+def test_what_was_cut_off_goes_on(
+    keys: dict[str, Any], tmp_path: Path, method: str, harm: Callable[[Path], None], says: str
+) -> None:
+    keys |= {"epochs": 20, "method": method}
     words = [f"{k}={v}" for k, v in keys.items()]
     command = [sys.executable, "-m", "yolokd.cli", "compare", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
-            results = list((tmp_path / "c").glob("none-*/results.csv"))
+            results = list((tmp_path / "c").glob(f"{method}-*/results.csv"))
             if results and len(results[0].read_text().splitlines()) > 3:
                 break
             time.sleep(0.05)
         process.kill()  # the comparison alone: the run's own process must end with it
-    (run,) = (tmp_path / "c").glob("none-*")
+    (run,) = (tmp_path / "c").glob(f"{method}-*")
     time.sleep(3)
     done = (run / "results.csv").read_text()
-    assert len(done.splitlines()) < 40
+    assert len(done.splitlines()) < 20
     time.sleep(2)
     assert (run / "results.csv").read_text() == done
+    harm(run / "weights")
+    before = len((run / "log.txt").read_text())
     found = compare(keys)
     assert found.returncode == 0, found.stderr
-    (held,) = (r for r in read(tmp_path / "c" / "compare.csv").values() if r.method == "none")
-    assert len(held.epochs) == 40
-    assert "Resuming" in (run / "log.txt").read_text()
+    (held,) = (r for r in read(tmp_path / "c" / "compare.csv").values() if r.method == method)
+    assert len(held.epochs) == (len(done.splitlines()) - 1 if harm is last_epoch else 20)
+    assert says in (run / "log.txt").read_text()[before:]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +294,7 @@ def test_what_was_cut_off_goes_on(keys: dict[str, Any], tmp_path: Path) -> None:
         ({"name": "x"}, "name: is each run's own"),
         ({"pdf.gain": 1, "method": "none,dfd"}, "pdf.gain: sets a constant of no method here"),
         ({"split": "test"}, "split=test: is not in the data set"),
+        ({"split": "test", "data": "absent-test"}, "split=test: is not in the data set"),
         ({"epochs": 0}, "epochs=0"),
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
     ],
@@ -181,6 +302,11 @@ def test_what_was_cut_off_goes_on(keys: dict[str, Any], tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_before_anything_is_written(
     keys: dict[str, Any], tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
+    if change.get("data") == "absent-test":
+        card = Path(keys["data"])
+        own = tmp_path / "d.yaml"
+        own.write_text(f"path: {card.parent}\n{card.read_text()}\ntest: images/absent\n")
+        change = {**change, "data": str(own)}
     with pytest.raises(UserError) as error:
         run_compare(**{"method": "none", **keys, **change})
     assert says in str(error.value)

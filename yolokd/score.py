@@ -69,7 +69,7 @@ def check_teacher(
         )
         return None
     head = teacher.model[-1]
-    if isinstance(head, Segment | Pose | OBB):
+    if not only_detects(teacher):
         LOGGER.info(f"teacher: does more than detect ({type(head).__name__}): its score is not measured")
         return None
     found = score(aligned_copy(teacher, names, classes.mapping), settings, save_dir)
@@ -85,6 +85,11 @@ def check_teacher(
             "objects and will likely end up worse than trained alone; use a teacher trained on such images"
         )
     return found.map
+
+
+def only_detects(model: Detector) -> bool:
+    """Whether a model does nothing beyond detecting (segments, …), which Ultralytics' detection validator can score."""
+    return not isinstance(model.model[-1], Segment | Pose | OBB)
 
 
 def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, int]) -> Detector:

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import polars as pl
 import torch
 import ultralytics
+from filelock import FileLock, Timeout
 from ultralytics.data.utils import img2label_paths
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT
@@ -94,9 +96,20 @@ def fingerprint(data: Mapping[str, Any]) -> str:
 def carry_out(run: Run, device: object) -> None:
     """Train and score in a new process, which leaves scores and a log in the run's folder.
 
-    Raises RuntimeError, naming the log, where it fails.
+    Raises RuntimeError, naming the log, where it fails; and where another comparison is at this run.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run.folder / ".lock", timeout=0):  # two trainings in one folder would end both
+            if not run.scores_path.exists():
+                _in_a_process(run, device)
+    except Timeout as e:
+        raise RuntimeError(
+            f"{run.method} with seed {run.seed} is at work in another comparison; repeat this one when that is done"
+        ) from e
+
+
+def _in_a_process(run: Run, device: object) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_train_and_score, args=(run, device))
     process.start()
     process.join()
@@ -127,10 +140,13 @@ def _train_and_score(run: Run, device: object) -> None:
         if run.method == TEACHER:
             model: Any = _aligned_teacher(run)
         else:
+            if run.method == NATIVE:
+                _drop_half_files(run)
             if not _is_trained(run):
                 _train(run, device)
             best = run.folder / "weights" / "best.pt"
             model = load_model(best if best.exists() else best.with_name("last.pt"), "model")[0]
+            model = getattr(model, "student_model", model)  # Ultralytics' own, cut off before it takes the teacher out
         settings = {k: run.keys[k] for k in ("data", "imgsz", "workers", "single_cls") if k in run.keys}
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
         found = score(model, settings, run.folder)
@@ -144,6 +160,13 @@ def _aligned_teacher(run: Run) -> Any:
     model = load_teacher(run.keys["teacher"], trust)
     names = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=trust)["names"]
     return aligned_copy(model, names, pair_classes(model.names, names).mapping)
+
+
+def _drop_half_files(run: Run) -> None:
+    """Let a native run begin anew that was killed while Ultralytics wrote a checkpoint, in place: it cannot go on."""
+    weights = run.folder / "weights"
+    if any(path.exists() and not is_zipfile(path) for path in (weights / "best.pt", weights / "last.pt")):
+        (weights / "last.pt").unlink(missing_ok=True)
 
 
 def _is_trained(run: Run) -> bool:
@@ -161,10 +184,10 @@ def _train(run: Run, device: object) -> None:
     last = run.folder / "weights" / "last.pt"
     placed = {"save_dir": str(run.folder), "seed": run.seed, "device": device}
     if run.method != NATIVE:
-        resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust"))}
+        resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust")), "device": device}
         YoloDistiller().train(**(resumed if last.exists() else {**run.keys, **placed}))
     elif last.exists():
-        DetectionTrainer(overrides={"model": str(last), "resume": str(last)}).train()
+        DetectionTrainer(overrides={"model": str(last), "resume": str(last), "device": device}).train()
     else:
         theirs = {k: v for k, v in run.keys.items() if not is_own(k) and k != "student"}
         named = {"model": run.keys["student"], "distill_model": run.keys["teacher"]}

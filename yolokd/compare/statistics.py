@@ -10,7 +10,6 @@ from statistics import fmean, stdev
 from scipy.stats import t as student_t
 
 from yolokd.compare.ledger import Row
-from yolokd.contenders import concerns
 
 LEVEL = 0.95
 
@@ -83,27 +82,8 @@ class Summary:
         return "better" if self.difference.mean > 0 else "worse"
 
 
-def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
-    """The settings that rows share, wherever they apply, and the rows with those of their own in the method's name."""
-    settings = [row.settings.split(" ") for row in rows]
-    words = list(dict.fromkeys(word for line in settings for word in line))
-    shared = [
-        word
-        for word in words
-        if all(
-            word in line or not concerns(word.partition("=")[0], row.method)
-            for row, line in zip(rows, settings, strict=True)
-        )
-    ]
-    names = [
-        " ".join([row.method, *(w for w in line if w not in shared)]) for row, line in zip(rows, settings, strict=True)
-    ]
-    renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, names, strict=True)]
-    return " ".join(shared), renamed
-
-
-def summarize(rows: Sequence[Row], baseline: str, teacher: Row | None) -> list[Summary]:
-    """Each method's summary, in order of first appearance."""
+def summarize(rows: Sequence[Row], baseline: str | None, teacher: Row | None) -> list[Summary]:
+    """Each method's summary, in order of first appearance, of rows that each have a method and a seed of their own."""
     base = {row.seed: row.map for row in rows if row.method == baseline}
     found = []
     for method in dict.fromkeys(row.method for row in rows):
