@@ -48,6 +48,23 @@ def test_every_engine_sees_what_float32_sees(teacher: Teacher, images: Tensor, e
     assert all(v.dtype == torch.float32 for v in teacher.state_dict().values() if v.is_floating_point())
 
 
+@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
+def test_boxes_are_those_that_ultralytics_decodes(name: str, images: Tensor) -> None:
+    model = random_detector(name)
+    found = Teacher(model)(images, boxes=True).boxes
+    model.end2end = False  # its own output is then of the branch that is distilled
+    with torch.no_grad():
+        theirs = model.eval()(images)[0][:, :4]  # centers and sizes in pixels
+    ours = []
+    for stride, distances in found.items():
+        b, _, h, w = distances.shape
+        y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+        left, top, right, bottom = distances.unbind(1)
+        boxes = torch.stack([x + (right - left) / 2, y + (bottom - top) / 2, left + right, top + bottom], 1)
+        ours.append(boxes.view(b, 4, -1) * stride)
+    assert torch.allclose(torch.cat(ours, 2), theirs, atol=1e-3)
+
+
 def test_a_students_autocast_leaves_the_teacher_alone(teacher: Teacher, images: Tensor) -> None:
     plain = teacher(images)
     with torch.autocast("cpu", torch.bfloat16):

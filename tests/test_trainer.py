@@ -454,7 +454,11 @@ def test_channels_last_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None
     assert rows(d.trainer)[0]["train/dfd_loss"] > 0
 
 
-@pytest.mark.parametrize("keys", [{"teacher_imgsz": 96}, {"teacher_precision": "bf16"}, {"method": "sl2"}], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [{"teacher_imgsz": 96}, {"teacher_precision": "bf16"}, {"method": "sl2"}, {"method": "pdf", "pdf.box": 1.0}],
+    ids=str,
+)
 def test_teacher_settings_train(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 1}, **keys)
     assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(("dfd_loss", "pdf_loss", "sl2_loss")))
