@@ -21,6 +21,7 @@ from yolokd.compare import run_compare
 from yolokd.compare.grounds import labelled
 from yolokd.compare.ledger import Row, append, read
 from yolokd.compare.plan import planned
+from yolokd.compare.report import report
 from yolokd.compare.show import markdown
 from yolokd.compare.statistics import interval, summarize
 from yolokd.errors import UserError
@@ -82,6 +83,8 @@ def test_what_differs_in_its_settings_is_another_method() -> None:
     assert [r.method for r in found] == ["none", "dfd", "pdf"]
     _, found = labelled([row("none", 0, 0.4, teacher=""), row("dfd", 0, 0.5), row("dfd", 0, 0.6, teacher="w.pt t.pt")])
     assert [r.method for r in found] == ["none", "dfd teacher=t.pt", "dfd teacher=w.pt,t.pt"]
+    _, found = labelled([row("none", 0, 0.4, teacher=""), row("native", 0, 0.5), row("native", 0, 0.6, teacher="u.pt")])
+    assert [r.method for r in found] == ["none", "native teacher=t.pt", "native teacher=u.pt"]
 
 
 def shown(folder: Path, *rows: Row) -> dict[str, dict[str, dict[str, str]]]:
@@ -109,10 +112,26 @@ def test_only_rows_of_one_ground_are_compared(tmp_path: Path) -> None:
     assert (tmp_path / "c-5.png").stat().st_size > 100
 
 
-def test_of_one_method_and_seed_the_newest_row_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = shown(tmp_path, row("none", 0, 0.5), row("dfd", 0, 0.1), row("dfd", 0, 0.6, hash="later"))
-    assert found["c-summary.csv"]["dfd"]["difference (95 % interval)"] == "+0.100"
-    assert "1 older rows" in capsys.readouterr().out
+def test_no_verdict_on_what_words_do_not_tell_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As of two data sets of one name."""
+    other = {"settings": "epochs=3"}
+    rows = [row("none", 0, 0.5), row("dfd", 0, 0.1), row("none", 0, 0.6, hash="later")]
+    found = shown(tmp_path, *rows, row("none", 0, 0.5, **other))
+    assert "s.yaml on d.yaml, scored on val: epochs=2: holds several rows" in capsys.readouterr().out.replace("\n", " ")
+    assert list(found) == ["c-2-summary.csv"]
+
+
+def test_a_comparison_knows_its_own_rows_whatever_their_words(tmp_path: Path) -> None:
+    """Files may have been renamed since."""
+    rows = [
+        row("teacher", 0, 0.6, data="old.yaml", settings=""),
+        row("none", 0, 0.4, data="old.yaml"),
+        row("dfd", 0, 0.5),
+    ]
+    report(rows, [row("none", 0, 0.9, split="test"), *rows], ["none", "dfd"], tmp_path / "c.csv")
+    with open(tmp_path / "c-2-summary.csv", encoding="utf-8") as file:
+        line = {v["method"]: v for v in csv.DictReader(file)}["dfd"]
+    assert (line["difference (95 % interval)"], line["gap closed (95 % interval)"]) == ("+0.100", "50%")
 
 
 def test_rows_of_other_versions_are_named(tmp_path: Path) -> None:
@@ -212,16 +231,16 @@ def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: P
         given = {k: v for k, v in keys.items() if k not in ("seeds", "project")} | changes
         return [run.hash for run in planned(["none"], 0, "val", tmp_path, given)[0]]
 
-    student = tmp_path / "own-yolov8n.yaml"
+    named, student = "own-yolov8n.yaml", tmp_path / "own-yolov8.yaml"  # as Ultralytics finds a scale's file
     content = random_detector("yolov8n.yaml", seed=0).yaml
     student.write_text(yaml.safe_dump({k: v for k, v in content.items() if k not in ("yaml_file", "scale")}))
-    first = hashes(student=str(student))
+    first = hashes(student=str(tmp_path / named))
     (tmp_path / "moved").mkdir()
     moved = tmp_path / "moved" / student.name
     moved.write_bytes(student.read_bytes())
-    assert hashes(student=str(moved)) == first
+    assert hashes(student=str(moved.with_name(named))) == first
     student.write_text(student.read_text().replace("0.25", "0.5"))
-    assert hashes(student=str(student))[-1] != first[-1]
+    assert hashes(student=str(tmp_path / named))[-1] != first[-1]
     by_name = hashes(student="yolov8n.yaml")
     assert by_name == hashes(student="yolov8n.yaml", device="cpu", workers=1)
     assert by_name != hashes(student="yolov8s.yaml")
@@ -236,9 +255,16 @@ def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any],
 def no_harm(_weights: Path) -> None: ...
 
 
-def half_a_file(weights: Path) -> None:
-    last = weights / "last.pt"
-    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def half_of_last(weights: Path) -> None:
+    cut_in_half(weights / "last.pt")
+
+
+def half_of_best(weights: Path) -> None:
+    cut_in_half(weights / "best.pt")
 
 
 def last_epoch(weights: Path) -> None:
@@ -248,16 +274,16 @@ def last_epoch(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "harm", "says"),
+    ("method", "harm", "resumes"),
     [
-        ("none", no_harm, "Resuming"),
-        ("native", no_harm, "Resuming"),
-        ("native", half_a_file, "Starting training"),
-        ("native", last_epoch, ""),
+        ("none", no_harm, True),
+        ("native", half_of_best, True),
+        ("native", half_of_last, False),
+        ("native", last_epoch, False),
     ],
 )
 def test_what_was_cut_off_goes_on(
-    keys: dict[str, Any], tmp_path: Path, method: str, harm: Callable[[Path], None], says: str
+    keys: dict[str, Any], tmp_path: Path, method: str, harm: Callable[[Path], None], resumes: bool
 ) -> None:
     keys |= {"epochs": 20, "method": method}
     words = [f"{k}={v}" for k, v in keys.items()]
@@ -277,12 +303,15 @@ def test_what_was_cut_off_goes_on(
     time.sleep(2)
     assert (run / "results.csv").read_text() == done
     harm(run / "weights")
+    (tmp_path / "c").rename(tmp_path / "moved")
+    keys, run = keys | {"project": tmp_path / "moved"}, tmp_path / "moved" / run.name
     before = len((run / "log.txt").read_text())
     found = compare(keys)
     assert found.returncode == 0, found.stderr
-    (held,) = (r for r in read(tmp_path / "c" / "compare.csv").values() if r.method == method)
+    assert not (tmp_path / "c").exists()
+    (held,) = (r for r in read(tmp_path / "moved" / "compare.csv").values() if r.method == method)
     assert len(held.epochs) == (len(done.splitlines()) - 1 if harm is last_epoch else 20)
-    assert says in (run / "log.txt").read_text()[before:]
+    assert ("Resuming" in (run / "log.txt").read_text()[before:]) == resumes
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Labels:
 def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tensor:
     """(images, height, width) float32: one over the area, in cells, of the smallest box over a cell; 0 where none is.
 
-    A box covers every cell that it touches; one without area covers none. No loop over boxes, and no more memory than
-    the cells that they cover.
+    A box covers every cell that it touches; one without area covers none. No loop over boxes; time and memory grow
+    with the cells covered, counted once for each box.
     """
     grid = labels.corners.new_tensor([width, height])
     corners = (labels.corners * grid.repeat(2)).nan_to_num()
@@ -44,10 +44,10 @@ def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tenso
     area = columns * rows
     box = torch.repeat_interleave(area)  # for each covered cell, the box that covers it
     within = torch.arange(len(box), device=box.device) - (area.cumsum(0) - area)[box]
-    x = low[:, 0].long()[box] + within % columns[box]
-    y = low[:, 1].long()[box] + within // columns[box]
-    cell = (labels.image[box] * height + y) * width + x
-    found = corners.new_zeros(images * height * width).scatter_reduce_(0, cell, 1 / area[box].to(corners.dtype), "amax")
+    first = (labels.image * height + low[:, 1].long()) * width + low[:, 0].long()
+    cell = first[box] + within + within // columns[box] * (width - columns)[box]
+    value = (1 / area.to(corners.dtype))[box]
+    found = corners.new_zeros(images * height * width).scatter_reduce_(0, cell, value, "amax")
     return found.view(images, height, width)
 
 

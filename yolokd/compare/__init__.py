@@ -13,11 +13,11 @@ from rich.progress import Progress
 
 from yolokd.compare.ledger import TEACHER, append, read
 from yolokd.compare.plan import planned
-from yolokd.compare.report import report
+from yolokd.compare.report import report, report_all
 from yolokd.compare.runs import Run, carry_out, row_of, stop_all
 from yolokd.config import listed
 from yolokd.console import CONSOLE
-from yolokd.contenders import PLAIN, contenders
+from yolokd.contenders import contenders
 from yolokd.errors import UserError
 
 
@@ -44,7 +44,7 @@ def run_compare(
         held = list(read(path).values())
         if all(row.method == TEACHER for row in held):
             raise UserError(f"csv={csv}", "holds no runs", "give teacher=, data= and the rest of a comparison")
-        report(held, held, None, path)
+        report_all(held, path)
         return path
     methods = contenders(method, keys)
     if len(set(methods)) < len(methods):
@@ -55,15 +55,14 @@ def run_compare(
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
     failed = _carry_out_all(open_runs, listed(device), path, images)
     held_rows = read(path)
-    rows = [held_rows[run.hash] for run in runs if run.hash in held_rows]
-    report(rows, list(held_rows.values()), PLAIN if PLAIN in methods else methods[0], path)
-    if failed:
-        raise RuntimeError("; ".join(failed))
+    report([held_rows[run.hash] for run in runs if run.hash in held_rows], held_rows.values(), methods, path)
+    if missing := [why for run, why in failed.items() if run not in held_rows]:  # another comparison may have done it
+        raise RuntimeError("; ".join(missing))
     return path
 
 
-def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, images: int) -> list[str]:
-    """One run after another on each device, a row for each that is done; returns what failed, in words."""
+def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, images: int) -> dict[str, str]:
+    """One run after another on each device, a row for each that is done; {hash: what failed, in words}."""
     free: SimpleQueue[Any] = SimpleQueue()
     for device in devices:
         free.put(device)
@@ -75,7 +74,7 @@ def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, imag
         finally:
             free.put(device)
 
-    failed = []
+    failed: dict[str, str] = {}
     with ThreadPoolExecutor(len(devices)) as pool, Progress(console=Console(stderr=True), transient=True) as progress:
         waiting: dict[Future[None], Run] = {pool.submit(work, run): run for run in runs}
         epochs = sum(run.epochs for run in runs)
@@ -86,11 +85,10 @@ def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, imag
                 for future in done:
                     run = waiting.pop(future)
                     if (error := future.exception()) is not None:
-                        failed.append(str(error))
+                        failed[run.hash] = str(error)
                         continue
                     row = row_of(run, images)
-                    if run.hash not in read(path):  # another comparison may have added it
-                        append(path, row)
+                    append(path, row)
                     CONSOLE.print(f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s")
                 progress.update(task, completed=sum(min(run.epochs_done(), run.epochs) for run in runs))
                 busy = ", ".join(f"{run.method} seed {run.seed}" for f, run in waiting.items() if f.running())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolokd.compare.ledger import TEACHER, Row
 from yolokd.config import is_own
@@ -17,7 +19,7 @@ def ground_of(row: Row) -> str:
     return " ".join([f"{row.student} on {row.data}, scored on {row.split}:", *theirs])
 
 
-def by_ground(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_ground(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The rows of students on each ground, in order of first appearance."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -39,13 +41,9 @@ def teacher_of(rows: Sequence[Row], shown: Sequence[Row]) -> Row | None:
     return found[-1] if len({t.teacher for t in found}) == 1 else None
 
 
-def _size(row: Row) -> str | None:
-    return next((word for word in row.settings.split() if word.startswith("imgsz=")), None)
-
-
-def newest(rows: Sequence[Row]) -> list[Row]:
-    """Of each method and seed the last row: files or defaults may have changed under the same names."""
-    return list({(row.method, row.seed): row for row in rows}.values())
+def _size(row: Row) -> str:
+    unsaid = f"imgsz={DEFAULT_CFG_DICT['imgsz']}"
+    return next((word for word in row.settings.split() if word.startswith("imgsz=")), unsaid)
 
 
 def mixed_versions(rows: Sequence[Row]) -> str:
@@ -62,8 +60,7 @@ def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
         word
         for word in words
         if all(
-            word in line or not concerns(word.partition("=")[0], row.method)
-            for row, line in zip(rows, settings, strict=True)
+            word in line or not _concerns(word.partition("=")[0], row) for row, line in zip(rows, settings, strict=True)
         )
     ]
     names = [
@@ -71,6 +68,10 @@ def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
     ]
     renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, names, strict=True)]
     return " ".join(shared), renamed
+
+
+def _concerns(key: str, row: Row) -> bool:
+    return bool(row.teacher) if key == "teacher" else concerns(key, row.method)
 
 
 def _teacher(row: Row) -> list[str]:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from yolokd.errors import UserError
@@ -52,18 +53,18 @@ COLUMNS = list(Row.model_fields)
 
 
 def read(path: Path) -> dict[str, Row]:
-    """The rows by hash; none where there is no file.
+    """The rows by hash; none where there is no file, or nothing in it yet.
 
     Raises UserError where the file is no ledger.
     """
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return {}
     try:
         with open(path, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             rows = [Row.model_validate(_typed(line)) for line in reader]
-        if reader.fieldnames != COLUMNS:
-            raise KeyError(reader.fieldnames)
+            if reader.fieldnames != COLUMNS:
+                raise KeyError(reader.fieldnames)
     except (ValidationError, TypeError, KeyError, UnicodeDecodeError, OSError, csv.Error) as e:
         raise UserError(f"csv={path}", "is no comparison's CSV", "give one that `yolokd compare` wrote") from e
     return {row.hash: row for row in rows}
@@ -74,8 +75,14 @@ def _typed(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row in one write, so that comparisons which share the file keep each other's rows."""
+    """Add a row, unless it is there; comparisons which share the file keep each other's rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if row.hash not in read(path):
+            _append(path, row)
+
+
+def _append(path: Path, row: Row) -> None:
     lines = io.StringIO()
     writer = csv.DictWriter(lines, fieldnames=COLUMNS, lineterminator="\n")
     if not path.exists() or path.stat().st_size == 0:

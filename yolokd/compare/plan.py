@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultralytics.utils import ROOT
+
 from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare.ledger import TEACHER
 from yolokd.compare.runs import FILES, INCIDENTAL, Run, fingerprint
@@ -34,6 +36,7 @@ def planned(
     for key in keys:
         if key in OURS_ALONE:
             raise UserError(key, "is each run's own in a comparison", f"drop {key}")
+    own_seeds = _seeds(seeds)
     given = training_keys({**keys, "teacher": as_teachers(as_paths(keys.get("teacher"), "teacher"))})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
     strongest = each_teacher(given["teacher"])[-1] if given["teacher"] else None
@@ -52,7 +55,7 @@ def planned(
         own |= {key: getattr(plan.config, key) for key in TOLD} if plan.config.parts else {}
         runs += [
             Run(method, seed, split, own, json.dumps(known | {"seed": seed}, sort_keys=True), project)
-            for seed in _seeds(seeds)
+            for seed in own_seeds
         ]
     images = plan.images
     if strongest and teacher and _has_score(teacher, plan):
@@ -81,12 +84,23 @@ def _content(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _student_content(student: str, plan: Plan) -> object:
-    """Of a file what it holds; Ultralytics' own models are known by their names."""
-    if not Path(student).is_file():
-        return student
+    """Of a file what it holds; the models that come with Ultralytics are known by their names."""
     if student.endswith(".pt"):
-        return sha256(student)
-    return {k: v for k, v in plan.student.yaml.items() if k != "yaml_file"}
+        return sha256(student) if Path(student).is_file() else student
+    return (
+        student
+        if _comes_with_ultralytics(student)
+        else {k: v for k, v in plan.student.yaml.items() if k != "yaml_file"}
+    )
+
+
+def _comes_with_ultralytics(student: str) -> bool:
+    """Whether a .yaml is of its package: a file of that name, with or without the scale's letter, goes before."""
+    stem = Path(student).stem
+    stems = {stem, *(stem[:i] + stem[i + 1 :] for i in range(len(stem)))}
+    packaged = {path.stem for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
+    local = any(Path(student).with_name(f"{name}.yaml").is_file() for name in stems)
+    return Path(student).name == student and not local and not stems.isdisjoint(packaged)
 
 
 def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> dict[str, Any]:

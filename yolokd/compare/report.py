@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from yolokd.compare import show
-from yolokd.compare.grounds import by_ground, labelled, mixed_versions, newest, teacher_of
-from yolokd.compare.ledger import Row
+from yolokd.compare.grounds import by_ground, ground_of, labelled, mixed_versions, teacher_of
+from yolokd.compare.ledger import TEACHER, Row
 from yolokd.compare.statistics import summarize
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import PLAIN
 
 
-def report(shown: Sequence[Row], held: Sequence[Row], baseline: str | None, path: Path) -> None:
-    """Print and write the verdict on each ground of the rows shown, beside the ledger at `path`.
+def report(shown: Sequence[Row], held: Iterable[Row], methods: Sequence[str], path: Path) -> None:
+    """Print and write the verdict on the rows of one comparison, beside the ledger at `path`.
 
-    held: all rows of the ledger, which numbers its grounds: files of one are not overwritten by another's. baseline: a
-    method; None for `none`, or for each ground's first where that is not there.
+    held: all rows of the ledger. methods: of the comparison; the baseline is `none`, or the first.
     """
-    numbers = {ground: number for number, ground in enumerate(by_ground(held), 1)}
-    for ground, rows in by_ground(shown).items():
-        own = baseline or (PLAIN if any(row.method == PLAIN for row in rows) else rows[0].method)
-        number = numbers[ground]
-        base = path.with_name(path.stem if number == 1 else f"{path.stem}-{number}")
-        _report_ground(rows, teacher_of(rows, shown), own, base)
+    teacher = next((row for row in shown if row.method == TEACHER), None)
+    rows = [row for row in shown if row.method != TEACHER]
+    if rows:
+        _report_ground(rows, teacher, PLAIN if PLAIN in methods else methods[0], _base(path, held, rows[0]))
+
+
+def report_all(held: Sequence[Row], path: Path) -> None:
+    """Print and write the verdict on each ground of the ledger at `path`, as far as its words tell them apart.
+
+    The baseline is `none`, or a ground's first method.
+    """
+    for rows in by_ground(held).values():
+        _, named = labelled(rows)
+        if len({(row.method, row.seed) for row in named}) < len(rows):
+            CONSOLE.print(
+                f"{ground_of(rows[0])}: holds several rows of one method and seed, whose files or defaults differ; "
+                "give teacher=, data= and the rest of the comparison to see its own"
+            )
+            continue
+        baseline = PLAIN if any(row.method == PLAIN for row in rows) else rows[0].method
+        _report_ground(rows, teacher_of(rows, held), baseline, _base(path, held, rows[0]))
+
+
+def _base(path: Path, held: Iterable[Row], row: Row) -> Path:
+    """Where the files of a row's ground begin: those of one are not overwritten by another's."""
+    number = list(by_ground(held)).index(ground_of(row))
+    return path.with_name(path.stem if number == 0 else f"{path.stem}-{number + 1}")
 
 
 def _report_ground(rows: Sequence[Row], teacher: Row | None, baseline: str, base: Path) -> None:
     common, named = labelled(rows)
     reference = next((new.method for old, new in zip(rows, named, strict=True) if old.method == baseline), None)
-    last = newest(named)
-    if dropped := len(named) - len(last):
-        CONSOLE.print(f"{dropped} older rows of the same method, settings and seed are left out")
     title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {common}"
-    if versions := mixed_versions(last):
+    if versions := mixed_versions(rows):
         title += f"; rows of different versions: {versions}"
-    found = summarize(last, reference, teacher)
+    found = summarize(named, reference, teacher)
     lines = [show.cells(summary) for summary in found] + ([show.teacher_cells(teacher)] if teacher else [])
     print_table(show.terminal(lines, title))
     base.with_name(f"{base.name}-summary.md").write_text(show.markdown(lines, title), encoding="utf-8")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ def fingerprint(data: Mapping[str, Any]) -> str:
 
 
 def carry_out(run: Run, device: object) -> None:
-    """Train and score in a new process, which leaves scores and a log in the run's folder.
+    """Train and score in a new process, which leaves scores and a log in the run's folder, unless scores are there.
 
     Raises RuntimeError, naming the log, where it fails; and where another comparison is at this run.
     """
@@ -141,7 +142,7 @@ def _train_and_score(run: Run, device: object) -> None:
             model: Any = _aligned_teacher(run)
         else:
             if run.method == NATIVE:
-                _drop_half_files(run)
+                _mend_half_files(run)
             if not _is_trained(run):
                 _train(run, device)
             best = run.folder / "weights" / "best.pt"
@@ -151,7 +152,7 @@ def _train_and_score(run: Run, device: object) -> None:
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
         found = score(model, settings, run.folder)
     with atomic_path(run.scores_path) as path:
-        path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        path.write_text(json.dumps({**asdict(found), **_versions()}), encoding="utf-8")
 
 
 def _aligned_teacher(run: Run) -> Any:
@@ -162,11 +163,17 @@ def _aligned_teacher(run: Run) -> Any:
     return aligned_copy(model, names, pair_classes(model.names, names).mapping)
 
 
-def _drop_half_files(run: Run) -> None:
-    """Let a native run begin anew that was killed while Ultralytics wrote a checkpoint, in place: it cannot go on."""
-    weights = run.folder / "weights"
-    if any(path.exists() and not is_zipfile(path) for path in (weights / "best.pt", weights / "last.pt")):
-        (weights / "last.pt").unlink(missing_ok=True)
+def _mend_half_files(run: Run) -> None:
+    """Of a native run, killed while Ultralytics wrote last.pt in place, or the same once more as best.pt.
+
+    Without last.pt it begins anew.
+    """
+    last, best = (run.folder / "weights" / name for name in ("last.pt", "best.pt"))
+    if last.exists() and not is_zipfile(last):
+        last.unlink()
+    elif last.exists() and best.exists() and not is_zipfile(best):
+        with atomic_path(best) as path:
+            shutil.copyfile(last, path)
 
 
 def _is_trained(run: Run) -> bool:
@@ -187,16 +194,23 @@ def _train(run: Run, device: object) -> None:
         resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust")), "device": device}
         YoloDistiller().train(**(resumed if last.exists() else {**run.keys, **placed}))
     elif last.exists():
-        DetectionTrainer(overrides={"model": str(last), "resume": str(last), "device": device}).train()
+        _continue_native(run, last, device)
     else:
         theirs = {k: v for k, v in run.keys.items() if not is_own(k) and k != "student"}
         named = {"model": run.keys["student"], "distill_model": run.keys["teacher"]}
         DetectionTrainer(overrides={**theirs, **placed, **named}).train()
 
 
+def _continue_native(run: Run, last: Path, device: object) -> None:
+    """Where the run lies now, with the teacher where that lies now: a checkpoint knows where they were."""
+    placed = {"save_dir": str(run.folder), "device": device, "distill_model": run.keys["teacher"]}
+    DetectionTrainer(overrides={"model": str(last), "resume": str(last), **placed}).train()
+
+
 def row_of(run: Run, images: int) -> Row:
     """The ledger's row of a run that left its scores. images: of an epoch of training."""
-    scores = Scores(**json.loads(run.scores_path.read_text(encoding="utf-8")))
+    found = _versions() | json.loads(run.scores_path.read_text(encoding="utf-8"))
+    versions = {name: found.pop(name) for name in _versions()}
     curve, seconds = _history(run.folder / "results.csv")
     keys = run.keys
     own = {k: v for k, v in keys.items() if k not in FILES | INCIDENTAL | {"method"}}
@@ -209,14 +223,20 @@ def row_of(run: Run, images: int) -> Row:
         student=Path(str(keys["student"])).name if run.method != TEACHER else "",
         data=Path(str(keys["data"])).name,
         settings=" ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(own.items())),
-        **asdict(scores),
+        **asdict(Scores(**found)),
         seconds=round(seconds, 1),
         images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,
-        yolokd=yolokd.__version__,
-        ultralytics=ultralytics.__version__,
-        torch=str(torch.__version__),
+        **versions,
         curve=" ".join(f"{v:.4f}" for v in curve),
     )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "yolokd": yolokd.__version__,
+        "ultralytics": ultralytics.__version__,
+        "torch": str(torch.__version__),
+    }
 
 
 def _history(results: Path) -> tuple[list[float], float]:
