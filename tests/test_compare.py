@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,8 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: str) -> No
         run_compare(csv=str(path))
 
 
-def compare(keys: dict[str, Any], **more: Any) -> subprocess.CompletedProcess[str]:
-    words = [f"{k}={v}" for k, v in {**keys, **more}.items()]
-    command = [sys.executable, "-m", "yolokd.cli", "compare", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+def command(keys: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-m", "yolokd.cli", "compare", *(f"{k}={v}" for k, v in keys.items())]
 
 
 @pytest.fixture
@@ -176,8 +174,12 @@ def keys(data: str, teacher: str, tmp_path: Path) -> dict[str, Any]:
     return {**settings, "data": data, "teacher": teacher, "epochs": 2, "project": tmp_path / "c", "seeds": 0}
 
 
-def test_what_the_csv_holds_is_not_run_again(keys: dict[str, Any], tmp_path: Path) -> None:
-    first = compare(keys, method="none,native,dfd", amp="bf16", device="cpu,cpu")  # two at once
+def test_what_the_csv_holds_is_not_run_again(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys |= {"method": "none,native,dfd", "amp": "bf16"}
+    two_at_once = command(keys | {"device": "cpu,cpu"})
+    first = subprocess.run(two_at_once, capture_output=True, text=True, timeout=400)
     assert first.returncode == 0, first.stderr
     folder = tmp_path / "c"
     held = read(folder / "compare.csv")
@@ -187,24 +189,19 @@ def test_what_the_csv_holds_is_not_run_again(keys: dict[str, Any], tmp_path: Pat
         assert (folder / name).stat().st_size > 100
     assert "one seed: nothing to say" in first.stdout
     before = (folder / "compare.csv").read_bytes()
-    elsewhere = {**keys, "project": tmp_path / "elsewhere", "csv": folder / "compare.csv"}
-    again = compare(elsewhere, method="none,native,dfd", amp="bf16")
-    assert again.returncode == 0, again.stderr
-    assert "4 runs, 4 of them in" in again.stdout
+    run_compare(**keys | {"project": tmp_path / "elsewhere", "csv": folder / "compare.csv"})
+    assert "4 runs, 4 of them in" in capsys.readouterr().out
     assert (folder / "compare.csv").read_bytes() == before
     assert not list((tmp_path / "elsewhere").glob("*/weights"))
-    alone = compare({"csv": folder / "compare.csv"})
-    assert alone.returncode == 0, alone.stderr
-    assert "native" in alone.stdout
-    other = compare(elsewhere, method="dfd", amp="bf16", **{"dfd.gain": 1.0, "epochs": 1})
-    assert "2 runs, 1 of them in" in other.stdout
+    run_compare(csv=str(folder / "compare.csv"))
+    assert "native" in capsys.readouterr().out
+    other = {k: v for k, v in keys.items() if k not in ("method", "seeds", "project")} | {"dfd.gain": 1.0, "epochs": 1}
+    assert [run.hash in held for run in planned(["dfd"], 0, "val", tmp_path, other)[0]] == [True, False]
 
 
 def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     weak = save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt")
-    several = keys | {"teacher": f"[{weak},{teacher}]", "method": "native,dfmsd", "stages": "[1]"}
-    done = compare(several)
-    assert done.returncode == 0, done.stderr
+    run_compare(**keys | {"teacher": [weak, teacher], "method": "native,dfmsd", "stages": [1]})
     held = {row.method: row.teacher for row in read(tmp_path / "c" / "compare.csv").values()}
     name = Path(teacher).name
     assert held == {"native": name, "dfmsd": f"weak.pt {name}", "teacher": name}
@@ -212,16 +209,17 @@ def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], te
 
 def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_path: Path) -> None:
     keys |= {"method": "none", "epochs": 1}
-    assert compare(keys).returncode == 0
+    run_compare(**keys)
     (run,) = (tmp_path / "c").glob("none-*")
     held = (tmp_path / "c" / "compare.csv").read_bytes()
     (tmp_path / "c" / "compare.csv").unlink()
-    with FileLock(run / ".lock"):
-        refused = compare(keys)
-    assert refused.returncode == 1
-    assert "none with seed 0 is at work in another comparison" in refused.stderr
+    with (
+        FileLock(run / ".lock"),
+        pytest.raises(RuntimeError, match="is at work in another comparison"),
+    ):
+        run_compare(**keys)
     trained = (run / "weights" / "last.pt").stat().st_mtime_ns
-    assert compare(keys).returncode == 0
+    run_compare(**keys)
     assert (tmp_path / "c" / "compare.csv").read_bytes() == held
     assert (run / "weights" / "last.pt").stat().st_mtime_ns == trained
 
@@ -252,66 +250,74 @@ def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any],
     assert [run.method for run in planned(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
 
 
-def no_harm(_weights: Path) -> None: ...
+EPOCHS = 12
+
+
+def cut_off(keys: dict[str, Any]) -> str:
+    """Kill a comparison after some epochs; its run's results.csv as they are then, and stay."""
+    folder, method = keys["project"], keys["method"]
+    with subprocess.Popen(command(keys), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            results = list(folder.glob(f"{method}-*/results.csv"))
+            if results and len(results[0].read_text().splitlines()) > 3:
+                break
+            time.sleep(0.05)
+        process.kill()  # the comparison alone: the run's own process must end with it
+    time.sleep(2)
+    done = results[0].read_text()
+    assert 3 < len(done.splitlines()) < EPOCHS
+    time.sleep(2)
+    assert results[0].read_text() == done
+    return done
+
+
+def gone_on(keys: dict[str, Any]) -> tuple[Row, str]:
+    """The row of a run that is continued, and what it logs."""
+    (run,) = keys["project"].glob(f"{keys['method']}-*")
+    before = len((run / "log.txt").read_text())
+    run_compare(**keys)
+    (row,) = (r for r in read(keys["project"] / "compare.csv").values() if r.method == keys["method"])
+    return row, (run / "log.txt").read_text()[before:]
+
+
+def test_what_was_cut_off_goes_on(keys: dict[str, Any]) -> None:
+    keys |= {"method": "none", "epochs": EPOCHS}
+    cut_off(keys)
+    row, log = gone_on(keys)
+    assert len(row.epochs) == EPOCHS
+    assert "Resuming" in log
 
 
 def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def half_of_last(weights: Path) -> None:
-    cut_in_half(weights / "last.pt")
+def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Ultralytics writes last.pt in place, then best.pt, and at the very end takes the teacher out of both."""
+    keys |= {"method": "native", "epochs": EPOCHS}
+    done = cut_off(keys)
+    copies = [tmp_path / name for name in ("best", "last", "end")]
+    for copy in copies:
+        shutil.copytree(tmp_path / "c", copy)
+    shutil.rmtree(tmp_path / "c")
+    weights = [next(copy.glob("native-*/weights")) for copy in copies]
 
+    cut_in_half(weights[0] / "best.pt")
+    row, log = gone_on(keys | {"project": copies[0]})
+    assert len(row.epochs) == EPOCHS
+    assert "Resuming" in log
 
-def half_of_best(weights: Path) -> None:
-    cut_in_half(weights / "best.pt")
+    cut_in_half(weights[1] / "last.pt")
+    row, log = gone_on(keys | {"project": copies[1]})
+    assert len(row.epochs) == EPOCHS
+    assert "Resuming" not in log
 
-
-def last_epoch(weights: Path) -> None:
-    """As if killed between the last epoch and Ultralytics' last strokes."""
-    checkpoint = torch.load(weights / "last.pt", weights_only=False)
-    torch.save(checkpoint | {"epoch": 19}, weights / "last.pt")
-
-
-@pytest.mark.parametrize(
-    ("method", "harm", "resumes"),
-    [
-        ("none", no_harm, True),
-        ("native", half_of_best, True),
-        ("native", half_of_last, False),
-        ("native", last_epoch, False),
-    ],
-)
-def test_what_was_cut_off_goes_on(
-    keys: dict[str, Any], tmp_path: Path, method: str, harm: Callable[[Path], None], resumes: bool
-) -> None:
-    keys |= {"epochs": 20, "method": method}
-    words = [f"{k}={v}" for k, v in keys.items()]
-    command = [sys.executable, "-m", "yolokd.cli", "compare", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline:
-            results = list((tmp_path / "c").glob(f"{method}-*/results.csv"))
-            if results and len(results[0].read_text().splitlines()) > 3:
-                break
-            time.sleep(0.05)
-        process.kill()  # the comparison alone: the run's own process must end with it
-    (run,) = (tmp_path / "c").glob(f"{method}-*")
-    time.sleep(3)
-    done = (run / "results.csv").read_text()
-    assert len(done.splitlines()) < 20
-    time.sleep(2)
-    assert (run / "results.csv").read_text() == done
-    harm(run / "weights")
-    (tmp_path / "c").rename(tmp_path / "moved")
-    keys, run = keys | {"project": tmp_path / "moved"}, tmp_path / "moved" / run.name
-    before = len((run / "log.txt").read_text())
-    found = compare(keys)
-    assert found.returncode == 0, found.stderr
+    checkpoint = torch.load(weights[2] / "last.pt", weights_only=False)
+    torch.save(checkpoint | {"epoch": EPOCHS - 1}, weights[2] / "last.pt")
+    row, _ = gone_on(keys | {"project": copies[2]})
+    assert len(row.epochs) == len(done.splitlines()) - 1
     assert not (tmp_path / "c").exists()
-    (held,) = (r for r in read(tmp_path / "moved" / "compare.csv").values() if r.method == method)
-    assert len(held.epochs) == (len(done.splitlines()) - 1 if harm is last_epoch else 20)
-    assert ("Resuming" in (run / "log.txt").read_text()[before:]) == resumes
 
 
 @pytest.mark.parametrize(
