@@ -174,6 +174,11 @@ def keys(data: str, teacher: str, tmp_path: Path) -> dict[str, Any]:
     return {**settings, "data": data, "teacher": teacher, "epochs": 2, "project": tmp_path / "c", "seeds": 0}
 
 
+def training(keys: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a comparison's keys for its trainings."""
+    return {k: v for k, v in keys.items() if k not in ("method", "seeds", "project")}
+
+
 def test_what_the_csv_holds_is_not_run_again(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,16 +200,19 @@ def test_what_the_csv_holds_is_not_run_again(
     assert not list((tmp_path / "elsewhere").glob("*/weights"))
     run_compare(csv=str(folder / "compare.csv"))
     assert "native" in capsys.readouterr().out
-    other = {k: v for k, v in keys.items() if k not in ("method", "seeds", "project")} | {"dfd.gain": 1.0, "epochs": 1}
+    other = training(keys) | {"dfd.gain": 1.0, "epochs": 1}
     assert [run.hash in held for run in planned(["dfd"], 0, "val", tmp_path, other)[0]] == [True, False]
 
 
 def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], teacher: str, tmp_path: Path) -> None:
-    weak = save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt")
-    run_compare(**keys | {"teacher": [weak, teacher], "method": "native,dfmsd", "stages": [1]})
-    held = {row.method: row.teacher for row in read(tmp_path / "c" / "compare.csv").values()}
-    name = Path(teacher).name
-    assert held == {"native": name, "dfmsd": f"weak.pt {name}", "teacher": name}
+    weak = str(save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt"))
+    given = training(keys) | {"teacher": [weak, teacher], "stages": [1]}
+    runs, _ = planned(["native", "dfmsd"], 0, "val", tmp_path, given)
+    assert {run.method: run.keys["teacher"] for run in runs} == {
+        "teacher": teacher,
+        "native": teacher,
+        "dfmsd": (weak, teacher),
+    }
 
 
 def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_path: Path) -> None:
@@ -226,8 +234,7 @@ def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_
 
 def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: Path) -> None:
     def hashes(**changes: Any) -> list[str]:
-        given = {k: v for k, v in keys.items() if k not in ("seeds", "project")} | changes
-        return [run.hash for run in planned(["none"], 0, "val", tmp_path, given)[0]]
+        return [run.hash for run in planned(["none"], 0, "val", tmp_path, training(keys) | changes)[0]]
 
     named, student = "own-yolov8n.yaml", tmp_path / "own-yolov8.yaml"  # as Ultralytics finds a scale's file
     content = random_detector("yolov8n.yaml", seed=0).yaml
@@ -246,7 +253,7 @@ def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: P
 
 def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any], tmp_path: Path) -> None:
     segmenter = save_checkpoint(random_detector("yolov8n-seg.yaml", seed=1), tmp_path / "seg.pt")
-    given = {k: v for k, v in keys.items() if k not in ("seeds", "project")} | {"teacher": segmenter}
+    given = training(keys) | {"teacher": segmenter}
     assert [run.method for run in planned(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
 
 
