@@ -20,14 +20,14 @@ T = {"teacher": "t.pt"}
 
 def test_defaults_are_those_of_the_yaml_files() -> None:
     config = parse(T)
-    assert config.method == defaults()["method"] == "dfd+pdf"
-    assert config.parts[0].gain == method_defaults("dfd")["gain"]
+    assert config.method == defaults()["method"] == "fitnet+pdf"
+    assert config.parts[0].gain == method_defaults("fitnet")["gain"]
     assert defaults().keys() - OWN_KEYS == {"student", "data"}
 
 
 def test_a_gain_that_is_set_is_in_force() -> None:
     assert parse(T).balance == defaults()["balance"] == 1.0
-    assert parse({**T, "dfd.alpha": 2.0}).balance == 1.0
+    assert parse({**T, "method": "dfd", "dfd.alpha": 2.0}).balance == 1.0
     fixed = parse({**T, "method": "dfd+pdf", "pdf.gain": 3.0})
     assert (fixed.balance, [part.gain for part in fixed.parts]) == ("off", [method_defaults("dfd")["gain"], 3.0])
 

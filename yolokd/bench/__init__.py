@@ -30,7 +30,7 @@ def run_bench(
     student: str = "yolov8n.yaml",
     imgsz: object = 320,
     batch: object = 16,
-    method: str = "none,native,sl2,dfd,pdf,dfd+pdf",
+    method: str = "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf",
     amp: object = False,
     rounds: int = 7,
     data: str = "shapes",

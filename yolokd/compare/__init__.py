@@ -22,7 +22,7 @@ from yolokd.errors import UserError
 
 
 def run_compare(
-    method: str = "none,native,sl2,dfd,pdf,dfd+pdf",
+    method: str = "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf",
     seeds: object = (0, 1, 2),
     split: str = "val",
     csv: str | None = None,
