@@ -92,8 +92,13 @@ def shown(folder: Path, *rows: Row) -> dict[str, dict[str, dict[str, str]]]:
     for r in rows:
         append(folder / "c.csv", r)
     run_compare(csv=str(folder / "c.csv"))
-    files = sorted(folder.glob("*-summary.csv"))
-    return {f.name: {line["method"]: line for line in csv.DictReader(open(f))} for f in files}
+    return {path.name: table(path) for path in sorted(folder.glob("*-summary.csv"))}
+
+
+def table(path: Path) -> dict[str, dict[str, str]]:
+    """A summary's lines by method."""
+    with open(path, encoding="utf-8") as file:
+        return {line["method"]: line for line in csv.DictReader(file)}
 
 
 def test_only_rows_of_one_ground_are_compared(tmp_path: Path) -> None:
@@ -129,8 +134,7 @@ def test_a_comparison_knows_its_own_rows_whatever_their_words(tmp_path: Path) ->
         row("dfd", 0, 0.5),
     ]
     report(rows, [row("none", 0, 0.9, split="test"), *rows], ["none", "dfd"], tmp_path / "c.csv")
-    with open(tmp_path / "c-2-summary.csv", encoding="utf-8") as file:
-        line = {v["method"]: v for v in csv.DictReader(file)}["dfd"]
+    line = table(tmp_path / "c-2-summary.csv")["dfd"]
     assert (line["difference (95 % interval)"], line["gap closed (95 % interval)"]) == ("+0.100", "50%")
 
 
@@ -336,7 +340,6 @@ def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_
         ({"name": "x"}, "name: is each run's own"),
         ({"pdf.gain": 1, "method": "none,dfd"}, "pdf.gain: sets a constant of no method here"),
         ({"split": "test"}, "split=test: is not in the data set"),
-        ({"split": "test", "data": "absent-test"}, "split=test: is not in the data set"),
         ({"epochs": 0}, "epochs=0"),
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
     ],
@@ -344,14 +347,18 @@ def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_
 def test_what_cannot_work_is_refused_before_anything_is_written(
     keys: dict[str, Any], tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
-    if change.get("data") == "absent-test":
-        card = Path(keys["data"])
-        own = tmp_path / "d.yaml"
-        own.write_text(f"path: {card.parent}\n{card.read_text()}\ntest: images/absent\n")
-        change = {**change, "data": str(own)}
     with pytest.raises(UserError) as error:
         run_compare(**{"method": "none", **keys, **change})
     assert says in str(error.value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_split_without_pictures_is_refused_before_anything_is_written(keys: dict[str, Any], tmp_path: Path) -> None:
+    card, own = Path(keys["data"]), tmp_path / "d.yaml"
+    own.write_text(f"path: {card.parent}\n{card.read_text()}\ntest: images/absent\n")
+    with pytest.raises(UserError) as error:
+        run_compare(**keys | {"method": "none", "split": "test", "data": str(own)})
+    assert "split=test: is not in the data set" in str(error.value)
     assert not (tmp_path / "c").exists()
 
 

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-from yolokd.compare.ledger import TEACHER, Row
+from yolokd.compare.ledger import TEACHER, VERSIONS, Row
 from yolokd.config import is_own
 from yolokd.contenders import concerns
-
-VERSIONS = ("yolokd", "ultralytics", "torch")
 
 
 def ground_of(row: Row) -> str:

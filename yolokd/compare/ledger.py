@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from yolokd.errors import UserError
 
+VERSIONS = ("yolokd", "ultralytics", "torch")  # columns with the versions that made a row
 TEACHER = "teacher"  # the `method` of the row that holds the teacher's own score
 
 

@@ -21,7 +21,8 @@ def report(shown: Sequence[Row], held: Iterable[Row], methods: Sequence[str], pa
     teacher = next((row for row in shown if row.method == TEACHER), None)
     rows = [row for row in shown if row.method != TEACHER]
     if rows:
-        _report_ground(rows, teacher, PLAIN if PLAIN in methods else methods[0], _base(path, held, rows[0]))
+        number = list(by_ground(held)).index(ground_of(rows[0]))
+        _report_ground(rows, labelled(rows), teacher, methods, _base(path, number))
 
 
 def report_all(held: Sequence[Row], path: Path) -> None:
@@ -29,26 +30,28 @@ def report_all(held: Sequence[Row], path: Path) -> None:
 
     The baseline is `none`, or a ground's first method.
     """
-    for rows in by_ground(held).values():
-        _, named = labelled(rows)
+    for number, (ground, rows) in enumerate(by_ground(held).items()):
+        common, named = labelled(rows)
         if len({(row.method, row.seed) for row in named}) < len(rows):
             CONSOLE.print(
-                f"{ground_of(rows[0])}: holds several rows of one method and seed, whose files or defaults differ; "
+                f"{ground}: holds several rows of one method and seed, whose files or defaults differ; "
                 "give teacher=, data= and the rest of the comparison to see its own"
             )
             continue
-        baseline = PLAIN if any(row.method == PLAIN for row in rows) else rows[0].method
-        _report_ground(rows, teacher_of(rows, held), baseline, _base(path, held, rows[0]))
+        methods = [row.method for row in rows]
+        _report_ground(rows, (common, named), teacher_of(rows, held), methods, _base(path, number))
 
 
-def _base(path: Path, held: Iterable[Row], row: Row) -> Path:
-    """Where the files of a row's ground begin: those of one are not overwritten by another's."""
-    number = list(by_ground(held)).index(ground_of(row))
+def _base(path: Path, number: int) -> Path:
+    """Where the files of a ground begin, by its number in the ledger: one's are not overwritten by another's."""
     return path.with_name(path.stem if number == 0 else f"{path.stem}-{number + 1}")
 
 
-def _report_ground(rows: Sequence[Row], teacher: Row | None, baseline: str, base: Path) -> None:
-    common, named = labelled(rows)
+def _report_ground(
+    rows: Sequence[Row], labels: tuple[str, list[Row]], teacher: Row | None, methods: Sequence[str], base: Path
+) -> None:
+    common, named = labels
+    baseline = PLAIN if PLAIN in methods else methods[0]
     reference = next((new.method for old, new in zip(rows, named, strict=True) if old.method == baseline), None)
     title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {common}"
     if versions := mixed_versions(rows):

@@ -25,7 +25,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolokd
 from yolokd.checkpoint import atomic_path, load_model
-from yolokd.compare.ledger import TEACHER, Row
+from yolokd.compare.ledger import TEACHER, VERSIONS, Row
 from yolokd.config import each_teacher, is_own
 from yolokd.contenders import NATIVE
 from yolokd.data import load_data, split_images
@@ -193,24 +193,19 @@ def _train(run: Run, device: object) -> None:
     if run.method != NATIVE:
         resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust")), "device": device}
         YoloDistiller().train(**(resumed if last.exists() else {**run.keys, **placed}))
-    elif last.exists():
-        _continue_native(run, last, device)
+        return
+    placed |= {"distill_model": run.keys["teacher"]}  # also of what goes on: a checkpoint knows where things lay
+    if last.exists():
+        own = {"model": str(last), "resume": str(last)}
     else:
-        theirs = {k: v for k, v in run.keys.items() if not is_own(k) and k != "student"}
-        named = {"model": run.keys["student"], "distill_model": run.keys["teacher"]}
-        DetectionTrainer(overrides={**theirs, **placed, **named}).train()
-
-
-def _continue_native(run: Run, last: Path, device: object) -> None:
-    """Where the run lies now, with the teacher where that lies now: a checkpoint knows where they were."""
-    placed = {"save_dir": str(run.folder), "device": device, "distill_model": run.keys["teacher"]}
-    DetectionTrainer(overrides={"model": str(last), "resume": str(last), **placed}).train()
+        own = {k: v for k, v in run.keys.items() if not is_own(k) and k != "student"} | {"model": run.keys["student"]}
+    DetectionTrainer(overrides=own | placed).train()
 
 
 def row_of(run: Run, images: int) -> Row:
     """The ledger's row of a run that left its scores. images: of an epoch of training."""
     found = _versions() | json.loads(run.scores_path.read_text(encoding="utf-8"))
-    versions = {name: found.pop(name) for name in _versions()}
+    versions = {name: found.pop(name) for name in VERSIONS}
     curve, seconds = _history(run.folder / "results.csv")
     keys = run.keys
     own = {k: v for k, v in keys.items() if k not in FILES | INCIDENTAL | {"method"}}
