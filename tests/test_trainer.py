@@ -10,10 +10,11 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 import torch
 import yaml
-from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
+from conftest import TINY, logged, random_detector, save_checkpoint, sighted, states_equal, write_dataset
 from results import cut, rows, weights
 from torch import nn
 from ultralytics import YOLO
@@ -344,22 +345,21 @@ def test_the_python_face_validates_predicts_and_exports(tiny: dict[str, Any], te
     assert path.with_suffix(".parity.json").is_file()
 
 
+def label_by(model: nn.Module, data: Path, path: Path) -> None:
+    """Make what a detector finds the labels of the validation set, so that it is a good one without any training."""
+    keys = {"imgsz": 192, "conf": 0.3, "plots": False, "project": path.parent}
+    found = YOLO(save_checkpoint(model, path)).val(data=data, save_txt=True, **keys).save_dir / "labels"
+    for label in (data.parent / "labels" / "val").glob("*.txt"):
+        mine = found / label.name
+        label.write_text(mine.read_text() if mine.exists() else "")
+
+
 def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A teacher that orders the classes differently, and knows more, scores as the same teacher in the data's order."""
     data = write_dataset(tmp_path / "d", val=12)
-    d = YoloDistiller(student="yolov8s.yaml", method="none")
-    d.train(
-        **TINY
-        | {
-            "data": str(data),
-            "project": tiny["project"],
-            "epochs": 25,
-            "lr0": 0.003,
-            "optimizer": "AdamW",
-            "close_mosaic": 25,
-        }
-    )
-    known = YOLO(d.trainer.best).model.float()
+    pictures = [cv2.imread(str(p)) for p in (data.parent / "images" / "val").glob("*.jpg")]
+    known = sighted("yolov8s.yaml", pictures, 192)
+    label_by(known, data, tmp_path / "known.pt")
     permuted = deepcopy(known)
     permuted.names = {0: "cat", 1: "box", 2: "disc"}
     head = permuted.model[-1]
@@ -375,10 +375,10 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
     for name, model in (("known", known), ("permuted", permuted)):
         path = save_checkpoint(model.half(), tmp_path / f"{name}.pt")
         d = YoloDistiller(teacher=str(path), student="yolov8n.yaml", method="pdf")
-        d.train(**tiny | {"data": str(data), "epochs": 1, "check_teacher": True})
+        d.train(**tiny | {"data": str(data), "imgsz": 192, "epochs": 1, "check_teacher": True})
         scores.append(d.trainer.teacher_score)
     first, second = scores
-    assert first > 0.05
+    assert first > 0.1
     assert second == pytest.approx(first, abs=1e-3)
 
 
