@@ -6,6 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any
 
 from rich.table import Table
@@ -17,6 +18,9 @@ HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
     "improved", "gap closed (95 % interval)", "images/s", "verdict",
 )  # fmt: skip
+
+
+BASELINE = "black"
 
 
 def cells(found: Summary) -> tuple[str, ...]:
@@ -85,9 +89,11 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
 
     figure = Figure(figsize=(13, max(5, 2 + 0.35 * len(found))), layout="constrained")
     curves, bars = figure.subplots(1, 2)
-    colors = {s.method: colormaps["tab20"](i % 20) for i, s in enumerate(found)}
+    methods = [s.method for s in found if not s.is_baseline]
+    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"]  # tab20's neighbours are hard to tell apart
+    colors: dict[str, Any] = {method: palette(i % palette.N) for i, method in enumerate(methods)}
     for summary in found:
-        _draw_curve(curves, summary, colors[summary.method])
+        _draw_curve(curves, summary, colors.get(summary.method, BASELINE))
         if summary.difference is not None:
             _draw_bar(bars, summary, summary.difference, colors[summary.method])
     if teacher is not None and teacher.split == "val":
@@ -98,7 +104,7 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
     bars.invert_yaxis()
     bars.locator_params(axis="x", nbins=6)
     bars.set(xlabel="difference of mAP50-95 to the baseline,\npaired by seed; 95 % interval")
-    figure.suptitle(title)
+    figure.suptitle(fill(title, 120))
     figure.savefig(path, dpi=150)
 
 
