@@ -83,7 +83,7 @@ BAD = {
     f"{OK} method=": "method=: is empty",
     f"{OK} method=dfd dfd.alpha=-1": "dfd.alpha=-1",
     f"{OK} method=dfd dfd.alpha=much": "dfd.alpha=much",
-    f"{OK} method=dfd dfd.alhpa=1": "did you mean alpha",
+    f"{OK} method=dfd dfd.alhpa=1": "dfd.alhpa: no such constant (did you mean alpha?)",
     f"{OK} epochs=-1": "epochs",
     f"{OK} epochs=many": "epochs",
     f"{OK} imgsz=wide": "imgsz",

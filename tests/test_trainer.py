@@ -345,9 +345,9 @@ def test_the_python_face_validates_predicts_and_exports(tiny: dict[str, Any], te
     assert path.with_suffix(".parity.json").is_file()
 
 
-def label_by(model: nn.Module, data: Path, path: Path) -> None:
+def label_by(model: nn.Module, data: Path, size: int, path: Path) -> None:
     """Make what a detector finds the labels of the validation set, so that it is a good one without any training."""
-    keys = {"imgsz": 192, "conf": 0.3, "plots": False, "project": path.parent}
+    keys = {"imgsz": size, "conf": 0.3, "plots": False, "project": path.parent}
     found = YOLO(save_checkpoint(model, path)).val(data=data, save_txt=True, **keys).save_dir / "labels"
     for label in (data.parent / "labels" / "val").glob("*.txt"):
         mine = found / label.name
@@ -358,8 +358,11 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
     """A teacher that orders the classes differently, and knows more, scores as the same teacher in the data's order."""
     data = write_dataset(tmp_path / "d", val=12)
     pictures = [cv2.imread(str(p)) for p in (data.parent / "images" / "val").glob("*.jpg")]
-    known = sighted("yolov8s.yaml", pictures, 192)
-    label_by(known, data, tmp_path / "known.pt")
+    size = (
+        192  # its boxes, some sixty pixels wide, mostly fit into the picture: labels are clipped, predictions are not
+    )
+    known = sighted("yolov8s.yaml", pictures, size)
+    label_by(known, data, size, tmp_path / "known.pt")
     permuted = deepcopy(known)
     permuted.names = {0: "cat", 1: "box", 2: "disc"}
     head = permuted.model[-1]
@@ -375,7 +378,7 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
     for name, model in (("known", known), ("permuted", permuted)):
         path = save_checkpoint(model.half(), tmp_path / f"{name}.pt")
         d = YoloDistiller(teacher=str(path), student="yolov8n.yaml", method="pdf")
-        d.train(**tiny | {"data": str(data), "imgsz": 192, "epochs": 1, "check_teacher": True})
+        d.train(**tiny | {"data": str(data), "imgsz": size, "epochs": 1, "check_teacher": True})
         scores.append(d.trainer.teacher_score)
     first, second = scores
     assert first > 0.1

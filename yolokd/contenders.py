@@ -9,6 +9,7 @@ from yolokd.errors import UserError
 
 PLAIN = "none"
 NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer
+USUAL = "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf"  # set side by side unless `method=` says otherwise
 
 
 def contenders(method: object, keys: Iterable[str]) -> list[str]:

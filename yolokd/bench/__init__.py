@@ -16,7 +16,7 @@ from yolokd.bench.rounds import Row, measure, run_rounds
 from yolokd.bench.show import draw, table, write_csv
 from yolokd.config import defaults, listed, parse_value
 from yolokd.console import CONSOLE, print_table
-from yolokd.contenders import NATIVE, PLAIN, contenders
+from yolokd.contenders import NATIVE, PLAIN, USUAL, contenders
 from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.plan import load_student, load_teacher
@@ -30,7 +30,7 @@ def run_bench(
     student: str = "yolov8n.yaml",
     imgsz: object = 320,
     batch: object = 16,
-    method: str = "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf",
+    method: str = USUAL,
     amp: object = False,
     rounds: int = 7,
     data: str = "shapes",

@@ -17,12 +17,12 @@ from yolokd.compare.report import report, report_all
 from yolokd.compare.runs import Run, carry_out, row_of, stop_all
 from yolokd.config import listed
 from yolokd.console import CONSOLE
-from yolokd.contenders import contenders
+from yolokd.contenders import USUAL, contenders
 from yolokd.errors import UserError
 
 
 def run_compare(
-    method: str = "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf",
+    method: str = USUAL,
     seeds: object = (0, 1, 2),
     split: str = "val",
     csv: str | None = None,

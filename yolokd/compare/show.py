@@ -18,9 +18,7 @@ HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
     "improved", "gap closed (95 % interval)", "images/s", "verdict",
 )  # fmt: skip
-
-
-BASELINE = "black"
+BASELINE_COLOR = "black"
 
 
 def cells(found: Summary) -> tuple[str, ...]:
@@ -93,7 +91,7 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
     palette = colormaps["tab10" if len(methods) <= 10 else "tab20"]  # tab20's neighbours are hard to tell apart
     colors: dict[str, Any] = {method: palette(i % palette.N) for i, method in enumerate(methods)}
     for summary in found:
-        _draw_curve(curves, summary, colors.get(summary.method, BASELINE))
+        _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR))
         if summary.difference is not None:
             _draw_bar(bars, summary, summary.difference, colors[summary.method])
     if teacher is not None and teacher.split == "val":
