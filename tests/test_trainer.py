@@ -358,9 +358,7 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
     """A teacher that orders the classes differently, and knows more, scores as the same teacher in the data's order."""
     data = write_dataset(tmp_path / "d", val=12)
     pictures = [cv2.imread(str(p)) for p in (data.parent / "images" / "val").glob("*.jpg")]
-    size = (
-        192  # its boxes, some sixty pixels wide, mostly fit into the picture: labels are clipped, predictions are not
-    )
+    size = 192  # boxes mostly fit into pictures of this size: labels are clipped to them, predictions are not
     known = sighted("yolov8s.yaml", pictures, size)
     label_by(known, data, size, tmp_path / "known.pt")
     permuted = deepcopy(known)
