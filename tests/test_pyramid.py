@@ -118,3 +118,10 @@ def test_an_rtdetr_teacher_gives_maps_alone() -> None:
     assert {k: v.shape for k, v in output.maps.items()} == {s: (1, 256, 64 // s, 64 // s) for s in (8, 16, 32)}
     assert not teacher.has_logits
     assert not output.logits
+
+
+def test_long_lists_of_classes_are_cut_short_in_the_log() -> None:
+    names = {i: f"c{i}" for i in range(80)}
+    known = pair_classes({0: "c1"}, names).in_words(names)
+    assert known == "classes paired: 1 of 80 (c1); unknown to the teacher: c0, c2, c3, c4, c5, c6, c7, c8, c9, c10 …"
+    assert pair_classes({0: "c0"}, {0: "c0"}).in_words({0: "c0"}) == "classes paired: 1 of 1 (c0)"

@@ -98,8 +98,8 @@ class ClassPairing:
         if self.objectness:
             return "classes paired: none shared by name; the highest score of each model is one objectness channel"
         missing = [name for i, name in names.items() if i not in self.student]
-        unknown = f"; unknown to the teacher: {', '.join(missing)}" if missing else ""
-        paired = ", ".join(names[i] for i in self.student[:10]) + (" …" if len(self.student) > 10 else "")
+        unknown = f"; unknown to the teacher: {_first_ten(missing)}" if missing else ""
+        paired = _first_ten([names[i] for i in self.student])
         return f"classes paired: {len(self.student)} of {len(names)} ({paired}){unknown}"
 
     def of_teacher(self, logits: Tensor) -> Tensor:
@@ -109,6 +109,10 @@ class ClassPairing:
     def of_student(self, logits: Tensor) -> Tensor:
         """(B, nc_S, H, W) -> (B, K, H, W)."""
         return _pick(logits, self.student)
+
+
+def _first_ten(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
 
 
 def _pick(logits: Tensor, index: tuple[int, ...]) -> Tensor:
