@@ -22,7 +22,7 @@ from yolokd.compare.grounds import labelled
 from yolokd.compare.ledger import Row, append, read
 from yolokd.compare.plan import planned
 from yolokd.compare.report import report
-from yolokd.compare.show import markdown
+from yolokd.compare.show import markdown, picture
 from yolokd.compare.statistics import interval, summarize
 from yolokd.errors import UserError
 
@@ -141,6 +141,22 @@ def test_a_comparison_knows_its_own_rows_whatever_their_words(tmp_path: Path) ->
 def test_rows_of_other_versions_are_named(tmp_path: Path) -> None:
     shown(tmp_path, row("none", 0, 0.5, ultralytics="8.4.1"), row("dfd", 0, 0.6, ultralytics="8.4.2"))
     assert "different versions: ultralytics 8.4.1 and 8.4.2" in (tmp_path / "c-summary.md").read_text()
+
+
+def test_the_picture_ranks_methods_and_shows_where_they_differ() -> None:
+    """A method without the baseline's seeds has a curve and no bar."""
+    late = "0 0.01 0.50 0.52"
+    rows = [row("none", 0, 0.52, curve=late), row("frs", 0, 0.51, curve="0 0.3 0.49 0.51")]
+    rows += [row("pdf", 0, 0.6, curve=late), row("dfd", 7, 0.9, curve=late)]
+    teacher = row("teacher", 0, 0.7)
+    figure = picture(summarize(rows, "none", teacher), teacher, "title")
+    curves, bars = figure.axes
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["pdf\n(one seed)", "frs\n(one seed)"]
+    assert bars.yaxis_inverted()
+    assert curves.get_ylim()[0] == pytest.approx(0.49)
+    assert curves.get_ylim()[1] > 0.7
+    assert len({line.get_color() for line in curves.get_lines()[:4]}) == 4
 
 
 def test_without_a_gap_no_share_is_claimed() -> None:

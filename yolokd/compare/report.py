@@ -61,5 +61,5 @@ def _report_ground(
     print_table(show.terminal(lines, title))
     base.with_name(f"{base.name}-summary.md").write_text(show.markdown(lines, title), encoding="utf-8")
     show.write_csv(lines, base.with_name(f"{base.name}-summary.csv"))
-    show.draw(found, teacher, title, base.with_name(f"{base.name}.png"))
+    show.picture(found, teacher, title).savefig(base.with_name(f"{base.name}.png"), dpi=150)
     CONSOLE.print(f"{base}-summary.md", f"{base}-summary.csv", f"{base}.png", sep="\n")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import fill
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from yolokd.compare.ledger import Row
@@ -80,22 +83,22 @@ def write_csv(lines: Sequence[tuple[str, ...]], path: Path) -> None:
         csv.writer(f).writerows([HEADERS, *lines])
 
 
-def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) -> None:
-    """mAP50-95 over epochs, and differences with their intervals: a method's curve has the color of its bar."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
+def picture(found: Sequence[Summary], teacher: Row | None, title: str) -> Figure:
+    """mAP50-95 over epochs, and differences with their intervals, best first: a curve has the color of its bar."""
     figure = Figure(figsize=(13, max(5, 2 + 0.35 * len(found))), layout="constrained")
     curves, bars = figure.subplots(1, 2)
-    methods = [s.method for s in found if not s.is_baseline]
-    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"]  # tab20's neighbours are hard to tell apart
-    colors: dict[str, Any] = {method: palette(i % palette.N) for i, method in enumerate(methods)}
+    ranked = sorted((s for s in found if not s.is_baseline), key=_gained, reverse=True)
+    palette = colormaps["tab10" if len(ranked) <= 10 else "tab20"]  # tab20's neighbours are hard to tell apart
+    colors: dict[str, Any] = {s.method: palette(i % palette.N) for i, s in enumerate(ranked)}
     for summary in found:
         _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR))
+    for summary in ranked:
         if summary.difference is not None:
             _draw_bar(bars, summary, summary.difference, colors[summary.method])
     if teacher is not None and teacher.split == "val":
         curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label="teacher")
+    # Methods differ late, by little: the scale is that of the second half, and the first comes in from below.
+    curves.set_ylim(bottom=min(mean for s in found for mean in _means(s)[len(_means(s)) // 2 :]))
     curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set")
     curves.legend()
     bars.axvline(0, color="black", linewidth=1)
@@ -103,14 +106,26 @@ def draw(found: Sequence[Summary], teacher: Row | None, title: str, path: Path) 
     bars.locator_params(axis="x", nbins=6)
     bars.set(xlabel="difference of mAP50-95 to the baseline,\npaired by seed; 95 % interval")
     figure.suptitle(fill(title, 120))
-    figure.savefig(path, dpi=150)
+    return figure
+
+
+def _gained(summary: Summary) -> float:
+    return summary.difference.mean if summary.difference is not None else -inf
+
+
+def _by_epoch(summary: Summary) -> list[tuple[float, ...]]:
+    """Each epoch's scores, over seeds."""
+    return list(zip(*(row.epochs for row in summary.rows), strict=False))
+
+
+def _means(summary: Summary) -> list[float]:
+    return [fmean(scores) for scores in _by_epoch(summary)]
 
 
 def _draw_curve(curves: Any, summary: Summary, color: Any) -> None:
     """A line over epochs, and a band of one standard deviation over seeds; named where no bar names its color."""
-    epochs = list(zip(*(row.epochs for row in summary.rows), strict=False))
-    means = [fmean(e) for e in epochs]
-    spread = [stdev(e) if len(e) > 1 else 0.0 for e in epochs]
+    means = _means(summary)
+    spread = [stdev(e) if len(e) > 1 else 0.0 for e in _by_epoch(summary)]
     at = range(1, len(means) + 1)
     curves.plot(at, means, color=color, label=summary.method if summary.difference is None else None)
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
