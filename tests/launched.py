@@ -72,7 +72,9 @@ def meant(order: str, now: object) -> bool:
 def on_train_batch_start(trainer: Any) -> None:
     trainer.batches = getattr(trainer, "batches", 0) + 1
     if meant("NAN", trainer.batches):
-        spoil = trainer.criterion.stage.methods[0].register_forward_hook(lambda _m, _i, losses: losses * float("nan"))
+        spoil = trainer.criterion.stage.methods[0].register_forward_hook(
+            lambda _m, _i, losses: [loss * float("nan") for loss in losses]
+        )
         trainer.spoil = spoil
 
 

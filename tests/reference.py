@@ -214,11 +214,18 @@ def frs(
 
 
 def covered(box: Array, h: int, w: int) -> list[tuple[int, int]]:
-    """The cells that a box (x1, y1, x2, y2 as shares) touches; none where it has no area."""
+    """The cells that a box (x1, y1, x2, y2 as shares) touches by 1e-4, or begins in; none where it has no area."""
     x1, y1, x2, y2 = box[0] * w, box[1] * h, box[2] * w, box[3] * h
     if not (x2 > x1 and y2 > y1):
         return []
-    return [(i, j) for i in range(h) for j in range(w) if i < y2 and i + 1 > y1 and j < x2 and j + 1 > x1]
+    rows, columns = touched(y1, y2, h), touched(x1, x2, w)
+    return [(i, j) for i in rows for j in columns]
+
+
+def touched(low: float, high: float, cells: int) -> list[int]:
+    """The cells of a line that a span touches by 1e-4 of one, or begins in."""
+    inner = max(low, 0) + np.float32(1e-4)
+    return [i for i in range(cells) if i + 1 > inner and (i < high - np.float32(1e-4) or i == math.floor(inner))]
 
 
 def inverse_areas(image: list[int], corners: Array, b: int, h: int, w: int) -> Array:

@@ -14,12 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import cut, rows, weights
 from torch import Tensor
+from ultralytics.cfg import get_cfg
 
 from yolokd import YoloDistiller
 from yolokd.balance import WINDOW, Balance
+from yolokd.config import parse
+from yolokd.criterion import DistillationCriterion
 from yolokd.methods.fitnet import FitNet
+from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
 from yolokd.resume import sidecar_path
 from yolokd.schedule import Schedule
+from yolokd.stage import Pairing
 from yolokd.teacher import Teacher
 
 LEVELS = ("P3", "P4", "P5")
@@ -40,9 +45,9 @@ def test_a_gain_is_the_share_over_the_ratio() -> None:
 
 def test_means_run_over_a_window() -> None:
     balance = Balance(1, 1)
-    for value in [1.0] * 3 + [3.0]:
+    for value in [1.0] * (WINDOW - 1) + [1.0 + WINDOW]:
         balance.update(torch.tensor([1.0]), torch.tensor([[value]]))
-    assert float(balance.pull) == pytest.approx(1.5)  # at first the plain mean
+    assert float(balance.pull) == pytest.approx(2.0)  # at first the plain mean
     for _ in range(20 * WINDOW):
         balance.update(torch.tensor([1.0]), torch.tensor([[7.0]]))
     assert float(balance.pull) == pytest.approx(7.0, rel=1e-6)
@@ -99,6 +104,44 @@ def test_a_losss_scale_changes_no_bit(student: str, scaled: Any, tiny: dict[str,
     assert states_equal(weights(loud.trainer), weights(plain.trainer))
     if student == "yolov8n.yaml":  # and the share is in force
         assert not states_equal(weights(distil(teacher, tiny | {"balance": 0.6}).trainer), weights(plain.trainer))
+
+
+def test_the_share_is_in_force_at_each_level() -> None:
+    """By the gradients themselves, where levels' losses are far apart: P3's measure must not hold the others'."""
+    teacher, student = random_detector("yolov8s.yaml"), random_detector("yolov8n.yaml", seed=1).train()
+    student.args = get_cfg(overrides={"imgsz": 64})
+    pairing = Pairing(tuple(pair_levels(read_pyramid(teacher), read_pyramid(student))), (8, 16, 32),
+                      pair_classes(teacher.names, student.names))  # fmt: skip
+    config = parse({"teacher": "t", "method": "fitnet+frs", "balance": 0.2, "level_weights": "uniform"})
+    criterion = DistillationCriterion(student, [(Teacher(teacher), pairing)], config, seed=0)
+    criterion.set_length(epochs=2, steps=1)
+    losses: list[list[Tensor]] = []
+    apart = (1.0, 1e3, 1e6)
+
+    def spread(_module: object, _inputs: object, found: list[Tensor]) -> list[Tensor]:
+        losses.append([loss * by for loss, by in zip(found, apart, strict=True)])
+        return losses[-1]
+
+    for method in criterion.stage.methods:
+        method.register_forward_hook(spread)
+    images = torch.rand(2, 3, 64, 64)
+    batch = {"img": images, "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.4), "batch_idx": torch.arange(2.0)}
+    preds = student(images)
+    criterion(preds, batch)
+    maps = preds["feats"]
+    task = gradients(criterion.base(preds, batch)[0].sum(), maps)
+    gains = criterion.stage.gains(torch.ones(2))
+    for own, in_force in zip(losses, gains, strict=True):
+        scaled = [2 * gain * loss for gain, loss in zip(in_force, own, strict=True)]  # a loss counts for each image
+        alone = torch.cat([gradients(loss, [m]) for loss, m in zip(scaled, maps, strict=True)])
+        assert torch.allclose(alone / task, torch.tensor(0.2), rtol=1e-3)
+        together = gradients(torch.stack(scaled).sum(), maps) / task  # with what comes back from coarser maps
+        assert ((together > 0.15) & (together < 0.35)).all()
+
+
+def gradients(loss: Tensor, maps: list[Tensor]) -> Tensor:
+    """The norm of a loss's gradient at each map."""
+    return torch.stack([g.norm() for g in torch.autograd.grad(loss, maps, retain_graph=True)])
 
 
 @pytest.mark.parametrize("level_weights", ["uniform", "confidence"])

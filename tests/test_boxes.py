@@ -33,6 +33,17 @@ def test_a_box_counts_once_whatever_its_size() -> None:
     assert torch.allclose(inverse_areas(labels, 2, 20, 30).sum((1, 2)), torch.ones(2))
 
 
+@pytest.mark.parametrize("cells", [20, 37, 40, 80])
+def test_boxes_on_edges_cover_no_cell_more(cells: int) -> None:
+    """As labels of six digits give them: two cells wide and high, at each place."""
+    for first in range(cells - 1):
+        center = torch.tensor([[(first + 1) / cells] * 2 + [2 / cells] * 2]).mul(1e6).round().div(1e6)
+        found = inverse_areas(Labels.of_centers(torch.zeros(1, 1), center), 1, cells, cells)[0]
+        expected = torch.zeros(cells, cells)
+        expected[first : first + 2, first : first + 2] = 1 / 4
+        assert torch.equal(found, expected)
+
+
 def test_hundreds_of_boxes_give_what_one_by_one_gives() -> None:
     g = torch.Generator().manual_seed(0)
     low = torch.rand(900, 2, generator=g)
@@ -48,6 +59,10 @@ def test_distances_are_decoded_as_ultralytics_does() -> None:
     theirs = DFL(16)(raw.flatten(2)).view(2, 4, 3, 5)
     assert torch.allclose(decoded(raw, 16), theirs, atol=1e-5)
     assert torch.equal(decoded(raw[:, :4], 1), raw[:, :4])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decoded(raw, 16)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, theirs, atol=1e-5)
 
 
 @settings(max_examples=100, deadline=None)

@@ -225,6 +225,10 @@ class TestEqualsTheReference:
         names = ("alpha", "beta", "gamma", "lambda_")
         method: Any = build("fgd", temperature=0.5, **{k: float(v) for k, v in zip(names, weights, strict=True)})
         student = adapted(method, level)
+        assert torch.equal(method.context(level.teacher), level.teacher)
+        with torch.no_grad():  # as it would be once trained
+            for parameter in method.context.parameters():
+                parameter.normal_()
         key, narrow, norm, wide = parameters(method.context)
         contexts = tuple(
             reference.global_context(maps, key, narrow, norm, wide) for maps in (level.teacher.numpy(), student)
@@ -301,6 +305,14 @@ def test_frs_teaches_class_scores_too() -> None:
     level.student_logits.requires_grad_()
     build("frs", alpha=0.0)(level).backward()
     assert level.student_logits.grad.abs().sum() > 0
+
+
+def test_near_agreement_leaves_no_weight_below_zero() -> None:
+    """Where float32 cancels."""
+    g = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 2, 8, 8, generator=g)
+    found = disagree(teacher, teacher + 1e-4 * torch.randn(1, 2, 8, 8, generator=g), "kl")
+    assert float(found.min()) >= 0
 
 
 def test_boxes_weigh_only_where_the_teacher_sees_something() -> None:

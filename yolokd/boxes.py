@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ON_EDGE = 1e-4  # ours, in cells: labels have six digits, and half a box is added and taken away in float32
+
 
 @dataclass(frozen=True, eq=False)
 class Labels:
@@ -33,12 +35,13 @@ class Labels:
 def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tensor:
     """(images, height, width) float32: one over the area, in cells, of the smallest box over a cell; 0 where none is.
 
-    A box covers every cell that it touches; one without area covers none. No loop over boxes; time and memory grow
-    with the cells covered, counted once for each box.
+    A box covers every cell that it touches by more than ON_EDGE; one without area covers none. No loop over boxes;
+    time and memory grow with the cells covered, counted once for each box.
     """
     grid = labels.corners.new_tensor([width, height])
     corners = (labels.corners * grid.repeat(2)).nan_to_num()
-    low, high = corners[:, :2].clamp(min=0).floor(), torch.minimum(corners[:, 2:].ceil(), grid)
+    low = (corners[:, :2].clamp(min=0) + ON_EDGE).floor()
+    high = torch.minimum(torch.maximum((corners[:, 2:] - ON_EDGE).ceil(), low + 1), grid)
     real = torch.isfinite(labels.corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
     columns, rows = ((high - low).clamp(min=0) * real[:, None]).long().unbind(1)
     area = columns * rows
@@ -59,8 +62,8 @@ def decoded(raw: Tensor, bins: int) -> Tensor:
     b, _, h, w = raw.shape
     if bins == 1:
         return raw.float()
-    weights = torch.arange(bins, device=raw.device, dtype=torch.float32)
-    return torch.einsum("bknhw,n->bkhw", raw.float().view(b, 4, bins, h, w).softmax(2), weights)
+    weights = torch.arange(bins, device=raw.device, dtype=torch.float32)[:, None, None]
+    return (raw.float().view(b, 4, bins, h, w).softmax(2) * weights).sum(2)  # no product that autocast would round
 
 
 def distances_on_grid_of(reference: Tensor, distances: Tensor) -> Tensor:

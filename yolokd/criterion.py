@@ -117,8 +117,8 @@ class DistillationCriterion(nn.Module):
         stage, measuring = self.stage, self._measuring
         output = stage.teacher(batch["img"], *stage.wanted(measuring))
         levels, maps = stage.levels(preds, output, batch, self._seed + self._step, self.guard)
-        each = [method(levels) * len(batch["img"]) for method in stage.methods]
-        losses = torch.stack(each)
+        each = [[loss * len(batch["img"]) for loss in method(levels)] for method in stage.methods]
+        losses = torch.stack([torch.stack(own) for own in each])
         admitted = self.guard.admits(losses, levels, batch.get("im_file", ()))
         if measuring:  # also what is not admitted: other processes, where it may be, wait for this one's norms
             pull = stage.measure(task, each, maps, output)
@@ -148,7 +148,7 @@ class DistillationCriterion(nn.Module):
             for key in own.keys() - {"step"}:
                 own[key].copy_(state[key])
         for stage in self.stages:
-            stage.measured = bool((stage.balance.seen > 0).any())  # type: ignore[union-attr,operator,assignment]
+            stage.look()  # type: ignore[operator]
 
 
 def _forgive_missing(_module: nn.Module, keys: Any) -> None:

@@ -62,7 +62,7 @@ def level_name(stride: int) -> str:
 def gradient_norms(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:
     """(L,) float32 norms of a loss's gradient at the student's neck maps; 0 where none flows, as below a frozen layer.
 
-    One backward from the loss to the neck, through the head where the loss has passed it, and no further.
+    One backward from the loss to the finest map, through the head and the maps that are computed from it.
     """
     live = [m for m in maps if m.requires_grad]
     norms = torch.zeros(len(maps), device=loss.device)
@@ -75,3 +75,12 @@ def gradient_norms(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:
         if gradient is not None:
             norms[i] = gradient.float().norm() / scale
     return norms
+
+
+def own_gradient_norms(losses: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+    """(L,) the same of each level's own loss at its own map.
+
+    Coarser maps are computed from finer ones: the gradient of all levels' losses at a finer one would tell of theirs,
+    at other gains than those that are in force.
+    """
+    return torch.cat([gradient_norms(loss, [m]) for loss, m in zip(losses, maps, strict=True)])

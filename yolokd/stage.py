@@ -15,7 +15,7 @@ from yolokd.config import Distillation, Part
 from yolokd.guard import Guard
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
-from yolokd.probe import gradient_norms
+from yolokd.probe import gradient_norms, own_gradient_norms
 from yolokd.pyramid import ClassPairing, Level, LevelShape, confidence_shares, on_grid_of, split_levels
 from yolokd.ranks import mean
 from yolokd.teacher import Teacher, TeacherOutput
@@ -52,10 +52,12 @@ class Stage(nn.Module):
         """Which of the teacher's predictions a step needs: class scores, the mean of its branches', boxes."""
         return self.wants_logits or (measuring and self.teacher.has_logits), self.wants_mean_logits, self.wants_boxes
 
-    def measure(self, task: Tensor, losses: Sequence[Tensor], maps: Sequence[Tensor], output: TeacherOutput) -> Tensor:
-        """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method; takes them in.
+    def measure(
+        self, task: Tensor, losses: Sequence[Sequence[Tensor]], maps: Sequence[Tensor], output: TeacherOutput
+    ) -> Tensor:
+        """(1 + M, L) gradient norms at the neck, of the YOLO loss and of each method's at each level; takes them in.
 
-        losses: (L,) of each method, not taken from one stack, which would drag the others into each backward pass.
+        losses: M times L, not taken from one stack, which would drag the others into each backward pass.
 
         Of several processes all must call it, and get the same: the norms of the whole batch, but for its
         normalization, which their ratios do not see.
@@ -64,10 +66,15 @@ class Stage(nn.Module):
             of_shared = self.pairing.classes.of_teacher
             shares = mean(confidence_shares([of_shared(output.logits[s.stride]) for s in self.pairing.levels]))
             self.share.copy_(torch.where(torch.isfinite(shares).all(), shares, self.share))
-        norms = mean(torch.stack([gradient_norms(loss, maps) for loss in (task, *losses)]).square()).sqrt()
+        found = [gradient_norms(task, maps), *(own_gradient_norms(own, maps) for own in losses)]
+        norms = mean(torch.stack(found).square()).sqrt()
         self.balance.update(norms[0], norms[1:])
-        self.measured = bool((self.balance.seen > 0).any())
+        self.look()
         return norms
+
+    def look(self) -> None:
+        """Note whether each method has been measured: until then every step does."""
+        self.measured = bool((self.balance.seen > 0).any(1).all())
 
     def gains(self, factors: Tensor) -> Tensor:
         """(M, L) gains in force, level weights and the schedules' factors, (M,), included; no gradient."""
@@ -113,11 +120,11 @@ class Stage(nn.Module):
 
 
 class PerLevel(nn.ModuleList):
-    """One method at every level: L levels in, (L,) losses out."""
+    """One method at every level: L levels in, L scalar losses out."""
 
-    def forward(self, levels: Sequence[Level]) -> Tensor:
+    def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Each level's loss, unscaled."""
-        return torch.stack([method(level) for method, level in zip(self, levels, strict=True)])
+        return [method(level) for method, level in zip(self, levels, strict=True)]
 
 
 def build_methods(parts: Sequence[Part], levels: Sequence[LevelShape], seed: int) -> nn.ModuleList:

@@ -66,7 +66,10 @@ class FGD(Method):
 
 
 class GlobalContext(nn.Module):
-    """R(F) = F + f(Σ_hw softmax(k(F)) F), k a 1x1 convolution to one channel, f 1x1-LayerNorm-ReLU-1x1."""
+    """R(F) = F + f(Σ_hw softmax(k(F)) F), k a 1x1 convolution to one channel, f 1x1-LayerNorm-ReLU-1x1, at first 0.
+
+    One R for both models, as in the equation; the released code trains one for each.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -78,6 +81,8 @@ class GlobalContext(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(narrow, channels, kernel_size=1),
         )
+        for parameter in self.transform[-1].parameters():  # as in the released code: R begins as the identity
+            nn.init.zeros_(parameter)
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

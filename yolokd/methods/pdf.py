@@ -61,7 +61,8 @@ def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
     if distance == "kl":
         # Each Bernoulli's KL from logits: log-probabilities by log-sigmoid stay finite where probabilities underflow.
         p = t.sigmoid()
-        return (p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))).sum(1)
+        kl = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
+        return kl.sum(1).clamp(min=0)  # near agreement float32 cancels to less
     difference = t.sigmoid() - s.sigmoid()
     return (difference.square() if distance == "l2" else difference.abs()).sum(1)
 
