@@ -11,11 +11,13 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import TINY, random_detector, save_checkpoint
 from filelock import FileLock
+from scipy.stats import ttest_1samp
 
 from yolokd.compare import run_compare
 from yolokd.compare.grounds import labelled
@@ -23,7 +25,7 @@ from yolokd.compare.ledger import Row, append, read
 from yolokd.compare.plan import planned
 from yolokd.compare.report import report
 from yolokd.compare.show import markdown, picture
-from yolokd.compare.statistics import interval, summarize
+from yolokd.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
 
 
@@ -38,7 +40,7 @@ def row(method: str, seed: int, score: float, **changes: Any) -> Row:
 
 
 def summaries(*rows: Row, teacher: float = 0.6) -> dict[str, Any]:
-    return {s.method: s for s in summarize(rows, "none", row("teacher", 0, teacher))}
+    return {s.method: s for s in summarize(rows, "none", "native", row("teacher", 0, teacher))}
 
 
 def test_the_interval_is_students_t() -> None:
@@ -56,6 +58,14 @@ def test_a_method_is_paired_with_the_baselines_seeds() -> None:
     assert found.difference.mean == pytest.approx(0.02)
     assert (found.pairs, found.improved) == (2, 2)
     assert found.share.mean == pytest.approx(0.02 / (0.6 - 0.45))  # over the baseline's mean of those seeds
+
+
+def test_a_method_is_told_against_native() -> None:
+    rows = [row("none", 0, 0.4), row("native", 0, 0.5), row("native", 1, 0.5), row("dfd", 0, 0.51), row("dfd", 1, 0.53)]
+    found = summaries(*rows)
+    assert found["dfd"].against_native.mean == pytest.approx(0.02)
+    assert found["native"].against_native is None
+    assert found["none"].against_native is None
 
 
 def test_no_loss_and_no_noise_becomes_a_win() -> None:
@@ -149,7 +159,7 @@ def test_the_picture_ranks_methods_and_shows_where_they_differ() -> None:
     rows = [row("none", 0, 0.52, curve=late), row("frs", 0, 0.51, curve="0 0.3 0.49 0.51")]
     rows += [row("pdf", 0, 0.6, curve=late), row("dfd", 7, 0.9, curve=late)]
     teacher = row("teacher", 0, 0.7)
-    figure = picture(summarize(rows, "none", teacher), teacher, "title")
+    figure = picture(summarize(rows, "none", None, teacher), teacher, "title")
     curves, bars = figure.axes
     figure.draw_without_rendering()
     assert [label.get_text() for label in bars.get_yticklabels()] == ["pdf\n(one seed)", "frs\n(one seed)"]
@@ -157,6 +167,25 @@ def test_the_picture_ranks_methods_and_shows_where_they_differ() -> None:
     assert curves.get_ylim()[0] == pytest.approx(0.49)
     assert curves.get_ylim()[1] > 0.7
     assert len({line.get_color() for line in curves.get_lines()[:4]}) == 4
+
+
+def test_a_share_counts_the_noise_of_the_gap() -> None:
+    """Fieller's interval holds those R for which a paired t test of d - R g finds nothing: tried one by one."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        gaps = rng.normal(0.2, 0.02, 4)
+        parts = 0.6 * gaps + rng.normal(0, 0.02, 4)
+        found = ratio(list(parts), list(gaps))
+        assert found.mean == pytest.approx(parts.mean() / gaps.mean())
+        inside = [r for r in np.linspace(-1, 3, 4001) if ttest_1samp(parts - r * gaps, 0).pvalue > 0.05]
+        assert (found.low, found.high) == (pytest.approx(inside[0], abs=2e-3), pytest.approx(inside[-1], abs=2e-3))
+        assert found.excludes_zero == interval(list(parts)).excludes_zero
+
+
+def test_a_share_of_what_may_be_no_gap_has_no_bounds() -> None:
+    found = ratio([0.02, 0.021, 0.022], [0.03, -0.02, 0.01])
+    assert (found.low, found.high) == (None, None)
+    assert ratio([0.1], [0.2]).low is None
 
 
 def test_without_a_gap_no_share_is_claimed() -> None:
@@ -174,6 +203,12 @@ def test_a_ledger_without_a_training_has_nothing_to_show(tmp_path: Path) -> None
     append(tmp_path / "c.csv", row("teacher", 0, 0.5))
     with pytest.raises(UserError, match="holds no runs"):
         run_compare(csv=str(tmp_path / "c.csv"))
+
+
+def test_a_ledger_that_is_shown_is_shown_whole(tmp_path: Path) -> None:
+    append(tmp_path / "c.csv", row("none", 0, 0.5))
+    with pytest.raises(UserError, match="method: chooses what to train"):
+        run_compare(csv=str(tmp_path / "c.csv"), method="none")
 
 
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "hash,method\nx", "\x00"])
@@ -218,6 +253,14 @@ def test_what_the_csv_holds_is_not_run_again(
     assert "4 runs, 4 of them in" in capsys.readouterr().out
     assert (folder / "compare.csv").read_bytes() == before
     assert not list((tmp_path / "elsewhere").glob("*/weights"))
+    capsys.readouterr()
+    whole = (folder / "compare-summary.md").read_text()
+    run_compare(**keys | {"method": "dfd", "csv": folder / "compare.csv"})
+    out = capsys.readouterr().out
+    assert "2 runs, 2 of them in" in out
+    assert "baseline" in out  # none, which the file holds
+    assert "native" not in out.partition("compare-summary.md")[0].replace("against native", "")
+    assert (folder / "compare-summary.md").read_text() == whole  # files tell of all that there is
     run_compare(csv=str(folder / "compare.csv"))
     assert "native" in capsys.readouterr().out
     other = training(keys) | {"dfd.gain": 1.0, "epochs": 1}
@@ -308,10 +351,16 @@ def gone_on(keys: dict[str, Any]) -> tuple[Row, str]:
     return row, (run / "log.txt").read_text()[before:]
 
 
-def test_what_was_cut_off_goes_on(keys: dict[str, Any]) -> None:
-    keys |= {"method": "none", "epochs": EPOCHS}
+def test_what_was_cut_off_goes_on_where_its_files_lie_by_now(
+    keys: dict[str, Any], data: str, teacher: str, tmp_path: Path
+) -> None:
+    shutil.copytree(Path(data).parent, tmp_path / "d")
+    shutil.copyfile(teacher, tmp_path / "t.pt")
+    keys |= {"method": "fitnet", "epochs": EPOCHS, "data": tmp_path / "d" / "data.yaml", "teacher": tmp_path / "t.pt"}
     cut_off(keys)
-    row, log = gone_on(keys)
+    (tmp_path / "d").rename(tmp_path / "e")
+    (tmp_path / "t.pt").rename(tmp_path / "u.pt")
+    row, log = gone_on(keys | {"data": str(tmp_path / "e" / "data.yaml"), "teacher": str(tmp_path / "u.pt")})
     assert len(row.epochs) == EPOCHS
     assert "Resuming" in log
 
@@ -356,6 +405,15 @@ def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_
         ({"name": "x"}, "name: is each run's own"),
         ({"pdf.gain": 1, "method": "none,dfd"}, "pdf.gain: sets a constant of no method here"),
         ({"split": "test"}, "split=test: is not in the data set"),
+        ({"split": "names"}, "split=names: is no split (one of: train, val, test)"),
+        ({"seed": 3}, "seed: is each run's own in a comparison (give seeds=0,1,2)"),
+        ({"seeds": -1}, "seeds=-1: must be different whole numbers of at least 0"),
+        ({"sedes": 3}, "sedes: unknown key (did you mean seeds?)"),
+        ({"device": 7}, "device=7: "),
+        ({"batch": -1}, "batch=-1: AutoBatch"),
+        ({"classes": [0]}, "classes: does not reach"),
+        ({"method": "none,natve"}, "native, or one of"),
+        ({"method": "native", "teacher": None}, "teacher: is missing"),
         ({"epochs": 0}, "epochs=0"),
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
     ],
@@ -379,4 +437,4 @@ def test_a_split_without_pictures_is_refused_before_anything_is_written(keys: di
 
 
 def test_markdown_is_a_table() -> None:
-    assert markdown([("a",) * 10], "t").count("|") == 3 * 11
+    assert markdown([("a",) * 11], "t").count("|") == 3 * 12

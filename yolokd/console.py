@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 CONSOLE = Console(soft_wrap=True)
-WIDE = 180  # columns for a table where no terminal says how many there are
+WIDE = 210  # columns for a table where no terminal says how many there are
 
 
 def print_table(table: Table) -> None:

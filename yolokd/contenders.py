@@ -18,7 +18,10 @@ def contenders(method: object, keys: Iterable[str]) -> list[str]:
     Raises UserError for an unknown method, and for a key that is a constant of none of them.
     """
     asked = [str(m) for m in listed(method)]
-    names = [name for m in asked if m != NATIVE for name in method_names(m)]
+    try:
+        names = [name for m in asked if m != NATIVE for name in method_names(m)]
+    except UserError as e:
+        raise UserError(e.argument, e.problem, f"{NATIVE}, or {e.cure}") from e
     for key in keys:
         if "." in key and key.partition(".")[0] not in names:
             raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names) or PLAIN}")

@@ -141,15 +141,24 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     return model
 
 
+def check_device(device: object) -> str:
+    """Ultralytics' name of a device; `UserError` where there is none such here."""
+    try:
+        found = parse_device("" if device is None else device)
+        select_device(found, verbose=False)
+    except (TypeError, ValueError, SyntaxError, AssertionError) as e:
+        raise UserError(f"device={device}", first_line(e), "give one that is here, for example device=cpu") from e
+    return str(found)
+
+
 def _check_settings(settings: Mapping[str, Any], config: Distillation) -> Any:
     """Ultralytics' settings; what it would refuse too late is refused, and what does not go with a teacher."""
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
         check_imgsz(args.imgsz, max_dim=1)
-        devices = parse_device(args.device)
-        select_device(devices, verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
+    devices = check_device(args.device)
     if not isinstance(args.epochs, int) or args.epochs < 1:
         raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
     check_path(get_save_dir(args), "project")

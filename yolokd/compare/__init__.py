@@ -17,45 +17,55 @@ from yolokd.compare.report import report, report_all
 from yolokd.compare.runs import Run, carry_out, row_of, stop_all
 from yolokd.config import listed
 from yolokd.console import CONSOLE
-from yolokd.contenders import USUAL, contenders
+from yolokd.contenders import PLAIN, USUAL, contenders
 from yolokd.errors import UserError
+from yolokd.plan import check_device
 
 
 def run_compare(
-    method: str = USUAL,
-    seeds: object = (0, 1, 2),
-    split: str = "val",
-    csv: str | None = None,
-    project: str = "runs/compare",
+    method: str | None = None,
+    seeds: object = None,
+    split: str | None = None,
+    csv: str | Path | None = None,
+    project: str | Path = "runs/compare",
     device: object = None,
     **keys: Any,
 ) -> Path:
     """Train each method with each seed, unless the CSV already holds that run; prints the verdict.
 
-    keys: those of `yolokd train`; a method's constants go to the methods that have them. csv: where finished runs are
-    kept (PROJECT/compare.csv); alone, it is shown as it is. split: what final checkpoints are scored on; only `test`
-    is not also what selects them. device: several (`0,1`) work at once. Writes tables and a picture beside the CSV,
-    whose path it returns, for each data set, split and setting of Ultralytics' that it shows. The baseline is `none`,
-    or the first method.
+    method: `none,native,sl2,…` unless given. seeds: 0, 1 and 2. keys: those of `yolokd train`; a method's constants go
+    to the methods that have them. csv: where finished runs are kept (PROJECT/compare.csv); alone, it is shown as it
+    is. split: what final checkpoints are scored on (val); only `test` is not also what selects them. device: several
+    (`0,1`) work at once. Prints the verdict on these methods and seeds, and writes tables and a picture beside the CSV,
+    whose path it returns, of all that it holds on the same data set, split and settings of Ultralytics'. The baseline
+    is `none`, as far as the CSV holds it, or the first method.
     Raises UserError, before anything is trained, for what cannot work, and RuntimeError where runs have failed.
     """
-    path = Path(csv or Path(project) / "compare.csv")
+    path = Path(str(csv)) if csv else Path(str(project)) / "compare.csv"
     if csv and not keys:
+        for key, value in (("method", method), ("seeds", seeds), ("split", split)):
+            if value is not None:
+                raise UserError(key, "chooses what to train, with nothing to train on", "give teacher= and data=, too")
         held = list(read(path).values())
         if all(row.method == TEACHER for row in held):
             raise UserError(f"csv={csv}", "holds no runs", "give teacher=, data= and the rest of a comparison")
         report_all(held, path)
         return path
-    methods = contenders(method, keys)
+    methods = contenders(method or USUAL, keys)
     if len(set(methods)) < len(methods):
         raise UserError(f"method={method}", "names a method twice", "name each once")
-    runs, images = planned(methods, seeds, split, Path(project).absolute(), keys)
+    for one in listed(device):
+        check_device(one)
+    with_baseline = methods if PLAIN in methods else [PLAIN, *methods]
+    folder = Path(str(project)).absolute()
+    every, images = planned(with_baseline, (0, 1, 2) if seeds is None else seeds, split or "val", folder, keys)
+    runs = [run for run in every if run.method in (TEACHER, *methods)]
     held_rows = read(path)
     open_runs = [run for run in runs if run.hash not in held_rows]
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
     failed = _carry_out_all(open_runs, listed(device), path, images)
     held_rows = read(path)
-    report([held_rows[run.hash] for run in runs if run.hash in held_rows], held_rows.values(), methods, path)
+    report([held_rows[run.hash] for run in every if run.hash in held_rows], list(held_rows.values()), methods, path)
     if missing := [why for run, why in failed.items() if run not in held_rows]:  # another comparison may have done it
         raise RuntimeError("; ".join(missing))
     return path
@@ -93,8 +103,10 @@ def _carry_out_all(runs: Sequence[Run], devices: Sequence[Any], path: Path, imag
                 progress.update(task, completed=sum(min(run.epochs_done(), run.epochs) for run in runs))
                 busy = ", ".join(f"{run.method} seed {run.seed}" for f, run in waiting.items() if f.running())
                 progress.update(task, description=f"{len(runs) - len(waiting)} of {len(runs)} runs; {busy}")
-        except BaseException:
+        except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
+            if isinstance(e, KeyboardInterrupt):
+                raise KeyboardInterrupt("the same command goes on") from e
             raise
     return failed

@@ -20,7 +20,8 @@ TEACHER = "teacher"  # the `method` of the row that holds the teacher's own scor
 class Row(BaseModel):
     """A finished run: what it was (in full under `hash`), its scores in 0..1, and what it took.
 
-    An AP is None where the split has no box of that size. curve: mAP50-95 on the validation set, epoch by epoch.
+    An AP is None where the split has no box of that size. images_per_second: of training, by the time of the whole run,
+    validation included. curve: mAP50-95 on the validation set, epoch by epoch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,19 +11,21 @@ from ultralytics.utils import ROOT
 
 from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare.ledger import TEACHER
-from yolokd.compare.runs import FILES, INCIDENTAL, Run, fingerprint
-from yolokd.config import as_teachers, each_teacher, is_own, listed
+from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, fingerprint
+from yolokd.config import as_teachers, check_keys, each_teacher, is_own, listed
 from yolokd.console import CONSOLE
 from yolokd.contenders import NATIVE, PLAIN, concerns
 from yolokd.data import data_file, split_images
 from yolokd.errors import UserError
-from yolokd.plan import Plan, load_teacher, make_plan, training_keys
+from yolokd.plan import KNOWN_KEYS, Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import Detector, pair_classes
 from yolokd.score import only_detects
 
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
 TOLD = ("balance", "level_weights")  # in a row's settings also at their defaults, which may change one day
-OURS_ALONE = frozenset({"save_dir", "name", "exist_ok", "resume", "seed", "cfg"})  # each run has its own
+COMPARES = frozenset({"method", "seeds", "split", "csv", "project", "device"})  # a comparison's own keys
+OURS_ALONE = dict.fromkeys(("save_dir", "name", "exist_ok", "resume", "cfg"), "drop it") | {"seed": "give seeds=0,1,2"}
+SPLITS = ("train", "val", "test")
 
 
 def planned(
@@ -33,14 +35,20 @@ def planned(
 
     Raises UserError for what cannot work.
     """
+    check_keys(keys, KNOWN_KEYS | COMPARES)
     for key in keys:
         if key in OURS_ALONE:
-            raise UserError(key, "is each run's own in a comparison", f"drop {key}")
+            raise UserError(key, "is each run's own in a comparison", OURS_ALONE[key])
     own_seeds = _seeds(seeds)
+    if split not in SPLITS:
+        raise UserError(f"split={split}", "is no split", f"one of: {', '.join(SPLITS)}")
     given = training_keys({**keys, "teacher": as_teachers(as_paths(keys.get("teacher"), "teacher"))})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
-    strongest = each_teacher(given["teacher"])[-1] if given["teacher"] else None
-    teacher = load_teacher(strongest, bool(given.get("trust"))) if strongest or NATIVE in methods else None
+    teachers = [load_teacher(file, bool(given.get("trust"))) for file in each_teacher(given["teacher"])]
+    if NATIVE in methods and not teachers:
+        raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, say, or drop native")
+    given["teacher"] = as_teachers([str(teacher.pt_path) for teacher in teachers]) if teachers else None
+    strongest = each_teacher(given["teacher"])[-1] if teachers else None
     runs: list[Run] = []
     content: dict[str, Any] = {}
     for method in methods:
@@ -48,6 +56,7 @@ def planned(
         own |= {"teacher": strongest} if method == NATIVE else {}
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
+        _check_scorable(own)
         if next(split_images(plan.data.get(split) or []), None) is None:
             raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
         content = content or _content(given, plan)
@@ -58,11 +67,22 @@ def planned(
             for seed in own_seeds
         ]
     images = plan.images
-    if strongest and teacher and _has_score(teacher, plan):
+    if strongest and _has_score(teachers[-1], plan):
         known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
+        known |= {key: given[key] for key in COUNTING if key in given}
         own = {**given, "method": TEACHER, "teacher": strongest}
         runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
     return runs, images
+
+
+def _check_scorable(own: Mapping[str, Any]) -> None:
+    """What trains and would then be scored otherwise, or not at all."""
+    if own.get("batch", 16) < 1:
+        raise UserError(f"batch={own['batch']}", "AutoBatch may differ from run to run", "give batch=16, say")
+    if own.get("distill_model"):
+        raise UserError("distill_model", "is what method=native is for", "use teacher=, and method=native")
+    if own.get("classes") is not None:
+        raise UserError("classes", "does not reach the scores of a comparison", "give a data set of those classes")
 
 
 def _has_score(teacher: Detector, plan: Plan) -> bool:
@@ -86,7 +106,7 @@ def _content(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 def _student_content(student: str, plan: Plan) -> object:
     """Of a file what it holds; the models that come with Ultralytics are known by their names."""
     if student.endswith(".pt"):
-        return sha256(student) if Path(student).is_file() else student
+        return sha256(plan.student.pt_path)
     return (
         student
         if _comes_with_ultralytics(student)
@@ -104,8 +124,13 @@ def _comes_with_ultralytics(student: str) -> bool:
 
 
 def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> dict[str, Any]:
-    """All that shapes a training, but for the seed: files by their content, yolokd's settings with their defaults."""
+    """All that shapes a training, but for the seed: files by their content, yolokd's settings with their defaults.
+
+    Of Ultralytics' settings those that were given: their defaults are those of the version in the row.
+    """
     settings = {k: v for k, v in own.items() if not is_own(k) and k not in INCIDENTAL | FILES}
+    if Path(str(settings.get("pretrained"))).is_file():
+        settings["pretrained"] = sha256(settings["pretrained"])
     known = {"method": own["method"], "settings": settings, "data": content["data"], "student": content["student"]}
     if own["method"] != PLAIN:
         known["teacher"] = sha256(own["teacher"]) if own["method"] == NATIVE else content["teacher"]
@@ -116,6 +141,7 @@ def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> di
 
 def _seeds(seeds: object) -> list[int]:
     found = listed(seeds)
-    if not found or any(isinstance(s, bool) or not isinstance(s, int) for s in found) or len(set(found)) < len(found):
-        raise UserError(f"seeds={seeds}", "must be different whole numbers", "for example seeds=0,1,2")
+    numbers = all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in found)
+    if not found or not numbers or len(set(found)) < len(found):
+        raise UserError(f"seeds={seeds}", "must be different whole numbers of at least 0", "for example seeds=0,1,2")
     return found

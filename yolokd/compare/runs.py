@@ -41,6 +41,8 @@ FILES = frozenset({"teacher", "student", "data"})  # keys that name files; a run
 # What does not change a score by intent: where and how fast a run runs, and what it shows.
 INCIDENTAL = frozenset({"device", "workers", "plots", "verbose", "check_teacher", "trust", "force"})
 
+COUNTING = ("iou", "max_det", "agnostic_nms")  # settings of how boxes count, also in the validations of a training
+
 
 @dataclass(frozen=True)
 class Run:
@@ -115,7 +117,9 @@ def _in_a_process(run: Run, device: object) -> None:
     process.start()
     process.join()
     if process.exitcode != 0 or not run.scores_path.exists():
-        raise RuntimeError(f"{run.method} with seed {run.seed} failed; its log is {run.folder / 'log.txt'}")
+        log = run.folder / "log.txt"
+        last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
+        raise RuntimeError(f"{run.method} with seed {run.seed} failed: {''.join(last)} (its log is {log})")
 
 
 def stop_all() -> None:
@@ -148,7 +152,7 @@ def _train_and_score(run: Run, device: object) -> None:
             best = run.folder / "weights" / "best.pt"
             model = load_model(best if best.exists() else best.with_name("last.pt"), "model")[0]
             model = getattr(model, "student_model", model)  # Ultralytics' own, cut off before it takes the teacher out
-        settings = {k: run.keys[k] for k in ("data", "imgsz", "workers", "single_cls") if k in run.keys}
+        settings = {k: run.keys[k] for k in ("data", "imgsz", "workers", "single_cls", *COUNTING) if k in run.keys}
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
         found = score(model, settings, run.folder)
     with atomic_path(run.scores_path) as path:
@@ -191,7 +195,8 @@ def _train(run: Run, device: object) -> None:
     last = run.folder / "weights" / "last.pt"
     placed = {"save_dir": str(run.folder), "seed": run.seed, "device": device}
     if run.method != NATIVE:
-        resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust")), "device": device}
+        files = {k: run.keys[k] for k in ("teacher", "data") if k in run.keys}  # they may lie elsewhere by now
+        resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust")), "device": device, **files}
         YoloDistiller().train(**(resumed if last.exists() else {**run.keys, **placed}))
         return
     placed |= {"distill_model": run.keys["teacher"]}  # also of what goes on: a checkpoint knows where things lay

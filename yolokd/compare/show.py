@@ -19,7 +19,7 @@ from yolokd.compare.statistics import Interval, Summary
 
 HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
-    "improved", "gap closed (95 % interval)", "images/s", "verdict",
+    "improved", "gap closed (95 % interval)", "verdict", "against native", "images/s of a run",
 )  # fmt: skip
 BASELINE_COLOR = "black"
 
@@ -36,15 +36,16 @@ def cells(found: Summary) -> tuple[str, ...]:
         str(found.difference or ""),
         f"{found.improved} of {found.pairs}" if found.pairs else "",
         _percent(found.share),
-        f"{found.mean(lambda r: r.images_per_second):.1f}",
         found.verdict,
+        str(found.against_native or ""),
+        f"{found.mean(lambda r: r.images_per_second):.1f}",
     )
 
 
 def teacher_cells(teacher: Row) -> tuple[str, ...]:
     """The teacher's own scores, in the order of HEADERS."""
     sizes = _sizes(teacher.ap_small, teacher.ap_medium, teacher.ap_large)
-    return ("teacher", "", _number(teacher.map), _number(teacher.map50), sizes, "", "", "", "", "")
+    return ("teacher", "", _number(teacher.map), _number(teacher.map50), sizes, *[""] * 6)
 
 
 def _sizes(*values: float | None) -> str:
@@ -65,7 +66,9 @@ def _percent(share: Interval | None) -> str:
 
 def terminal(lines: Sequence[tuple[str, ...]], title: str) -> Table:
     """For people at a terminal."""
-    table = Table(*HEADERS, title=title)
+    table = Table(title=title)
+    for header in HEADERS:
+        table.add_column(header, no_wrap=header == "verdict")
     for line in lines:
         table.add_row(*line)
     return table

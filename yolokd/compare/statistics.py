@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import covariance, fmean, stdev, variance
 
 from scipy.stats import t as student_t
 
@@ -16,7 +16,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % interval (Student t); without bounds where one seed alone is there."""
+    """A mean over seeds and its 95 % interval; without bounds where one seed alone is there, or nothing bounds it."""
 
     mean: float
     low: float | None
@@ -42,8 +42,34 @@ def interval(values: Sequence[float]) -> Interval:
     mean, n = fmean(values), len(values)
     if n < 2:
         return Interval(mean, None, None)
-    half = float(student_t.ppf((1 + LEVEL) / 2, n - 1)) * stdev(values) / sqrt(n)
+    half = _quantile(n) * stdev(values) / sqrt(n)
     return Interval(mean, mean - half, mean + half)
+
+
+def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
+    """The ratio of two means over the same seeds, with Fieller's 95 % interval: the noise of both counts.
+
+    It excludes 0 where that of the mean part does; without bounds where the mean whole may itself be 0.
+
+    >>> found = ratio([0.9, 1.1], [2.0, 2.0])  # a whole that is known
+    >>> [round(v, 3) for v in (found.mean, found.low, found.high)]
+    [0.5, -0.135, 1.135]
+    """
+    part, whole, n = fmean(parts), fmean(wholes), len(parts)
+    if n < 2:
+        return Interval(part / whole, None, None)
+    noise = _quantile(n) ** 2 / n
+    a = whole**2 - noise * variance(wholes)
+    b = part * whole - noise * covariance(parts, wholes)
+    c = part**2 - noise * variance(parts)
+    if a <= 0:
+        return Interval(part / whole, None, None)
+    half = sqrt(max(b**2 - a * c, 0.0)) / a
+    return Interval(part / whole, b / a - half, b / a + half)
+
+
+def _quantile(n: int) -> float:
+    return float(student_t.ppf((1 + LEVEL) / 2, n - 1))
 
 
 @dataclass(frozen=True)
@@ -55,6 +81,7 @@ class Summary:
     rows: tuple[Row, ...]
     difference: Interval | None  # of mAP50-95, paired by seed; None for the baseline itself, and without common seeds
     share: Interval | None  # of the gap to the teacher that is closed; None where there is no gap
+    against_native: Interval | None  # as difference, to Ultralytics' own distillation
     improved: int
     pairs: int
 
@@ -82,24 +109,37 @@ class Summary:
         return "better" if self.difference.mean > 0 else "worse"
 
 
-def summarize(rows: Sequence[Row], baseline: str | None, teacher: Row | None) -> list[Summary]:
-    """Each method's summary, in order of first appearance, of rows that each have a method and a seed of their own."""
-    base = {row.seed: row.map for row in rows if row.method == baseline}
+def summarize(rows: Sequence[Row], baseline: str | None, native: str | None, teacher: Row | None) -> list[Summary]:
+    """Each method's summary, in order of first appearance, of rows that each have a method and a seed of their own.
+
+    baseline, native: the names by which these two go among the rows.
+    """
+    base = _by_seed(rows, baseline)
     found = []
     for method in dict.fromkeys(row.method for row in rows):
         own = tuple(sorted((row for row in rows if row.method == method), key=lambda row: row.seed))
-        pairs = [(row.map, base[row.seed]) for row in own if row.seed in base] if method != baseline else []
-        differences = [a - b for a, b in pairs]
-        gap = teacher.map - fmean(b for _, b in pairs) if teacher is not None and pairs else 0.0
+        differences = _differences(own, base) if method != baseline else []
+        paired = [base[row.seed] for row in own if row.seed in base]
+        gaps = [teacher.map - score for score in paired] if teacher is not None and differences else []
+        against = _differences(own, _by_seed(rows, native)) if method not in (baseline, native) else []
         found.append(
             Summary(
                 method,
                 method == baseline,
                 own,
                 interval(differences) if differences else None,
-                interval([d / gap for d in differences]) if gap > 0 else None,
+                ratio(differences, gaps) if gaps and fmean(gaps) > 0 else None,
+                interval(against) if against else None,
                 sum(d > 0 for d in differences),
                 len(differences),
             )
         )
     return found
+
+
+def _by_seed(rows: Sequence[Row], method: str | None) -> dict[int, float]:
+    return {row.seed: row.map for row in rows if row.method == method}
+
+
+def _differences(rows: Sequence[Row], reference: Mapping[int, float]) -> list[float]:
+    return [row.map - reference[row.seed] for row in rows if row.seed in reference]
