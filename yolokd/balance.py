@@ -13,8 +13,10 @@ WINDOW = 3
 class Balance(nn.Module):
     """Running means of gradient norms at the student's neck maps, and the gains that follow from them.
 
-    With G_l the norm of the YOLO loss's gradient at level l and G_ml that of method m's unscaled loss, both running
-    means, method m gets the gain share · G_l / G_ml there: multiplying a method's loss by a number changes nothing.
+    With G_l the norm of the YOLO loss's gradient at level l's map and G_ml that of method m's own loss of that level,
+    unscaled, both running means, method m gets the gain share · G_l / G_ml there: multiplying a method's loss by a
+    number changes nothing. What coarser levels' losses add to a finer map, which theirs are computed from, comes on
+    top: with uniform weights, on blood cells, 1.0 to 1.4 times the share in all.
 
     Like GradNorm (Chen et al., ICML 2018) it equals gradient norms so that no loss drowns another. Unlike it, the
     gains follow in closed form instead of by gradient descent on a loss of their own; the YOLO loss is the measure
