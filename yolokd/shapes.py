@@ -32,7 +32,7 @@ CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 480, "val": 120, "test": 120})
 SIZE = 128
 
-_VERSION = 1  # part of the folder's name: raise it whenever the pictures change
+_VERSION = 2  # part of the folder's name: raise it whenever the pictures change
 _FINE = 4  # outlines are filled on a grid this much finer than the picture, for soft edges
 _SHOWING = 0.6  # the least share of a thing that must be seen
 _DISTRACTORS = ("blob", "bar")
