@@ -70,7 +70,8 @@ def planned(
     if strongest and _has_score(teachers[-1], plan):
         known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
         known |= {key: given[key] for key in COUNTING if key in given}
-        own = {**given, "method": TEACHER, "teacher": strongest}
+        own = {k: v for k, v in given.items() if concerns(k, PLAIN) or k == "trust"}
+        own |= {"method": TEACHER, "teacher": strongest}
         runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
     return runs, images
 
