@@ -26,6 +26,12 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
+from yolokd.config import parse
+from yolokd.criterion import DistillationCriterion
+from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
+from yolokd.stage import Pairing
+from yolokd.teacher import Teacher
+
 NAMES = {0: "disc", 1: "box"}
 SIZE = 160  # of the exported models
 TINY = {"imgsz": 64, "batch": 4, "nbs": 4, "plots": False, "verbose": False, "seed": 3, "patience": 50}
@@ -50,6 +56,20 @@ def random_detector(cfg: str = "yolov8n.yaml", names: dict[int, str] = NAMES, se
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def attached(teacher: DetectionModel, student: DetectionModel, **keys: Any) -> DistillationCriterion:
+    """The criterion of a student in training mode, outside of a training; keys: yolokd's own."""
+    shapes = pair_levels(read_pyramid(teacher), read_pyramid(student))
+    pairing = Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
+    config = parse({"teacher": "t", "level_weights": "uniform", **keys})
+    return DistillationCriterion(student.train(), [(Teacher(teacher), pairing)], config, seed=0)
+
+
+def two_images() -> dict[str, torch.Tensor]:
+    """A batch of noise, with a box in each image."""
+    boxes = {"cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.4), "batch_idx": torch.arange(2.0)}
+    return {"img": torch.rand(2, 3, 64, 64), **boxes}
 
 
 def write_dataset(root: Path, names: dict[int, str] = NAMES, train: int = 12, val: int = 6, size: int = 80) -> Path:

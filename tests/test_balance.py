@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_detector, save_checkpoint, states_equal, write_dataset
+from conftest import attached, random_detector, save_checkpoint, states_equal, two_images, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from results import cut, rows, weights
@@ -18,13 +18,9 @@ from ultralytics.cfg import get_cfg
 
 from yolokd import YoloDistiller
 from yolokd.balance import WINDOW, Balance
-from yolokd.config import parse
-from yolokd.criterion import DistillationCriterion
 from yolokd.methods.fitnet import FitNet
-from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
 from yolokd.resume import sidecar_path
 from yolokd.schedule import Schedule
-from yolokd.stage import Pairing
 from yolokd.teacher import Teacher
 
 LEVELS = ("P3", "P4", "P5")
@@ -108,12 +104,9 @@ def test_a_losss_scale_changes_no_bit(student: str, scaled: Any, tiny: dict[str,
 
 def test_the_share_is_in_force_at_each_level() -> None:
     """By the gradients themselves, where levels' losses are far apart: P3's measure must not hold the others'."""
-    teacher, student = random_detector("yolov8s.yaml"), random_detector("yolov8n.yaml", seed=1).train()
+    teacher, student = random_detector("yolov8s.yaml"), random_detector("yolov8n.yaml", seed=1)
     student.args = get_cfg(overrides={"imgsz": 64})
-    pairing = Pairing(tuple(pair_levels(read_pyramid(teacher), read_pyramid(student))), (8, 16, 32),
-                      pair_classes(teacher.names, student.names))  # fmt: skip
-    config = parse({"teacher": "t", "method": "fitnet+frs", "balance": 0.2, "level_weights": "uniform"})
-    criterion = DistillationCriterion(student, [(Teacher(teacher), pairing)], config, seed=0)
+    criterion = attached(teacher, student, method="fitnet+frs", balance=0.2)
     criterion.set_length(epochs=2, steps=1)
     losses: list[list[Tensor]] = []
     apart = (1.0, 1e3, 1e6)
@@ -124,9 +117,8 @@ def test_the_share_is_in_force_at_each_level() -> None:
 
     for method in criterion.stage.methods:
         method.register_forward_hook(spread)
-    images = torch.rand(2, 3, 64, 64)
-    batch = {"img": images, "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.4), "batch_idx": torch.arange(2.0)}
-    preds = student(images)
+    batch = two_images()
+    preds = student(batch["img"])
     criterion(preds, batch)
     maps = preds["feats"]
     task = gradients(criterion.base(preds, batch)[0].sum(), maps)

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from conftest import random_detector
+from conftest import attached, random_detector, two_images
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 
@@ -18,11 +18,6 @@ from yolokd import UserError
 from yolokd.bench import run_bench
 from yolokd.bench.contender import Seconds
 from yolokd.bench.rounds import Rounds
-from yolokd.config import parse
-from yolokd.criterion import DistillationCriterion
-from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
-from yolokd.stage import Pairing
-from yolokd.teacher import Teacher
 
 
 @pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolo26n.yaml"])
@@ -30,18 +25,14 @@ def test_sl2_is_ultralytics_own_loss(cfg: str) -> None:
     """The whole of it, from images to the loss, with the same projectors."""
     teacher, student = random_detector(cfg.replace("n.", "s.")), random_detector(cfg, seed=1)
     student.args = get_cfg(overrides={"imgsz": 64})
-    images = torch.rand(2, 3, 64, 64)
-    batch = {"img": images, "cls": torch.zeros(2, 1), "bboxes": torch.full((2, 4), 0.4), "batch_idx": torch.arange(2.0)}
+    batch = two_images()
     native = DistillationModel(deepcopy(teacher), deepcopy(student)).train()
     _, items = native.loss(batch)
 
-    shapes = pair_levels(read_pyramid(teacher), read_pyramid(student))
-    pairing = Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
-    config = parse({"teacher": "t", "method": "sl2", "sl2.gain": 6.0 * len(shapes), "level_weights": "uniform"})
-    criterion = DistillationCriterion(student.train(), [(Teacher(teacher), pairing)], config, seed=0)
+    criterion = attached(teacher, student, method="sl2", **{"sl2.gain": 6.0 * 3})  # three levels
     for method, projector in zip(criterion.stage.methods[0], native.projector, strict=True):
         method.project.load_state_dict(projector.state_dict())
-    losses, _ = criterion(student(images), batch)
+    losses, _ = criterion(student(batch["img"]), batch)
     assert float(losses[-1].detach()) / 2 == pytest.approx(float(items["dis_loss"]), rel=1e-3)
 
 

@@ -23,7 +23,7 @@ from yolokd.score import only_detects
 
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
 TOLD = ("balance", "level_weights")  # in a row's settings also at their defaults, which may change one day
-COMPARES = frozenset({"method", "seeds", "split", "csv", "project", "device"})  # a comparison's own keys
+COMPARES = frozenset({"seeds", "csv"})  # a comparison's own keys
 OURS_ALONE = dict.fromkeys(("save_dir", "name", "exist_ok", "resume", "cfg"), "drop it") | {"seed": "give seeds=0,1,2"}
 SPLITS = ("train", "val", "test")
 
@@ -47,12 +47,12 @@ def planned(
     teachers = [load_teacher(file, bool(given.get("trust"))) for file in each_teacher(given["teacher"])]
     if NATIVE in methods and not teachers:
         raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, say, or drop native")
-    given["teacher"] = as_teachers([str(teacher.pt_path) for teacher in teachers]) if teachers else None
-    strongest = each_teacher(given["teacher"])[-1] if teachers else None
+    files = [str(teacher.pt_path) for teacher in teachers]
+    given["teacher"], strongest = (as_teachers(files), files[-1]) if files else (None, None)
     runs: list[Run] = []
     content: dict[str, Any] = {}
     for method in methods:
-        own = {k: v for k, v in given.items() if concerns(k, method) or k == "trust"} | QUIET | {"method": method}
+        own = _own(given, method) | QUIET
         own |= {"teacher": strongest} if method == NATIVE else {}
         # Ultralytics' own distillation needs what plain training needs, and a teacher
         plan = make_plan(training_keys(own | ({"method": PLAIN} if method == NATIVE else {})))
@@ -70,10 +70,14 @@ def planned(
     if strongest and _has_score(teachers[-1], plan):
         known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
         known |= {key: given[key] for key in COUNTING if key in given}
-        own = {k: v for k, v in given.items() if concerns(k, PLAIN) or k == "trust"}
-        own |= {"method": TEACHER, "teacher": strongest}
+        own = _own(given, PLAIN) | {"method": TEACHER, "teacher": strongest}
         runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
     return runs, images
+
+
+def _own(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The keys that a method's runs have."""
+    return {k: v for k, v in given.items() if concerns(k, method) or k == "trust"} | {"method": method}
 
 
 def _check_scorable(own: Mapping[str, Any]) -> None:

@@ -71,10 +71,12 @@ def _told_apart(rows: Sequence[Row]) -> bool:
 
 def _verdict(rows: Sequence[Row], teacher: Row | None, methods: Sequence[str]) -> Verdict:
     common, named = labelled(rows)
-    names = {method: [new.method for old, new in zip(rows, named, strict=True) if old.method == method]
-             for method in (PLAIN, NATIVE, methods[0])}  # fmt: skip
-    baseline = next(iter(names[PLAIN] or names[methods[0]]), None)
-    native = names[NATIVE][0] if len(set(names[NATIVE])) == 1 else None
+    names: dict[str, list[str]] = {}  # those by which each method goes
+    for old, new in zip(rows, named, strict=True):
+        names.setdefault(old.method, []).append(new.method)
+    baseline = next((names[method][0] for method in (PLAIN, methods[0]) if method in names), None)
+    natives = set(names.get(NATIVE, ()))
+    native = natives.pop() if len(natives) == 1 else None
     title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {common}"
     if versions := mixed_versions(rows):
         title += f"; rows of different versions: {versions}"
