@@ -74,7 +74,8 @@ def test_shapes_of_schedules() -> None:
     found = {s: [Schedule(schedule=s, warmup=2.0, end=10.0).factor(e, 99) for e in at] for s in ("constant", "cosine")}
     assert found["constant"] == [0, 0.5, 1, 1, 1, 0]
     assert found["cosine"] == pytest.approx([0, 0.5, 1, 0.5, 0, 0], abs=1e-6)
-    assert Schedule().factor(3, 4) == 1
+    assert Schedule(schedule="constant").factor(3, 4) == 1
+    assert Schedule().factor(2, 4) == pytest.approx(0.5)
 
 
 @pytest.fixture

@@ -109,7 +109,8 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
 
 
 def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny, probe=3, **{"pdf.gain": 0.5})  # one measurement an epoch
+    fixed = {"pdf.gain": 0.5, "pdf.schedule": "constant"}
+    d = distil(teacher, "yolov8n.yaml", tiny, probe=3, **fixed)  # one measurement an epoch
     results = rows(d.trainer)
     assert len(results) == 2
     for row in results:
@@ -433,7 +434,8 @@ def test_ultralytics_settings_pass_through(settings: dict[str, Any], tiny: dict[
 
 def test_a_run_repeats_from_its_file_in_python_too(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     cfg = tmp_path / "run.yaml"
-    cfg.write_text(yaml.safe_dump(tiny | {"teacher": teacher, "method": "pdf", "epochs": 1, "pdf.gain": 0.25}))
+    keys = {"teacher": teacher, "method": "pdf", "epochs": 1, "pdf.gain": 0.25, "pdf.schedule": "constant"}
+    cfg.write_text(yaml.safe_dump(tiny | keys))
     d = YoloDistiller()
     d.train(cfg=str(cfg))
     assert rows(d.trainer)[0]["train/pdf_gain"] == 0.25

@@ -35,7 +35,7 @@ def methods_report() -> None:
         constants = "\n".join(f"{name}.{k}={values[k]}" for k in shown)
         table.add_row(name, cls.paper, "maps, class scores" if cls.wants_scores() else "maps", constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
-    table.caption = "all also take NAME.schedule=constant, linear or cosine, NAME.warmup and NAME.end (in epochs)"
+    table.caption = "all also take NAME.schedule=cosine, linear or constant, NAME.warmup and NAME.end (in epochs)"
     print_table(table)
 
 
