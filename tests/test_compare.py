@@ -245,6 +245,8 @@ def test_what_the_csv_holds_is_not_run_again(
     held = read(folder / "compare.csv")
     assert sorted(r.method for r in held.values()) == ["dfd", "native", "none", "teacher"]
     assert all(len(r.epochs) == 2 for r in held.values() if r.method != "teacher")
+    (told,) = (r.settings.split() for r in held.values() if r.method == "dfd")
+    assert {"balance=1.0", "dfd.schedule=cosine", "level_weights=confidence"} <= {*told}  # defaults, too
     for name in ("compare-summary.md", "compare-summary.csv", "compare.png"):
         assert (folder / name).stat().st_size > 100
     assert "one seed: nothing to say" in first.stdout

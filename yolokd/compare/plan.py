@@ -12,7 +12,7 @@ from ultralytics.utils import ROOT
 from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare.ledger import TEACHER
 from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, fingerprint
-from yolokd.config import as_teachers, check_keys, each_teacher, is_own, listed
+from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own, listed
 from yolokd.console import CONSOLE
 from yolokd.contenders import NATIVE, PLAIN, concerns
 from yolokd.data import data_file, split_images
@@ -22,7 +22,6 @@ from yolokd.pyramid import Detector, pair_classes
 from yolokd.score import only_detects
 
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
-TOLD = ("balance", "level_weights")  # in a row's settings also at their defaults, which may change one day
 COMPARES = frozenset({"seeds", "csv"})  # a comparison's own keys
 OURS_ALONE = dict.fromkeys(("save_dir", "name", "exist_ok", "resume", "cfg"), "drop it") | {"seed": "give seeds=0,1,2"}
 SPLITS = ("train", "val", "test")
@@ -61,7 +60,7 @@ def planned(
             raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
         content = content or _content(given, plan)
         known = _known(own, plan, content)
-        own |= {key: getattr(plan.config, key) for key in TOLD} if plan.config.parts else {}
+        own |= _told(plan.config)
         runs += [
             Run(method, seed, split, own, json.dumps(known | {"seed": seed}, sort_keys=True), project)
             for seed in own_seeds
@@ -78,6 +77,12 @@ def planned(
 def _own(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The keys that a method's runs have."""
     return {k: v for k, v in given.items() if concerns(k, method) or k == "trust"} | {"method": method}
+
+
+def _told(config: Distillation) -> dict[str, Any]:
+    """What a row's settings tell also at the defaults, which may change one day."""
+    schedules = {f"{part.name}.schedule": part.schedule.schedule for part in config.parts}
+    return {"balance": config.balance, "level_weights": config.level_weights, **schedules} if schedules else {}
 
 
 def _check_scorable(own: Mapping[str, Any]) -> None:
