@@ -88,7 +88,8 @@ def write_csv(lines: Sequence[tuple[str, ...]], path: Path) -> None:
 
 def picture(found: Sequence[Summary], teacher: Row | None, title: str) -> Figure:
     """mAP50-95 over epochs, and differences with their intervals, best first: a curve has the color of its bar."""
-    figure = Figure(figsize=(13, max(5, 2 + 0.35 * len(found))), layout="constrained")
+    lines = sum(_label(summary).count("\n") + 1 for summary in found)
+    figure = Figure(figsize=(13, max(5, 2 + 0.15 * len(found) + 0.2 * lines)), layout="constrained")
     curves, bars = figure.subplots(1, 2)
     ranked = sorted((s for s in found if not s.is_baseline), key=_gained, reverse=True)
     palette = colormaps["tab10" if len(ranked) <= 10 else "tab20"]  # tab20's neighbours are hard to tell apart
@@ -112,6 +113,12 @@ def picture(found: Sequence[Summary], teacher: Row | None, title: str) -> Figure
     return figure
 
 
+def _label(summary: Summary) -> str:
+    """A method's name, with the settings that tell it apart: narrow enough to leave the plots their place."""
+    alone = summary.difference is not None and summary.difference.low is None
+    return fill(summary.method, 32) + "\n(one seed)" * alone
+
+
 def _gained(summary: Summary) -> float:
     return summary.difference.mean if summary.difference is not None else -inf
 
@@ -130,14 +137,13 @@ def _draw_curve(curves: Any, summary: Summary, color: Any) -> None:
     means = _means(summary)
     spread = [stdev(e) if len(e) > 1 else 0.0 for e in _by_epoch(summary)]
     at = range(1, len(means) + 1)
-    curves.plot(at, means, color=color, label=summary.method if summary.difference is None else None)
+    curves.plot(at, means, color=color, label=_label(summary) if summary.difference is None else None)
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
     curves.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _draw_bar(bars: Any, summary: Summary, difference: Interval, color: Any) -> None:
     """The difference to the baseline; hatched where one seed gives no interval."""
-    alone = difference.low is None
     error = None if difference.low is None else [[difference.mean - difference.low]] * 2
-    name, hatch = (f"{summary.method}\n(one seed)", "//") if alone else (summary.method, None)
-    bars.barh(name, difference.mean, xerr=error, color=color, capsize=4, hatch=hatch)
+    hatch = "//" if error is None else None
+    bars.barh(_label(summary), difference.mean, xerr=error, color=color, capsize=4, hatch=hatch)
