@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import random_detector, save_checkpoint, write_dataset
+from forked import forked
 from ultralytics.nn.tasks import ClassificationModel
 
 RUN = [sys.executable, "-m", "yolokd.cli"]
@@ -141,8 +142,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_bad_input_gets_one_line_and_status_2(line: str, files: dict[str, str], tmp_path: Path) -> None:
-    done = yolokd(*(word.format(**files) for word in line.split(" ")), cwd=tmp_path)
+def test_bad_input_gets_one_line_and_status_2(
+    line: str, files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    words = (word.format(**files) for word in line.split(" "))
+    done = forked(*words, cwd=tmp_path, into=tmp_path_factory.mktemp("said"))
     errors = [e for e in done.stderr.splitlines() if e.startswith("yolokd: error: ")]
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(errors) == 1

@@ -371,6 +371,7 @@ def cut_in_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_path: Path) -> None:
     """Ultralytics writes last.pt in place, then best.pt, and at the very end takes the teacher out of both."""
     keys |= {"method": "native", "epochs": EPOCHS}

@@ -158,20 +158,21 @@ sys.meta_path.insert(0, Block())
 import torch
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
-path, data, project = sys.argv[1:]
-y = YOLO(path)
-assert list(y.model._modules) == ['model'], list(y.model._modules)
-assert not y.model._forward_hooks and not y.model._forward_pre_hooks
-assert isinstance(y.model.yolokd, dict) and y.model.yolokd['method'] == 'dfd+pdf', y.model.yolokd
-reference = type(y.model)(y.model.yaml, nc=2, verbose=False)
-assert reference.state_dict().keys() == y.model.state_dict().keys()
-assert [n for n, _ in reference.named_modules()] == [n for n, _ in y.model.named_modules()]
-y.model.args = get_cfg()
-batch = {'img': torch.rand(2, 3, 64, 64), 'cls': torch.zeros(2, 1), 'bboxes': torch.full((2, 4), .5),
-         'batch_idx': torch.arange(2.)}
-loss, items = y.model.loss(batch)
-assert torch.isfinite(loss).all() and set(items) <= {'box_loss', 'cls_loss', 'dfl_loss', 'l1_loss'}, items
-YOLO(path).train(data=data, epochs=1, imgsz=64, batch=4, plots=False, project=project, name='again')
+data, project, *paths = sys.argv[1:]
+for path in paths:
+    y = YOLO(path)
+    assert list(y.model._modules) == ['model'], list(y.model._modules)
+    assert not y.model._forward_hooks and not y.model._forward_pre_hooks
+    assert isinstance(y.model.yolokd, dict) and y.model.yolokd['method'] == 'dfd+pdf', y.model.yolokd
+    reference = type(y.model)(y.model.yaml, nc=2, verbose=False)
+    assert reference.state_dict().keys() == y.model.state_dict().keys()
+    assert [n for n, _ in reference.named_modules()] == [n for n, _ in y.model.named_modules()]
+    y.model.args = get_cfg()
+    batch = {'img': torch.rand(2, 3, 64, 64), 'cls': torch.zeros(2, 1), 'bboxes': torch.full((2, 4), .5),
+             'batch_idx': torch.arange(2.)}
+    loss, items = y.model.loss(batch)
+    assert torch.isfinite(loss).all() and set(items) <= {'box_loss', 'cls_loss', 'dfl_loss', 'l1_loss'}, items
+    YOLO(path).train(data=data, epochs=1, imgsz=64, batch=4, plots=False, project=project, name='again')
 print('plain')
 """
 
@@ -182,11 +183,10 @@ def test_checkpoints_are_plain_without_yolokd(student: str, tiny: dict[str, Any]
     mid_run = tmp_path / "mid-run.pt"
     d.add_callback("on_model_save", lambda t: mid_run.write_bytes(t.last.read_bytes()))
     d.train(**tiny | {"epochs": 1})
-    for path in (d.trainer.best, d.trainer.last, mid_run):
-        done = subprocess.run(
-            [sys.executable, "-c", CHECK_PLAIN, path, tiny["data"], str(tmp_path)], capture_output=True, text=True
-        )
-        assert done.stdout.endswith("plain\n"), done.stderr
+    paths = [str(path) for path in (d.trainer.best, d.trainer.last, mid_run)]
+    command = [sys.executable, "-c", CHECK_PLAIN, tiny["data"], str(tmp_path), *paths]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.endswith("plain\n"), done.stderr
 
 
 def test_provenance_is_inside(tiny: dict[str, Any], teacher: str) -> None:
