@@ -7,8 +7,10 @@ import os
 import subprocess
 from pathlib import Path
 
+from yolokd.cli import main
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["yolokd.cli", "yolokd.bench", "yolokd.exporter", "yolokd.report"])
+SERVER.set_forkserver_preload(["yolokd.bench", "yolokd.exporter", "yolokd.report"])
 
 
 def forked(*words: str, cwd: Path, into: Path) -> subprocess.CompletedProcess[str]:
@@ -26,6 +28,4 @@ def _main(words: tuple[str, ...], cwd: Path, *said: Path) -> None:
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(cwd)
     os.environ["XDG_DATA_HOME"] = str(cwd / "share")
-    from yolokd.cli import main
-
     main(words)
