@@ -99,6 +99,8 @@ def test_a_losss_scale_changes_no_bit(student: str, scaled: Any, tiny: dict[str,
         1024 * rows(plain.trainer)[-1]["train/fitnet_loss"], rel=1e-3
     )
     assert states_equal(weights(loud.trainer), weights(plain.trainer))
+    if student == "yolov8n.yaml":  # and the share is in force
+        assert not states_equal(weights(distil(teacher, tiny | {"balance": 0.6}).trainer), weights(plain.trainer))
 
 
 def test_the_share_is_in_force_at_each_level() -> None:
