@@ -39,7 +39,7 @@ from yolokd.seams import bfloat16_on_cpu
 
 FILES = frozenset({"teacher", "student", "data"})  # keys that name files; a run is known by what those hold
 # What does not change a score by intent: where and how fast a run runs, and what it shows.
-INCIDENTAL = frozenset({"device", "workers", "plots", "verbose", "check_teacher", "trust", "force"})
+INCIDENTAL = frozenset({"device", "workers", "channels_last", "plots", "verbose", "check_teacher", "trust", "force"})
 
 COUNTING = ("iou", "max_det", "agnostic_nms")  # settings of how boxes count, also in the validations of a training
 
