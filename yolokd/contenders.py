@@ -35,4 +35,4 @@ def concerns(key: str, method: str) -> bool:
 
 def is_for(key: str, method: str) -> bool:
     """Whether a key may go to a method: a constant only to those that have it."""
-    return "." not in key or key.partition(".")[0] in method_names(method)
+    return "." not in key or key.partition(".")[0] in method.split("+")

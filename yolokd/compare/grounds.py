@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ultralytics.utils import DEFAULT_CFG_DICT
-
 from yolokd.compare.ledger import TEACHER, VERSIONS, Row
-from yolokd.config import is_own
 from yolokd.contenders import concerns
 
 
-def ground_of(row: Row) -> str:
-    """What the rows of a comparison have in common: student, data, split, and Ultralytics' settings."""
-    theirs = [word for word in row.settings.split() if not is_own(word.partition("=")[0])]
-    return " ".join([f"{row.student} on {row.data}, scored on {row.split}:", *theirs])
-
-
 def by_ground(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """The rows of students on each ground, in order of first appearance."""
+    """The rows of students on each ground (student, data, split, Ultralytics' settings), in order of appearance."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.method != TEACHER:
-            found.setdefault(ground_of(row), []).append(row)
+            found.setdefault(row.ground, []).append(row)
     return found
 
 
-def teacher_of(rows: Sequence[Row], shown: Sequence[Row]) -> Row | None:
-    """The row of the (strongest) teacher of a ground's rows, scored on the same pictures; None unless it is one."""
-    names = {row.teacher for row in rows if row.teacher}
-    found = [
-        t
-        for t in shown
-        if t.method == TEACHER
-        and (t.data, t.split, _size(t)) == (rows[0].data, rows[0].split, _size(rows[0]))
-        and (not names or any(f" {name}".endswith(f" {t.teacher}") for name in names))
-    ]
-    return found[-1] if len({t.teacher for t in found}) == 1 else None
-
-
-def _size(row: Row) -> str:
-    unsaid = f"imgsz={DEFAULT_CFG_DICT['imgsz']}"
-    return next((word for word in row.settings.split() if word.startswith("imgsz=")), unsaid)
+def teachers_of(rows: Iterable[Row], held: Iterable[Row]) -> list[Row]:
+    """The rows among those held with the scores of these rows' teachers."""
+    known = {row.teacher_row for row in rows}
+    return [row for row in held if row.method == TEACHER and row.hash in known]
 
 
 def mixed_versions(rows: Sequence[Row]) -> str:
@@ -51,12 +31,14 @@ def mixed_versions(rows: Sequence[Row]) -> str:
 
 
 def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
-    """The settings that rows share, wherever they apply, and the rows with those of their own in the method's name."""
+    """The settings that rows share, wherever they apply, and the rows with those of their own in the method's name.
+
+    Where words do not tell configurations apart (files of one name, another release's defaults), their hashes do.
+    """
     settings = [[*row.settings.split(), *_teacher(row)] for row in rows]
-    words = list(dict.fromkeys(word for line in settings for word in line))
     shared = [
         word
-        for word in words
+        for word in dict.fromkeys(word for line in settings for word in line)
         if all(
             word in line or not _concerns(word.partition("=")[0], row) for row, line in zip(rows, settings, strict=True)
         )
@@ -64,8 +46,10 @@ def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
     names = [
         " ".join([row.method, *(w for w in line if w not in shared)]) for row, line in zip(rows, settings, strict=True)
     ]
-    renamed = [row.model_copy(update={"method": name}) for row, name in zip(rows, names, strict=True)]
-    return " ".join(shared), renamed
+    configs = {(name, row.config) for name, row in zip(names, rows, strict=True)}
+    meant = Counter(name for name, _ in configs)
+    full = [f"{name} ({row.config[:6]})" if meant[name] > 1 else name for name, row in zip(names, rows, strict=True)]
+    return " ".join(shared), [row.model_copy(update={"method": name}) for row, name in zip(rows, full, strict=True)]
 
 
 def _concerns(key: str, row: Row) -> bool:

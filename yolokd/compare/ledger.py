@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-import io
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from yolokd.checkpoint import atomic_path
 from yolokd.errors import UserError
 
 VERSIONS = ("yolokd", "ultralytics", "torch")  # columns with the versions that made a row
@@ -18,14 +18,19 @@ TEACHER = "teacher"  # the `method` of the row that holds the teacher's own scor
 
 
 class Row(BaseModel):
-    """A finished run: what it was (in full under `hash`), its scores in 0..1, and what it took.
+    """A finished run: what it was, its scores in 0..1, and what it took.
 
-    An AP is None where the split has no box of that size. images_per_second: of training, by the time of the whole run,
-    validation included. curve: mAP50-95 on the validation set, epoch by epoch.
+    hash: of all of it. config: of what shapes the training, but for the seed. ground: of what rows have in common that
+    may be compared. teacher_row: the hash of the row with the teacher's own score; empty where there is none. Names of
+    files are for people. An AP is None where the split has no box of that size. images_per_second: of training, by the
+    time of the whole run, validation included. curve: mAP50-95 on the validation set, epoch by epoch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     hash: str
+    config: str
+    ground: str
+    teacher_row: str
     method: str
     seed: int
     split: str
@@ -80,17 +85,14 @@ def append(path: Path, row: Row) -> None:
     """Add a row, unless it is there; comparisons which share the file keep each other's rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        if row.hash not in read(path):
-            _append(path, row)
+        rows = read(path)
+        if row.hash not in rows:
+            write([*rows.values(), row], path)
 
 
-def _append(path: Path, row: Row) -> None:
-    lines = io.StringIO()
-    writer = csv.DictWriter(lines, fieldnames=COLUMNS, lineterminator="\n")
-    if not path.exists() or path.stat().st_size == 0:
+def write(rows: Iterable[Row], path: Path) -> None:
+    """Make a ledger of rows, whole or not at all."""
+    with atomic_path(path) as whole, open(whole, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, fieldnames=COLUMNS, lineterminator="\n")
         writer.writeheader()
-    writer.writerow(row.model_dump())
-    with open(path, "a", newline="", encoding="utf-8") as f:
-        f.write(lines.getvalue())
-        f.flush()
-        os.fsync(f.fileno())
+        writer.writerows(row.model_dump() for row in rows)

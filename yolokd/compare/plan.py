@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ultralytics.utils import ROOT
 
 from yolokd.checkpoint import as_paths, sha256
 from yolokd.compare.ledger import TEACHER
-from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, fingerprint
+from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, digest, fingerprint
 from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own, listed
 from yolokd.console import CONSOLE
 from yolokd.contenders import NATIVE, PLAIN, concerns
@@ -48,7 +48,7 @@ def planned(
         raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, say, or drop native")
     files = [str(teacher.pt_path) for teacher in teachers]
     given["teacher"], strongest = (as_teachers(files), files[-1]) if files else (None, None)
-    runs: list[Run] = []
+    trained: list[Run] = []
     content: dict[str, Any] = {}
     for method in methods:
         own = _own(given, method) | QUIET
@@ -58,20 +58,19 @@ def planned(
         _check_scorable(own)
         if next(split_images(plan.data.get(split) or []), None) is None:
             raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
-        content = content or _content(given, plan)
+        content = content or _content(given, plan, split)
         known = _known(own, plan, content)
+        ground = digest([split, content["scored"], *(known[key] for key in ("data", "student", "settings"))])
         own |= _told(plan.config)
-        runs += [
-            Run(method, seed, split, own, json.dumps(known | {"seed": seed}, sort_keys=True), project)
-            for seed in own_seeds
-        ]
+        trained += [Run(method, seed, split, own, digest(known), ground, "", project) for seed in own_seeds]
     images = plan.images
-    if strongest and _has_score(teachers[-1], plan):
-        known = {"teacher": sha256(strongest), "data": content["data"], "imgsz": given.get("imgsz", 640)}
-        known |= {key: given[key] for key in COUNTING if key in given}
-        own = _own(given, PLAIN) | {"method": TEACHER, "teacher": strongest}
-        runs.insert(0, Run(TEACHER, 0, split, own, json.dumps(known, sort_keys=True), project))
-    return runs, images
+    if not strongest or not _has_score(teachers[-1], plan):
+        return trained, images
+    known = {"teacher": content["teacher"][-1], "imgsz": given.get("imgsz", 640)}
+    known |= {key: given[key] for key in COUNTING if key in given}
+    own = _own(given, PLAIN) | {"method": TEACHER, "teacher": strongest}
+    taught = Run(TEACHER, 0, split, own, digest(known), digest([split, content["scored"]]), "", project)
+    return [taught, *(run if run.method == PLAIN else replace(run, teacher_row=taught.hash) for run in trained)], images
 
 
 def _own(given: Mapping[str, Any], method: str) -> dict[str, Any]:
@@ -91,6 +90,8 @@ def _check_scorable(own: Mapping[str, Any]) -> None:
         raise UserError(f"batch={own['batch']}", "AutoBatch may differ from run to run", "give batch=16, say")
     if own.get("distill_model"):
         raise UserError("distill_model", "is what method=native is for", "use teacher=, and method=native")
+    if own.get("time"):
+        raise UserError("time", "makes scores depend on how busy the machine is", "use epochs=")
     if own.get("classes") is not None:
         raise UserError("classes", "does not reach the scores of a comparison", "give a data set of those classes")
 
@@ -103,13 +104,13 @@ def _has_score(teacher: Detector, plan: Plan) -> bool:
     return scored
 
 
-def _content(given: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def _content(given: Mapping[str, Any], plan: Plan, split: str) -> dict[str, Any]:
     """What the files hold, read once for all runs."""
-    student, teachers = given["student"], [sha256(teacher) for teacher in each_teacher(given["teacher"])]
     return {
-        "data": fingerprint(plan.data),
-        "student": _student_content(str(student), plan),
-        "teacher": teachers if len(teachers) > 1 else (None, *teachers)[-1],
+        "data": fingerprint(plan.data, "train", "val"),
+        "scored": fingerprint(plan.data, split),
+        "student": _student_content(str(given["student"]), plan),
+        "teacher": [sha256(teacher) for teacher in each_teacher(given["teacher"])],
     }
 
 
@@ -143,7 +144,7 @@ def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> di
         settings["pretrained"] = sha256(settings["pretrained"])
     known = {"method": own["method"], "settings": settings, "data": content["data"], "student": content["student"]}
     if own["method"] != PLAIN:
-        known["teacher"] = sha256(own["teacher"]) if own["method"] == NATIVE else content["teacher"]
+        known["teacher"] = content["teacher"][-1:] if own["method"] == NATIVE else content["teacher"]
     if own["method"] not in (PLAIN, NATIVE):
         known["distillation"] = {k: v for k, v in plan.config.flat().items() if k not in INCIDENTAL | {"teacher"}}
     return known

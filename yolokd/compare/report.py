@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from yolokd.compare import show
-from yolokd.compare.grounds import by_ground, ground_of, labelled, mixed_versions, teacher_of
+from yolokd.compare.grounds import by_ground, labelled, mixed_versions, teachers_of
 from yolokd.compare.ledger import TEACHER, Row
 from yolokd.compare.statistics import Summary, summarize
 from yolokd.console import CONSOLE, print_table
@@ -19,34 +19,22 @@ def report(shown: Sequence[Row], held: Sequence[Row], methods: Sequence[str], pa
 
     held: all rows of the ledger. methods: of the comparison; the baseline is `none`, or the first where it has no row.
     """
-    teacher = next((row for row in shown if row.method == TEACHER), None)
     rows = [row for row in shown if row.method != TEACHER]
     if not rows:
         return
-    verdict = _verdict(rows, teacher, methods)
-    print_table(show.terminal(verdict.lines, verdict.title))
-    grounds, ground = by_ground(held), ground_of(rows[0])
-    wanted = {row.hash for row in (*rows, *grounds[ground])}
-    whole = [row for row in held if row.hash in wanted]
-    if _told_apart(whole):
-        verdict = _verdict(whole, teacher, methods)
-    _write(verdict, _base(path, list(grounds).index(ground)))
+    _print(_verdict(rows, held, methods))
+    grounds, ground = by_ground(held), rows[0].ground
+    _write(_verdict(grounds[ground], held, methods), _base(path, list(grounds).index(ground)))
 
 
 def report_all(held: Sequence[Row], path: Path) -> None:
-    """Print and write the verdict on each ground of the ledger at `path`, as far as its words tell them apart.
+    """Print and write the verdict on each ground of the ledger at `path`.
 
     The baseline is `none`, or a ground's first method.
     """
-    for number, (ground, rows) in enumerate(by_ground(held).items()):
-        if not _told_apart(rows):
-            CONSOLE.print(
-                f"{ground}: holds several rows of one method and seed, whose files or defaults differ; "
-                "give teacher=, data= and the rest of the comparison to see its own"
-            )
-            continue
-        verdict = _verdict(rows, teacher_of(rows, held), [row.method for row in rows])
-        print_table(show.terminal(verdict.lines, verdict.title))
+    for number, rows in enumerate(by_ground(held).values()):
+        verdict = _verdict(rows, held, [row.method for row in rows])
+        _print(verdict)
         _write(verdict, _base(path, number))
 
 
@@ -56,8 +44,12 @@ class Verdict:
 
     title: str
     found: Sequence[Summary]
-    teacher: Row | None
-    lines: Sequence[tuple[str, ...]]
+    teachers: Sequence[Row]
+
+    @property
+    def lines(self) -> list[tuple[str, ...]]:
+        """A table's."""
+        return [*(show.cells(summary) for summary in self.found), *(show.teacher_cells(row) for row in self.teachers)]
 
 
 def _base(path: Path, number: int) -> Path:
@@ -65,11 +57,7 @@ def _base(path: Path, number: int) -> Path:
     return path.with_name(path.stem if number == 0 else f"{path.stem}-{number + 1}")
 
 
-def _told_apart(rows: Sequence[Row]) -> bool:
-    return len({(row.method, row.seed) for row in labelled(rows)[1]}) == len(rows)
-
-
-def _verdict(rows: Sequence[Row], teacher: Row | None, methods: Sequence[str]) -> Verdict:
+def _verdict(rows: Sequence[Row], held: Sequence[Row], methods: Sequence[str]) -> Verdict:
     common, named = labelled(rows)
     names: dict[str, list[str]] = {}  # those by which each method goes
     for old, new in zip(rows, named, strict=True):
@@ -77,17 +65,21 @@ def _verdict(rows: Sequence[Row], teacher: Row | None, methods: Sequence[str]) -
     baseline = next((names[method][0] for method in (PLAIN, methods[0]) if method in names), None)
     natives = set(names.get(NATIVE, ()))
     native = natives.pop() if len(natives) == 1 else None
-    title = f"{rows[0].student} on {rows[0].data}, scored on {rows[0].split}: {common}"
+    first = rows[0]
+    title = f"{first.student} on {first.data} (ground {first.ground[:6]}), scored on {first.split}: {common}"
     if versions := mixed_versions(rows):
         title += f"; rows of different versions: {versions}"
-    found = summarize(named, baseline, native, teacher)
-    lines = [show.cells(summary) for summary in found] + ([show.teacher_cells(teacher)] if teacher else [])
-    return Verdict(title, found, teacher, lines)
+    teachers = teachers_of(rows, held)
+    return Verdict(title, summarize(named, baseline, native, teachers), teachers)
+
+
+def _print(verdict: Verdict) -> None:
+    print_table(show.terminal(verdict.lines, verdict.title))
 
 
 def _write(verdict: Verdict, base: Path) -> None:
     markdown = show.markdown(verdict.lines, verdict.title)
     base.with_name(f"{base.name}-summary.md").write_text(markdown, encoding="utf-8")
-    show.write_csv(verdict.lines, base.with_name(f"{base.name}-summary.csv"))
-    show.picture(verdict.found, verdict.teacher, verdict.title).savefig(base.with_name(f"{base.name}.png"), dpi=150)
+    show.write_csv(verdict.found, verdict.teachers, base.with_name(f"{base.name}-summary.csv"))
+    show.picture(verdict.found, verdict.teachers, verdict.title).savefig(base.with_name(f"{base.name}.png"), dpi=150)
     CONSOLE.print(f"{base}-summary.md", f"{base}-summary.csv", f"{base}.png", sep="\n")

@@ -25,7 +25,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 import yolokd
 from yolokd.checkpoint import atomic_path, load_model
-from yolokd.compare.ledger import TEACHER, VERSIONS, Row
+from yolokd.compare.ledger import TEACHER, Row
 from yolokd.config import each_teacher, is_own
 from yolokd.contenders import NATIVE
 from yolokd.data import load_data, split_images
@@ -34,12 +34,14 @@ from yolokd.plan import load_teacher
 from yolokd.pyramid import pair_classes
 from yolokd.restricted import restricted_loading
 from yolokd.resume import sidecars
-from yolokd.score import Scores, aligned_copy, score
+from yolokd.score import aligned_copy, score
 from yolokd.seams import bfloat16_on_cpu
 
 FILES = frozenset({"teacher", "student", "data"})  # keys that name files; a run is known by what those hold
 # What does not change a score by intent: where and how fast a run runs, and what it shows.
-INCIDENTAL = frozenset({"device", "workers", "channels_last", "plots", "verbose", "check_teacher", "trust", "force"})
+INCIDENTAL = frozenset(
+    {"device", "workers", "channels_last", "plots", "verbose", "check_teacher", "trust", "force", "save_period"}
+)
 
 COUNTING = ("iou", "max_det", "agnostic_nms")  # settings of how boxes count, also in the validations of a training
 
@@ -52,23 +54,25 @@ class Run:
     seed: int
     split: str
     keys: Mapping[str, Any]  # of `yolokd train`, without seed, device and save_dir
-    identity: str  # of all that shapes the training, as JSON
+    config: str  # a hash of what shapes the training, but for the seed
+    ground: str  # a hash of what it has in common with those that it may be compared with, and of what scores it
+    teacher_row: str  # the hash of the run that scores its teacher; empty without
     project: Path
 
     @property
     def folder(self) -> Path:
         """The run's own, the same each time: what was cut off there goes on."""
-        return self.project / f"{self.method}-seed{self.seed}-{_hash(self.identity)}"
+        return self.project / f"{self.method}-seed{self.seed}-{self.config}"
 
     @property
     def hash(self) -> str:
         """Of the training and of what it is scored on."""
-        return _hash(self.identity + self.split)
+        return digest([self.config, self.ground, self.seed])
 
     @property
     def scores_path(self) -> Path:
         """Where the process leaves its scores."""
-        return self.folder / f"scores-{self.split}.json"
+        return self.folder / f"scores-{self.split}-{self.ground}.json"
 
     @property
     def epochs(self) -> int:
@@ -81,14 +85,15 @@ class Run:
         return max(sum(1 for _ in open(results, "rb")) - 1, 0) if results.exists() else 0
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def digest(content: object) -> str:
+    """A short hash of what JSON can hold, and of the words for what it cannot."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def fingerprint(data: Mapping[str, Any]) -> str:
-    """A hash of a data set's classes, of its images' names and sizes, and of its labels."""
+def fingerprint(data: Mapping[str, Any], *splits: str) -> str:
+    """A hash of a data set's classes, and of some splits' images (names and sizes) and labels."""
     content = hashlib.sha256(json.dumps(sorted(data["names"].items())).encode())
-    for split in ("train", "val", "test"):
+    for split in splits:
         for image in sorted(split_images(data[split])) if data.get(split) else ():
             content.update(f"{split}/{image.name} {image.stat().st_size}".encode())
             label = Path(img2label_paths([str(image)])[0])
@@ -118,8 +123,11 @@ def _in_a_process(run: Run, device: object) -> None:
     process.join()
     if process.exitcode != 0 or not run.scores_path.exists():
         log = run.folder / "log.txt"
-        last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-1:]
-        raise RuntimeError(f"{run.method} with seed {run.seed} failed: {''.join(last)} (its log is {log})")
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        last = next((line for line in reversed(text.splitlines()) if line.strip()), "before it could log anything")
+        raise RuntimeError(
+            f"{run.method} with seed {run.seed} failed: {last} (exit code {process.exitcode}; its log is {log})"
+        )
 
 
 def stop_all() -> None:
@@ -199,7 +207,8 @@ def _train(run: Run, device: object) -> None:
         resumed = {"resume": str(run.folder), "trust": bool(run.keys.get("trust")), "device": device, **files}
         YoloDistiller().train(**(resumed if last.exists() else {**run.keys, **placed}))
         return
-    placed |= {"distill_model": run.keys["teacher"]}  # also of what goes on: a checkpoint knows where things lay
+    # Also of what goes on: a checkpoint knows where things lay.
+    placed |= {"distill_model": run.keys["teacher"], "data": run.keys["data"]}
     if last.exists():
         own = {"model": str(last), "resume": str(last)}
     else:
@@ -209,13 +218,15 @@ def _train(run: Run, device: object) -> None:
 
 def row_of(run: Run, images: int) -> Row:
     """The ledger's row of a run that left its scores. images: of an epoch of training."""
-    found = _versions() | json.loads(run.scores_path.read_text(encoding="utf-8"))
-    versions = {name: found.pop(name) for name in VERSIONS}
+    found = json.loads(run.scores_path.read_text(encoding="utf-8"))
     curve, seconds = _history(run.folder / "results.csv")
     keys = run.keys
     own = {k: v for k, v in keys.items() if k not in FILES | INCIDENTAL | {"method"}}
     return Row(
         hash=run.hash,
+        config=run.config,
+        ground=run.ground,
+        teacher_row=run.teacher_row,
         method=run.method,
         seed=run.seed,
         split=run.split,
@@ -223,10 +234,9 @@ def row_of(run: Run, images: int) -> Row:
         student=Path(str(keys["student"])).name if run.method != TEACHER else "",
         data=Path(str(keys["data"])).name,
         settings=" ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(own.items())),
-        **asdict(Scores(**found)),
+        **found,
         seconds=round(seconds, 1),
         images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,
-        **versions,
         curve=" ".join(f"{v:.4f}" for v in curve),
     )
 

@@ -26,26 +26,27 @@ BASELINE_COLOR = "black"
 
 def cells(found: Summary) -> tuple[str, ...]:
     """One method as words, in the order of HEADERS."""
+    scores = _scores(found.rows)
     deviation = f" ({found.deviation:.3f})" if found.deviation is not None else ""
     return (
         found.method,
         str(len(found.rows)),
-        _number(found.mean(lambda r: r.map)) + deviation,
-        _number(found.mean(lambda r: r.map50)),
-        _sizes(*(found.mean(size) for size in (lambda r: r.ap_small, lambda r: r.ap_medium, lambda r: r.ap_large))),
+        _number(scores["map"]) + deviation,
+        _number(scores["map50"]),
+        _sizes(scores["ap_small"], scores["ap_medium"], scores["ap_large"]),
         str(found.difference or ""),
         f"{found.improved} of {found.pairs}" if found.pairs else "",
         _percent(found.share),
         found.verdict,
         str(found.against_native or ""),
-        f"{found.mean(lambda r: r.images_per_second):.1f}",
+        f"{fmean(row.images_per_second for row in found.rows):.1f}",
     )
 
 
 def teacher_cells(teacher: Row) -> tuple[str, ...]:
-    """The teacher's own scores, in the order of HEADERS."""
+    """A teacher's own scores, in the order of HEADERS."""
     sizes = _sizes(teacher.ap_small, teacher.ap_medium, teacher.ap_large)
-    return ("teacher", "", _number(teacher.map), _number(teacher.map50), sizes, *[""] * 6)
+    return (f"teacher {teacher.teacher}", "", _number(teacher.map), _number(teacher.map50), sizes, *[""] * 6)
 
 
 def _sizes(*values: float | None) -> str:
@@ -60,7 +61,7 @@ def _percent(share: Interval | None) -> str:
     if share is None:
         return ""
     if share.low is None or share.high is None:
-        return f"{share.mean:.0%}"
+        return f"{share.mean:.0%} (no bounds)"
     return f"{share.mean:.0%} ({share.low:.0%} to {share.high:.0%})"
 
 
@@ -80,30 +81,64 @@ def markdown(lines: Sequence[tuple[str, ...]], title: str) -> str:
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def write_csv(lines: Sequence[tuple[str, ...]], path: Path) -> None:
-    """For a spreadsheet."""
+def write_csv(found: Sequence[Summary], teachers: Sequence[Row], path: Path) -> None:
+    """For a spreadsheet: a number to a cell, in full; empty where there is none."""
+    lines: list[dict[str, object]] = [_figures(summary) for summary in found]
+    lines += [{"method": f"teacher {teacher.teacher}", **_scores([teacher])} for teacher in teachers]
     with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([HEADERS, *lines])
+        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
+        writer.writeheader()
+        writer.writerows(lines)
 
 
-def picture(found: Sequence[Summary], teacher: Row | None, title: str) -> Figure:
+def _figures(found: Summary) -> dict[str, object]:
+    return {
+        "method": found.method,
+        "seeds": len(found.rows),
+        **_scores(found.rows),
+        "map_sd": found.deviation,
+        **_bounds("difference", found.difference),
+        "improved": found.improved,
+        "pairs": found.pairs,
+        **_bounds("share", found.share),
+        "verdict": found.verdict,
+        **_bounds("against_native", found.against_native),
+        "images_per_second": fmean(row.images_per_second for row in found.rows),
+    }
+
+
+def _scores(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Means over the seeds that have the score."""
+    names = ("map", "map50", "ap_small", "ap_medium", "ap_large")
+    known = {name: [v for row in rows if (v := getattr(row, name)) is not None] for name in names}
+    return {name: fmean(values) if values else None for name, values in known.items()}
+
+
+def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
+    parts = (value.mean, value.low, value.high) if value is not None else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), parts, strict=True))
+
+
+def picture(found: Sequence[Summary], teachers: Sequence[Row], title: str) -> Figure:
     """mAP50-95 over epochs, and differences with their intervals, best first: a curve has the color of its bar."""
     lines = sum(_label(summary).count("\n") + 1 for summary in found)
     figure = Figure(figsize=(13, max(5, 2 + 0.15 * len(found) + 0.2 * lines)), layout="constrained")
     curves, bars = figure.subplots(1, 2)
     ranked = sorted((s for s in found if not s.is_baseline), key=_gained, reverse=True)
-    palette = colormaps["tab10" if len(ranked) <= 10 else "tab20"]  # tab20's neighbours are hard to tell apart
-    colors: dict[str, Any] = {s.method: palette(i % palette.N) for i, s in enumerate(ranked)}
-    for summary in found:
+    palette = colormaps["tab10" if len(ranked) < 10 else "tab20"]  # tab20's neighbours are hard to tell apart
+    hues = [hue for i in range(palette.N) if len({*(hue := palette(i))[:3]}) > 1]  # gray is too near the baseline's
+    colors: dict[str, Any] = {s.method: hues[i % len(hues)] for i, s in enumerate(ranked)}
+    for summary in sorted(found, key=lambda s: s.is_baseline):  # the baseline above the rest
         _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR))
     for summary in ranked:
         if summary.difference is not None:
             _draw_bar(bars, summary, summary.difference, colors[summary.method])
-    if teacher is not None and teacher.split == "val":
-        curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label="teacher")
+    for teacher in teachers if teachers and teachers[0].split == "val" else ():
+        curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher.teacher}")
     # Methods differ late, by little: the scale is that of the second half, and the first comes in from below.
     curves.set_ylim(bottom=min(mean for s in found for mean in _means(s)[len(_means(s)) // 2 :]))
-    curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set")
+    curves.set_xlim(left=1)
+    curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set; band: one standard deviation over seeds")
     curves.legend()
     bars.axvline(0, color="black", linewidth=1)
     bars.invert_yaxis()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import covariance, fmean, stdev, variance
@@ -85,11 +85,6 @@ class Summary:
     improved: int
     pairs: int
 
-    def mean(self, score: Callable[[Row], float | None]) -> float | None:
-        """Mean over the seeds that have the score."""
-        found = [v for row in self.rows if (v := score(row)) is not None]
-        return fmean(found) if found else None
-
     @property
     def deviation(self) -> float | None:
         """Standard deviation of mAP50-95 over seeds."""
@@ -109,18 +104,20 @@ class Summary:
         return "better" if self.difference.mean > 0 else "worse"
 
 
-def summarize(rows: Sequence[Row], baseline: str | None, native: str | None, teacher: Row | None) -> list[Summary]:
+def summarize(rows: Sequence[Row], baseline: str | None, native: str | None, teachers: Sequence[Row]) -> list[Summary]:
     """Each method's summary, in order of first appearance, of rows that each have a method and a seed of their own.
 
-    baseline, native: the names by which these two go among the rows.
+    baseline, native: the names by which these two go among the rows. teachers: those that the rows name, as far as they
+    have a score; each method is told by its own.
     """
+    scores = {teacher.hash: teacher.map for teacher in teachers}
     base = _by_seed(rows, baseline)
     found = []
     for method in dict.fromkeys(row.method for row in rows):
         own = tuple(sorted((row for row in rows if row.method == method), key=lambda row: row.seed))
         differences = _differences(own, base) if method != baseline else []
-        paired = [base[row.seed] for row in own if row.seed in base]
-        gaps = [teacher.map - score for score in paired] if teacher is not None and differences else []
+        paired = [base[row.seed] for row in own if row.seed in base] if method != baseline else []
+        gaps = [scores[own[0].teacher_row] - score for score in paired] if own[0].teacher_row in scores else []
         against = _differences(own, _by_seed(rows, native)) if method not in (baseline, native) else []
         found.append(
             Summary(
