@@ -22,6 +22,7 @@ HEADERS = (
     "improved", "gap closed (95 % interval)", "verdict", "against native", "images/s of a run",
 )  # fmt: skip
 BASELINE_COLOR = "black"
+IN_FRONT = 5  # methods beside the baseline whose curves can be told apart in one plot
 
 
 def cells(found: Summary) -> tuple[str, ...]:
@@ -128,8 +129,10 @@ def picture(found: Sequence[Summary], teachers: Sequence[Row], title: str) -> Fi
     palette = colormaps["tab10" if len(ranked) < 10 else "tab20"]  # tab20's neighbours are hard to tell apart
     hues = [hue for i in range(palette.N) if len({*(hue := palette(i))[:3]}) > 1]  # gray is too near the baseline's
     colors: dict[str, Any] = {s.method: hues[i % len(hues)] for i, s in enumerate(ranked)}
-    for summary in sorted(found, key=lambda s: s.is_baseline):  # the baseline above the rest
-        _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR))
+    baseline = [summary for summary in found if summary.is_baseline]
+    for summary in [*reversed(ranked), *baseline]:  # the baseline above the rest, and the best above others
+        in_front = summary in (*ranked[:IN_FRONT], *baseline)
+        _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR), in_front)
     for summary in ranked:
         if summary.difference is not None:
             _draw_bar(bars, summary, summary.difference, colors[summary.method])
@@ -138,7 +141,7 @@ def picture(found: Sequence[Summary], teachers: Sequence[Row], title: str) -> Fi
     # Methods differ late, by little: the scale is that of the second half, and the first comes in from below.
     curves.set_ylim(bottom=min(mean for s in found for mean in _means(s)[len(_means(s)) // 2 :]))
     curves.set_xlim(left=1)
-    curves.set(xlabel="epoch", ylabel="mAP50-95 on the validation set; band: one standard deviation over seeds")
+    curves.set(xlabel="epoch\nbands: one standard deviation over seeds", ylabel="mAP50-95 on the validation set")
     curves.legend()
     bars.axvline(0, color="black", linewidth=1)
     bars.invert_yaxis()
@@ -167,12 +170,15 @@ def _means(summary: Summary) -> list[float]:
     return [fmean(scores) for scores in _by_epoch(summary)]
 
 
-def _draw_curve(curves: Any, summary: Summary, color: Any) -> None:
-    """A line over epochs, and a band of one standard deviation over seeds; named where no bar names its color."""
+def _draw_curve(curves: Any, summary: Summary, color: Any, in_front: bool) -> None:
+    """A line over epochs, named where no bar names its color; one in front with a band of one standard deviation."""
     means = _means(summary)
     spread = [stdev(e) if len(e) > 1 else 0.0 for e in _by_epoch(summary)]
     at = range(1, len(means) + 1)
-    curves.plot(at, means, color=color, label=_label(summary) if summary.difference is None else None)
+    label = _label(summary) if summary.difference is None else None
+    curves.plot(at, means, color=color, label=label, linewidth=1.5 if in_front else 0.6)
+    if not in_front:
+        return
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
     curves.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 
