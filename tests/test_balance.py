@@ -108,7 +108,7 @@ def test_the_share_is_in_force_at_each_level() -> None:
     teacher, student = random_detector("yolov8s.yaml"), random_detector("yolov8n.yaml", seed=1)
     student.args = get_cfg(overrides={"imgsz": 64})
     criterion = attached(teacher, student, method="fitnet+frs", balance=0.2)
-    criterion.set_length(epochs=2, steps=1)
+    criterion.begin_epoch(0, epochs=2, steps=1)
     losses: list[list[Tensor]] = []
     apart = (1.0, 1e3, 1e6)
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
-from results import cut
+from results import cut, rows
 from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
@@ -130,9 +130,13 @@ def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher:
 
 def test_another_method_goes_on_where_forced(tiny: dict[str, Any], teacher: str) -> None:
     folder = cut_off(tiny, teacher)
+    falling = {"method": "dfd", "balance": "off", "dfd.gain": 1.0, "dfd.schedule": "linear"}
     with logged() as lines:
         d = YoloDistiller()
-        d.train(resume=str(folder), method="dfd", force=True)
+        d.train(resume=str(folder), force=True, **falling)
+    (row,) = rows(d.trainer)
+    assert 0 < row["train/dfd_gain"] <= 1 / d.trainer.epochs  # the schedule goes on as well
+    assert "fitnet_gain" in (folder / "results-to-1.csv").read_text()
     assert d.trainer.plan.config.method == "dfd"
     assert d.trainer.start_epoch == 1
     assert any("start anew" in line for line in lines)
@@ -154,6 +158,7 @@ def test_a_checkpoint_of_plain_ultralytics_goes_on(tiny: dict[str, Any], teacher
     assert d.trainer.start_epoch == 1
     assert d.trainer.criterion is not None
     assert any("no exact continuation" in line for line in lines)
+    assert [row["epoch"] for row in rows(d.trainer)] == [2]
 
 
 def test_random_streams_come_back() -> None:

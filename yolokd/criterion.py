@@ -38,13 +38,16 @@ class DistillationCriterion(nn.Module):
         strides = sorted({shape.stride for _, pairing in lessons for shape in pairing.levels})
         self.probe = Probe([part.name for part in config.parts], strides)
         self.guard = Guard([part.name for part in config.parts])
-        self._step = 0  # a plain number: reading a tensor's value would make a GPU wait
-        self.set_length(epochs=1, steps=1)
+        self.begin_epoch(0, epochs=1, steps=1)
         self.register_load_state_dict_post_hook(_forgive_missing)  # type: ignore[no-untyped-call]
 
-    def set_length(self, epochs: int, steps: int) -> None:
-        """Say how many epochs the training has, and steps an epoch: schedules and stages are told in epochs."""
+    def begin_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Say which epoch of how many begins, of how many steps: schedules and stages are told in epochs.
+
+        Told anew each time, because Ultralytics changes both on the way (`time=`, a batch that was too large).
+        """
         self._epochs, self._steps = epochs, steps
+        self._step = epoch * steps  # a plain number: reading a tensor's value would make a GPU wait
 
     @property
     def base(self) -> Any:
@@ -135,18 +138,17 @@ class DistillationCriterion(nn.Module):
         return kwargs.get("destination") or (args[0] if args else {})
 
     def private_state(self) -> dict[str, Tensor]:
-        """What a resume needs of this module: adapters, step count, confidence shares and gradient norms."""
-        return super().state_dict() | {"step": torch.tensor(self._step)}
+        """What a resume needs of this module: adapters, confidence shares and gradient norms."""
+        return super().state_dict()
 
     def load_private_state(self, state: dict[str, Tensor]) -> None:
         """Restore `private_state`, in place."""
         own = self.private_state()
         if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
             raise UserError("resume", "its adapters fit another teacher or student", "resume with the same teacher")
-        self._step = int(state["step"])
         with torch.no_grad():
-            for key in own.keys() - {"step"}:
-                own[key].copy_(state[key])
+            for key, value in own.items():
+                value.copy_(state[key])
         for stage in self.stages:
             stage.look()  # type: ignore[operator]
 

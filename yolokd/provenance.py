@@ -20,7 +20,10 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "teacher": teachers[0] if len(teachers) == 1 else teachers,
         "method": config.method,
         "balance": config.balance,
+        "level_weights": config.level_weights,
         "gains": {p.name: p.gain for p in config.parts} if config.balance == "off" else {},
+        "schedules": {p.name: p.schedule.model_dump() for p in config.parts},
+        "stages": list(config.stages or ()),
         "constants": {p.name: p.constants for p in config.parts},
         "versions": {
             "yolokd": yolokd.__version__,

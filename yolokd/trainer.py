@@ -224,7 +224,6 @@ class DistillationTrainer(DetectionTrainer):
             self.ema.ema.to(memory_format=torch.channels_last)
         self.ema.ema._modules.pop("criterion", None)
         if self.criterion is not None:
-            self.criterion.set_length(self.epochs, len(self.train_loader))
             self.criterion.guard.active = not self.scaler.is_enabled()
         if FIRST and self.plan.lessons:
             announce(self.plan)
@@ -285,6 +284,8 @@ class DistillationTrainer(DetectionTrainer):
         self._accumulate = EveryBatch(batches)
 
     def _begin_epoch(self) -> None:
+        if self.criterion is not None:
+            self.criterion.begin_epoch(self.epoch, self.epochs, len(self.train_loader))
         state, self._streams = self._streams, None
         if state is not None:
             self.args.close_mosaic = state["close_mosaic"]
@@ -357,7 +358,17 @@ class DistillationTrainer(DetectionTrainer):
             metrics = metrics | {f"level/{k}": v for k, v in means.items()} | {"clip/student": clip}
             metrics["distill/dropped"] = sum(self._dropped)
             LOGGER.info(balance_line(self.plan, means, clip))
+        self._keep_other_columns(metrics)
         super().save_metrics(metrics)
+
+    def _keep_other_columns(self, metrics: dict[str, Any]) -> None:
+        """Put a table of other columns aside, as of another method before a resume: Ultralytics would go on in it."""
+        if not self.csv.exists():
+            return
+        with open(self.csv, encoding="utf-8") as f:
+            columns = f.readline().strip().split(",")
+        if columns != ["epoch", "time", *metrics]:
+            self.csv.rename(self.csv.with_stem(f"results-to-{self.epoch}"))
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
         """Ultralytics' recovery; all processes pass here before the first alone writes, and tell it what it needs."""

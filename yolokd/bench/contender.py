@@ -68,6 +68,8 @@ class Contender:
         with bfloat16_on_cpu(), restricted_loading(bool(dict(setting.rest).get("trust"))):
             self.trainer._setup_train()
         self.trainer._model_train()
+        self.trainer.epoch = 0
+        self.trainer.run_callbacks("on_train_epoch_start")
         self.threads = training_threads() if method == NATIVE_ALL else torch.get_num_threads()
         if len(self.trainer.train_loader.dataset) < setting.batch:
             raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
