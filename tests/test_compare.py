@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, random_detector, save_checkpoint
+from conftest import TINY, random_detector, save_checkpoint, write_dataset
 from filelock import FileLock
 from scipy.stats import ttest_1samp
 
@@ -337,6 +337,19 @@ def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: P
     by_name = hashes(student="yolov8n.yaml")
     assert by_name == hashes(student="yolov8n.yaml", device="cpu", workers=1, channels_last=True)
     assert by_name != hashes(student="yolov8s.yaml")
+
+
+def test_a_ground_is_what_methods_have_in_common(keys: dict[str, Any], tmp_path: Path) -> None:
+    def grounds(split: str = "val", **changes: Any) -> set[str]:
+        runs = planned(["none", "native", "dfd"], (0, 1), split, tmp_path, training(keys) | changes)[0]
+        return {run.ground for run in runs if run.method != "teacher"}
+
+    other_data = write_dataset(tmp_path / "other", train=13)
+    changes: list[dict[str, Any]] = [{"split": "train"}, {"epochs": 3}, {"student": "yolov8s.yaml"}]
+    found = [grounds(), *(grounds(**change) for change in changes), grounds(data=str(other_data))]
+    assert [len(own) for own in found] == [1] * 5
+    assert len(set.union(*found)) == 5
+    assert grounds(balance=0.3, teacher=save_checkpoint(random_detector("yolov8n.yaml"), tmp_path / "t.pt")) == found[0]
 
 
 def test_a_test_split_that_comes_later_changes_no_training(keys: dict[str, Any], tmp_path: Path) -> None:
