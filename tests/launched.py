@@ -41,6 +41,7 @@ def parts(batch: dict[str, Any]) -> list[dict[str, Any]]:
 def gradients(trainer: Any, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Of the sum of their losses, as the training loop takes it, with BatchNorm in eval mode; leaves no trace."""
     model = trainer.model
+    trainer.criterion.begin_epoch(0, trainer.epochs, len(trainer.train_loader))
     normalizing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     state = trainer.criterion.private_state()
     before = {k: v.clone() for k, v in state.items()}

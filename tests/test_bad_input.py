@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import NAMES, TINY, logged, random_detector, save_checkpoint, write_dataset
+from forked import forked
 from PIL import Image
 
 from yolokd import UserError, YoloDistiller
@@ -227,25 +228,30 @@ def test_odd_names_of_files_and_classes_are_names_alone(tmp_path: Path) -> None:
     assert not Path("pwned").exists()
 
 
-def test_an_apostrophe_which_ultralytics_drops_is_refused(teacher: str, data: str, tmp_path: Path) -> None:
+def test_an_apostrophe_which_ultralytics_drops_is_refused(
+    teacher: str, data: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    said = tmp_path_factory.mktemp("said")
     home = tmp_path / "Ann's"
     home.mkdir()
     moved = home / "teacher.pt"
     moved.write_bytes(Path(teacher).read_bytes())
     for words in ([f"teacher={moved}"], [f"teacher={teacher}", f"project={home / 'runs'}"]):
-        done = command("train", *words, f"data={data}", "epochs=1", "imgsz=64", "batch=4", cwd=tmp_path)
+        done = forked("train", *words, f"data={data}", "epochs=1", "imgsz=64", "batch=4", cwd=tmp_path, into=said)
         assert done.returncode == 2, done.stderr
         assert "holds an apostrophe, which Ultralytics drops" in done.stderr
     assert [p.name for p in home.iterdir()] == ["teacher.pt"]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_of_error(teacher: str, data: str, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line_of_error(
+    teacher: str, data: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (tmp_path / "file").write_text("")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     for project in (tmp_path / "file" / "runs", Path("/proc/runs") if os.geteuid() == 0 else locked / "runs"):
         words = [f"teacher={teacher}", f"data={data}", f"project={project}", "epochs=1", "imgsz=64", "batch=4"]
-        done = command("train", *words, cwd=tmp_path)
+        done = forked("train", *words, cwd=tmp_path, into=tmp_path_factory.mktemp("said"))
         assert done.returncode == 2, done.stderr
         errors = [line for line in done.stderr.splitlines() if line.startswith("yolokd: error: ")]
         assert len(errors) == 1

@@ -203,7 +203,9 @@ def test_check_pairs_and_writes_nothing(files: dict[str, str], tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_then_val_predict_and_repeat(files: dict[str, str], tmp_path: Path) -> None:
+def test_train_then_val_predict_and_repeat(
+    files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     common = ["imgsz=64", "batch=4", "epochs=1", "plots=False"]
     done = yolokd("train", f"teacher={files['teacher']}", "student=yolov8n.yaml", "method=dfd+pdf",
                   f"data={files['data']}", "dfd.alpha=0.5", "pdf.gain=2", *common, cwd=tmp_path)  # fmt: skip
@@ -224,6 +226,6 @@ def test_train_then_val_predict_and_repeat(files: dict[str, str], tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs" / "distill").glob("train*/weights/best.pt"))) == 2
 
-    done = yolokd("train", f"resume={run}", cwd=tmp_path)
+    done = forked("train", f"resume={run}", cwd=tmp_path, into=tmp_path_factory.mktemp("said"))
     assert done.returncode == 2
     assert "finished" in done.stderr

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,16 @@ def outcome(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, torch.Te
 
 
 @pytest.fixture(scope="module")
-def whole(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each student that was never cut off, in a process of its own."""
-    folders = {}
-    for student in ("yolov8n.yaml", "yolo26n.yaml"):
-        folders[student] = folder = tmp_path_factory.mktemp("whole") / "run"
+def whole(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A student's run that was never cut off, in a process of its own."""
+
+    @cache
+    def folder_of(student: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole") / "run"
         assert kill(settings(data, teacher, student, folder), "never", 1).returncode == 0
-    return folders
+        return folder
+
+    return folder_of
 
 
 def kill(keys: dict[str, Any], operation: str, number: int) -> subprocess.CompletedProcess[str]:
@@ -93,18 +97,18 @@ RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)
 
 @pytest.mark.parametrize("at", FAST, ids=str)
 def test_a_killed_run_ends_as_one_that_was_not(
-    at: tuple[str, int], whole: dict[str, Path], data: str, teacher: str, tmp_path: Path
+    at: tuple[str, int], whole: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
-    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, whole["yolov8n.yaml"])
+    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, whole("yolov8n.yaml"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("student", ["yolov8n.yaml", "yolo26n.yaml"])
 @pytest.mark.parametrize("at", [*SLOW, *RANDOM], ids=str)
 def test_a_run_killed_anywhere_ends_as_one_that_was_not(
-    at: tuple[str, int], student: str, whole: dict[str, Path], data: str, teacher: str, tmp_path: Path
+    at: tuple[str, int], student: str, whole: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
-    check_kill(settings(data, teacher, student, tmp_path / "run"), at, whole[student])
+    check_kill(settings(data, teacher, student, tmp_path / "run"), at, whole(student))
 
 
 def test_a_run_killed_in_its_first_epoch_has_nothing_to_resume(data: str, teacher: str, tmp_path: Path) -> None:
