@@ -130,6 +130,9 @@ def test_only_rows_of_one_ground_are_compared(tmp_path: Path) -> None:
     assert first["none"]["seeds"] == "2"
     assert [float(line["map"]) for name, line in first.items() if name.startswith("teacher")] == [0.6]
     assert {*found["c-2-summary.csv"]} == {"none", "teacher t.pt"}
+    told = (tmp_path / "c-summary.md").read_text()
+    assert "| -0.009 (" in told
+    assert "| teacher t.pt |  | 0.600 |" in told
     assert (tmp_path / "c.png").stat().st_size > 100
     assert (tmp_path / "c-2.png").stat().st_size > 100
 
@@ -154,6 +157,7 @@ def test_each_method_is_told_by_its_own_teacher(tmp_path: Path) -> None:
     found = table(tmp_path / "c-2-summary.csv")
     assert [float(found[name]["share"]) for name in ("dfd (dfd)", "dfd (u)")] == pytest.approx([0.5, 0.25])
     assert float(found["dfd (u)"]["difference"]) == pytest.approx(0.1)
+    assert "| +0.100 | 1 of 1 | 50% (no bounds) |" in (tmp_path / "c-2-summary.md").read_text()
 
 
 def test_what_is_no_method_here_any_more_is_shown_all_the_same(tmp_path: Path) -> None:

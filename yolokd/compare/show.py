@@ -40,7 +40,7 @@ def cells(found: Summary) -> tuple[str, ...]:
         _percent(found.share),
         found.verdict,
         str(found.against_native or ""),
-        f"{fmean(row.images_per_second for row in found.rows):.1f}",
+        f"{found.images_per_second:.1f}",
     )
 
 
@@ -104,7 +104,7 @@ def _figures(found: Summary) -> dict[str, object]:
         **_bounds("share", found.share),
         "verdict": found.verdict,
         **_bounds("against_native", found.against_native),
-        "images_per_second": fmean(row.images_per_second for row in found.rows),
+        "images_per_second": found.images_per_second,
     }
 
 
@@ -173,12 +173,12 @@ def _means(summary: Summary) -> list[float]:
 def _draw_curve(curves: Any, summary: Summary, color: Any, in_front: bool) -> None:
     """A line over epochs, named where no bar names its color; one in front with a band of one standard deviation."""
     means = _means(summary)
-    spread = [stdev(e) if len(e) > 1 else 0.0 for e in _by_epoch(summary)]
     at = range(1, len(means) + 1)
     label = _label(summary) if summary.difference is None else None
     curves.plot(at, means, color=color, label=label, linewidth=1.5 if in_front else 0.6)
     if not in_front:
         return
+    spread = [stdev(e) if len(e) > 1 else 0.0 for e in _by_epoch(summary)]
     low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
     curves.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
 

@@ -91,6 +91,11 @@ class Summary:
         return stdev(row.map for row in self.rows) if len(self.rows) > 1 else None
 
     @property
+    def images_per_second(self) -> float:
+        """Mean over seeds."""
+        return fmean(row.images_per_second for row in self.rows)
+
+    @property
     def verdict(self) -> str:
         """In words; never better than its interval."""
         if self.is_baseline:
@@ -115,9 +120,10 @@ def summarize(rows: Sequence[Row], baseline: str | None, native: str | None, tea
     found = []
     for method in dict.fromkeys(row.method for row in rows):
         own = tuple(sorted((row for row in rows if row.method == method), key=lambda row: row.seed))
-        differences = _differences(own, base) if method != baseline else []
-        paired = [base[row.seed] for row in own if row.seed in base] if method != baseline else []
-        gaps = [scores[own[0].teacher_row] - score for score in paired] if own[0].teacher_row in scores else []
+        reference = base if method != baseline else {}
+        differences = _differences(own, reference)
+        taught = scores.get(own[0].teacher_row)
+        gaps = [taught - reference[row.seed] for row in own if row.seed in reference] if taught is not None else []
         against = _differences(own, _by_seed(rows, native)) if method not in (baseline, native) else []
         found.append(
             Summary(
