@@ -99,6 +99,11 @@ def test_what_differs_in_its_settings_is_another_method() -> None:
     common, found = labelled([rows[0], rows[1], row("pdf", 0, 0.5, settings="epochs=2 balance=0.3 pdf.box=1.0")])
     assert common == "epochs=2 teacher=t.pt balance=0.3 pdf.box=1.0"
     assert [r.method for r in found] == ["none", "dfd", "pdf"]
+    rows = [row(m, 0, 0.5, settings=f"epochs=2 {m}.schedule=cosine") for m in ("dfd", "pdf")]
+    assert labelled(rows)[0] == "epochs=2 schedule=cosine teacher=t.pt"
+    common, found = labelled([*rows, row("dfd", 0, 0.6, settings="epochs=2 dfd.schedule=linear")])
+    assert common == "epochs=2 teacher=t.pt pdf.schedule=cosine"
+    assert [r.method for r in found] == ["dfd dfd.schedule=cosine", "pdf", "dfd dfd.schedule=linear"]
     _, found = labelled([row("none", 0, 0.4, teacher=""), row("dfd", 0, 0.5), row("dfd", 0, 0.6, teacher="w.pt t.pt")])
     assert [r.method for r in found] == ["none", "dfd teacher=t.pt", "dfd teacher=w.pt,t.pt"]
     _, found = labelled([row("none", 0, 0.4, teacher=""), row("native", 0, 0.5), row("native", 0, 0.6, teacher="u.pt")])

@@ -49,7 +49,15 @@ def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
     configs = {(name, row.config) for name, row in zip(names, rows, strict=True)}
     meant = Counter(name for name, _ in configs)
     full = [f"{name} ({row.config[:6]})" if meant[name] > 1 else name for name, row in zip(names, rows, strict=True)]
-    return " ".join(shared), [row.model_copy(update={"method": name}) for row, name in zip(rows, full, strict=True)]
+    common = " ".join(_brief(shared, {word for line in settings for word in line}))
+    return common, [row.model_copy(update={"method": name}) for row, name in zip(rows, full, strict=True)]
+
+
+def _brief(shared: Sequence[str], told: Iterable[str]) -> Iterable[str]:
+    """What rows share, with their methods' schedules as one word where all are the same: there may be a dozen."""
+    if len({word.partition(".schedule=")[2] for word in told if ".schedule=" in word}) != 1:
+        return shared
+    return dict.fromkeys(word[word.index("schedule=") :] if ".schedule=" in word else word for word in shared)
 
 
 def _concerns(key: str, row: Row) -> bool:
