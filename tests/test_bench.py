@@ -16,7 +16,7 @@ from ultralytics.nn.distill_model import DistillationModel
 
 from yolokd import UserError
 from yolokd.bench import run_bench
-from yolokd.bench.contender import Seconds
+from yolokd.bench.contender import Contender, Seconds, Setting
 from yolokd.bench.rounds import Rounds
 
 
@@ -72,6 +72,12 @@ def test_the_peak_memory_is_that_of_a_process_of_its_own(data: str, tmp_path: Pa
     with open(out / "bench.csv", encoding="utf-8") as f:
         (row,) = csv.DictReader(f)
     assert 100 < float(row["peak_mib"]) < ballast.nbytes / 2**20 + 200
+
+
+def test_steps_beyond_the_epochs_have_their_teacher(data: str, teacher: str, tmp_path: Path) -> None:
+    setting = Setting(teacher, "yolov8n.yaml", imgsz=32, batch=12, data=data, folder=str(tmp_path))  # a step an epoch
+    contender = Contender(setting, "dfd", amp=False)
+    assert all(contender.step().teacher > 0 for _ in range(4))
 
 
 def test_ratios_pair_the_steps_of_a_round() -> None:

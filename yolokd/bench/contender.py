@@ -26,6 +26,7 @@ from yolokd.threads import training_threads
 from yolokd.trainer import DistillationTrainer
 
 NATIVE_ALL = f"{NATIVE}, all cores"
+ENDLESS = 10**9  # epochs
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Contender:
         self.trainer._model_train()
         self.trainer.epoch = 0
         self.trainer.run_callbacks("on_train_epoch_start")
+        if (criterion := getattr(self.trainer, "criterion", None)) is not None:
+            # Steps go on past the keys' two epochs, after which a gain has fallen to 0 and no teacher runs.
+            criterion.begin_epoch(0, epochs=ENDLESS, steps=len(self.trainer.train_loader))
         self.threads = training_threads() if method == NATIVE_ALL else torch.get_num_threads()
         if len(self.trainer.train_loader.dataset) < setting.batch:
             raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
