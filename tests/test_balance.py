@@ -187,6 +187,9 @@ def test_after_the_end_the_task_trains_alone(
     assert [r["train/fitnet_gain"] for r in found] == pytest.approx([5 * 1 / 3, 5 * 2 / 3, 0, 0], rel=1e-3)
     assert found[0]["train/fitnet_loss"] > 0
     assert found[2]["train/fitnet_loss"] == 0
+    assert found[0]["level/P3/fitnet_gain"] > 0
+    assert [found[2][f"level/P3/fitnet_{what}"] for what in ("grad", "ratio", "gain")] == [0, 0, 0]
+    assert found[2]["level/P3/task_grad"] > 0  # as it was measured last
     assert len(runs) == 5  # the teacher does not run where nothing is distilled
 
 

@@ -97,7 +97,11 @@ class DistillationCriterion(nn.Module):
         task, items = self.base(preds, batch)
         factors = task.new_tensor(self._factors())
         parts = self.config.parts
-        found = self._distil(task, factors, preds, batch) if any(self._factors()) else None
+        if any(self._factors()):
+            found = self._distil(task, factors, preds, batch)
+        else:
+            found = None
+            self.probe.rest()
         if found is not None:
             losses, gains, weighted = found
             scaled = (gains * losses).sum(1)

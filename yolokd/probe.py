@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log2, nan
+from math import isnan, log2, nan
 
 import torch
 from torch import Tensor
 
+OF_LEVEL = ("share", "task_grad")  # whichever methods are at work
 SMALL = 2.0**10  # float16 gradients are measured at this scale: they would underflow
 
 
@@ -19,7 +20,7 @@ class Probe:
 
     def __init__(self, names: Sequence[str], strides: Sequence[int]) -> None:
         self._names = names
-        whats = ["share", "task_grad", *(f"{name}_{what}" for what in ("grad", "ratio", "gain") for name in names)]
+        whats = [*OF_LEVEL, *(f"{name}_{what}" for what in ("grad", "ratio", "gain") for name in names)]
         self._empty = {f"{level_name(stride)}/{what}": nan for stride in strides for what in whats}
         self._records: list[dict[str, float]] = []
         self.last: dict[str, float] = self._empty  # what `means` gave last; a resume restores it
@@ -37,6 +38,11 @@ class Probe:
             for name, row in zip(self._names, values.tolist(), strict=True):
                 found |= {f"{level}/{name}_{what}": v for level, v in zip(levels, row, strict=True)}
         self._records.append(self._empty | found)
+
+    def rest(self) -> None:
+        """Say that nothing is distilled any more: what methods pull and gain is 0, not what was measured last."""
+        if not self._records:
+            self.last = {k: v if k.endswith(OF_LEVEL) or isnan(v) else 0.0 for k, v in self.last.items()}
 
     def forget(self) -> None:
         """Drop what was measured since the last means: the epoch is done again."""
