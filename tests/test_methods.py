@@ -366,7 +366,9 @@ def test_gradients_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     reads_logits = name == "frs"  # others only weigh by them, without gradient
     names = [n for n, _ in method.named_parameters()]
-    inputs = [level.student.clone(), level.student_logits.clone(), *(p.detach().clone() for p in method.parameters())]
+    # Off their first values: behind a layer of zeros every gradient would be 0.
+    parameters = [p.detach() + 0.1 * torch.randn_like(p) for p in method.parameters()]
+    inputs = [level.student.clone(), level.student_logits.clone(), *parameters]
     assert torch.autograd.gradcheck(loss, [i.requires_grad_() for i in inputs])
 
 
@@ -375,9 +377,12 @@ def test_weights_carry_no_gradient() -> None:
     level = random_level(2, 4, 4)
     level.student.requires_grad_()
     level.student_logits.requires_grad_()
-    build("pdf")(level).backward()
+    assert level.student_boxes is not None
+    level.student_boxes.requires_grad_()
+    build("pdf", box=1.0)(level).backward()
     assert level.student.grad is not None
     assert level.student_logits.grad is None
+    assert level.student_boxes.grad is None
 
 
 def test_the_split_carries_no_gradient() -> None:
