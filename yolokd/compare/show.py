@@ -141,7 +141,9 @@ def picture(found: Sequence[Summary], teachers: Sequence[Row], title: str) -> Fi
     # Methods differ late, by little: the scale is that of the second half, and the first comes in from below.
     curves.set_ylim(bottom=min(mean for s in found for mean in _means(s)[len(_means(s)) // 2 :]))
     curves.set_xlim(left=1)
-    curves.set(xlabel="epoch\nbands: one standard deviation over seeds", ylabel="mAP50-95 on the validation set")
+    banded = f" (baseline and best {IN_FRONT})" if len(ranked) > IN_FRONT else ""
+    curves.set_xlabel(f"epoch\nbands{banded}: one standard deviation over seeds")
+    curves.set_ylabel("mAP50-95 on the validation set")
     curves.legend()
     bars.axvline(0, color="black", linewidth=1)
     bars.invert_yaxis()
