@@ -209,7 +209,7 @@ def frs(
                 for k in range(classes):
                     x = float(student_logits[n, k, i, j])
                     log_q, log_not_q = (-math.log1p(math.exp(-v)) if v > -30 else v for v in (x, -x))
-                    scores -= rich * (p[k] * log_q + (1 - p[k]) * log_not_q) / classes
+                    scores -= rich * (p[k] * log_q + (1 - p[k]) * log_not_q)
     return (alpha * feature + beta * scores) / max(richness, 1e-9)
 
 

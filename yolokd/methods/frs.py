@@ -20,8 +20,8 @@ class FRS(Method):
 
     With richness S = max_c σ(teacher's logit) at each position,
     L = α · Σ S·(F_T − F_S)² / Σ S + β · Σ S·BCE(student's logit, teacher's probability) / Σ S, the squared error
-    meaned over channels, the cross-entropy over the shared classes, the sums over positions and batch. F_S is the
-    adapted student map; S carries no gradient. Its released code ramps both in: `frs.warmup`.
+    meaned over channels, the cross-entropy summed over the shared classes, the sums over positions and batch. F_S is
+    the adapted student map; S carries no gradient. Its released code ramps both in: `frs.warmup`.
     """
 
     paper = "FRS: feature richness score, Du et al., NeurIPS 2021"
@@ -40,7 +40,7 @@ class FRS(Method):
         richness = probabilities.amax(1)
         weights = richness / richness.sum().clamp(min=EMPTY)
         scores = F.binary_cross_entropy_with_logits(level.student_logits.float(), probabilities, reduction="none")
-        return (weights * (self.alpha * adapted_error(self.adapt, level) + self.beta * scores.mean(1))).sum()
+        return (weights * (self.alpha * adapted_error(self.adapt, level) + self.beta * scores.sum(1))).sum()
 
 
 EMPTY = 1e-9  # ours: the richness of a batch under which there is nothing to distil
