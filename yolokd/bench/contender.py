@@ -69,11 +69,9 @@ class Contender:
         with bfloat16_on_cpu(), restricted_loading(bool(dict(setting.rest).get("trust"))):
             self.trainer._setup_train()
         self.trainer._model_train()
-        self.trainer.epoch = 0
+        # Steps go on past the keys' two epochs, after which a gain would have fallen to 0 and no teacher would run.
+        self.trainer.epoch, self.trainer.epochs = 0, ENDLESS
         self.trainer.run_callbacks("on_train_epoch_start")
-        if (criterion := getattr(self.trainer, "criterion", None)) is not None:
-            # Steps go on past the keys' two epochs, after which a gain has fallen to 0 and no teacher runs.
-            criterion.begin_epoch(0, epochs=ENDLESS, steps=len(self.trainer.train_loader))
         self.threads = training_threads() if method == NATIVE_ALL else torch.get_num_threads()
         if len(self.trainer.train_loader.dataset) < setting.batch:
             raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
