@@ -95,12 +95,10 @@ class DistillationCriterion(nn.Module):
     def forward(self, preds: Any, batch: dict[str, Any]) -> Losses:
         """(loss vector times batch size, detached items by name), as Ultralytics' criteria return them."""
         task, items = self.base(preds, batch)
-        factors = task.new_tensor(self._factors())
-        parts = self.config.parts
-        if any(self._factors()):
-            found = self._distil(task, factors, preds, batch)
+        factors, found = self._factors(), None
+        if any(factors):
+            found = self._distil(task, task.new_tensor(factors), preds, batch)
         else:
-            found = None
             self.probe.rest()
         if found is not None:
             losses, gains, weighted = found
@@ -108,9 +106,9 @@ class DistillationCriterion(nn.Module):
             in_force = torch.where(weighted > 0, scaled / weighted, gains.sum(1)).detach()
             weighted = weighted.detach() / len(batch["img"])
         else:
-            scaled = weighted = in_force = torch.zeros_like(factors)
+            scaled = weighted = in_force = task.new_zeros(len(factors))
         self._step += 1
-        for i, part in enumerate(parts):
+        for i, part in enumerate(self.config.parts):
             items |= {f"{part.name}_loss": weighted[i], f"{part.name}_gain": in_force[i]}
         return torch.cat([task.flatten(), scaled]), items
 
