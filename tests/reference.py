@@ -63,12 +63,14 @@ def disagreement(teacher: Array, student: Array, distance: str) -> Array:
         for j in range(w):
             for c in range(k):
                 p, q = sigmoid(teacher[c, i, j]), sigmoid(student[c, i, j])
-                if distance == "l2":
+                if distance in ("l2", "euclidean"):
                     out[i, j] += (p - q) ** 2
                 elif distance == "l1":
                     out[i, j] += abs(p - q)
                 else:
                     out[i, j] += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+            if distance == "euclidean":
+                out[i, j] = math.sqrt(out[i, j])
     return out
 
 

@@ -149,14 +149,14 @@ def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, w
 
 
 @pytest.mark.parametrize("case", LEVELS)
-@pytest.mark.parametrize("distance", ["l2", "l1", "kl"])
+@pytest.mark.parametrize("distance", ["l2", "euclidean", "l1", "kl"])
 @pytest.mark.parametrize("weighting", ["soft", "uniform"])
 def test_pdf_equals_the_reference(case: str, distance: str, weighting: str) -> None:
     assert_pdf_equals_the_reference(LEVELS[case], distance, weighting)
 
 
 @pytest.mark.parametrize("case", ["random", "tall", "one position", "batch of one"])
-@pytest.mark.parametrize("distance", ["l2", "l1", "kl"])
+@pytest.mark.parametrize("distance", ["l2", "euclidean", "l1", "kl"])
 @pytest.mark.parametrize("weighting", HARD)
 def test_hard_pdf_equals_the_reference(case: str, distance: str, weighting: str) -> None:
     assert_pdf_equals_the_reference(LEVELS[case], distance, weighting)
@@ -445,7 +445,7 @@ def test_attention_is_a_distribution_of_mean_one(b: int, c: int, h: int, w: int,
 @given(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=6))
 def test_disagreement_is_finite_on_any_logits(logits: list[float]) -> None:
     t = torch.tensor(logits).view(1, 1, 1, -1)
-    for distance in ("l2", "l1", "kl"):
+    for distance in ("l2", "euclidean", "l1", "kl"):
         d = disagree(t, -t, distance)  # type: ignore[arg-type]
         assert torch.isfinite(d).all()
         assert (d >= 0).all()

@@ -26,7 +26,7 @@ class DFMSD(Method):
     and positions (semantic alignment, as in PKD). F_S is the adapted student map.
 
     Stage-wise: with several teachers, weakest first, a position inside a labelled box is masked at stage k where it is
-    among the ρ_s·(1 + k·δ) most attended (masking enhancement). The paper's constants are not public: they are ours.
+    among the ρ_s·(1 + k·δ) most attended (masking enhancement). Constants are ours: we had its abstract alone.
     """
 
     paper = "DFMSD: dual masking, stage-wise, Zhang et al., 2024"

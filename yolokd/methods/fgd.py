@@ -73,7 +73,7 @@ class GlobalContext(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        narrow = max(channels // 2, 1)  # as GCNet's ratio of one half, which FGD takes
+        narrow = max(channels // 2, 1)  # FGD's; GCNet itself takes a quarter or a sixteenth
         self.key = nn.Conv2d(channels, 1, kernel_size=1)
         self.transform = nn.Sequential(
             nn.Conv2d(channels, narrow, kernel_size=1),

@@ -12,7 +12,7 @@ from yolokd.boxes import iou
 from yolokd.methods.base import Level, LevelShape, Method, register
 from yolokd.methods.blocks import Adapter, adapted_error
 
-Distance = Literal["l2", "l1", "kl"]
+Distance = Literal["l2", "euclidean", "l1", "kl"]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
 
@@ -25,8 +25,9 @@ class PDF(Method):
     L = Σ_hw W_hw Σ_c (F_T − F_S)² / (H·W·C), meaned over the batch. F_S is the adapted student map; W carries no
     gradient.
 
-    distance: F, squared difference (the paper's best), absolute difference, or KL divergence (of Bernoulli
-    distributions, teacher first, since YOLO's classes are independent sigmoids).
+    distance: F, squared difference (the paper's best is L2), absolute difference, or KL divergence (of Bernoulli
+    distributions, teacher first, since YOLO's classes are independent sigmoids); `euclidean` is the root of the sum of
+    squared differences, as the authors' released code has it, which leaves agreeing positions more weight.
     weighting: `soft` is the method; the others are its Table 1 ablation: `uniform`, or D = 1 at the 25 % / 50 % of
     positions that disagree most (least) and 0 elsewhere; the mean of W is 1 in each.
     box: the paper's §5 names the disagreement of boxes as future work. Ours: D gains box · max_c P_T · (1 − IoU) of the
@@ -64,7 +65,10 @@ def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
         kl = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
         return kl.sum(1).clamp(min=0)  # near agreement float32 cancels to less
     difference = t.sigmoid() - s.sigmoid()
-    return (difference.square() if distance == "l2" else difference.abs()).sum(1)
+    if distance == "l1":
+        return difference.abs().sum(1)
+    squared = difference.square().sum(1)
+    return squared.sqrt() if distance == "euclidean" else squared
 
 
 def disagree_on_boxes(level: Level) -> Tensor:
