@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ultralytics.nn.distill_model import DistillationModel
 from yolokd import UserError
 from yolokd.bench import run_bench
 from yolokd.bench.contender import Contender, Seconds, Setting
+from yolokd.bench.memory import peak_mib
 from yolokd.bench.rounds import Rounds
 
 
@@ -67,11 +69,21 @@ def test_bench_measures_every_contender(data: str, tmp_path: Path, capsys: pytes
 def test_the_peak_memory_is_that_of_a_process_of_its_own(data: str, tmp_path: Path) -> None:
     ballast = torch.ones(2**28)  # 1 GiB here must not count there
     out = run_bench(
-        imgsz=32, batch=2, method="none", rounds=1, teacher="yolov8n.yaml", data=data, project=str(tmp_path)
-    )
+        imgsz=32, batch=2, method="none", rounds=1, teacher="yolov8n.yaml", data=data, project=str(tmp_path), name=7
+    )  # fmt: skip
+    assert out == tmp_path / "7"
     with open(out / "bench.csv", encoding="utf-8") as f:
         (row,) = csv.DictReader(f)
     assert 100 < float(row["peak_mib"]) < ballast.nbytes / 2**20 + 200
+
+
+def test_a_process_that_dies_has_no_peak(data: str, teacher: str, tmp_path: Path) -> None:
+    """Its figure is missing; those that were timed stay."""
+    file = Path(shutil.copy(teacher, tmp_path / "t.pt"))
+    setting = Setting(str(file), "yolov8n.yaml", imgsz=32, batch=2, data=data, folder=str(tmp_path))
+    contender = Contender(setting, "fitnet", amp=False)
+    file.unlink()
+    assert peak_mib(setting, contender) is None
 
 
 def test_steps_beyond_the_epochs_have_their_teacher(data: str, teacher: str, tmp_path: Path) -> None:

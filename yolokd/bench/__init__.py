@@ -65,7 +65,7 @@ def run_bench(
             found = measure(setting, title, methods, amps, rounds, memory)
             print_table(table(found))
             rows += found
-            out = out or Path(increment_path(Path(project) / name, mkdir=True))
+            out = out or Path(increment_path(Path(str(project)) / str(name), mkdir=True))
             write_csv(rows, out / "bench.csv")  # after each: a later setting may run out of memory
             draw(rows, out / "bench.png")
         assert out is not None

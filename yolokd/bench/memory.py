@@ -12,8 +12,11 @@ import torch
 from yolokd.bench.contender import Contender, Setting, quiet
 
 
-def peak_mib(setting: Setting, contender: Contender) -> float:
-    """Peak memory of a process of its own that makes two steps: resident on CPUs, allocated on CUDA."""
+def peak_mib(setting: Setting, contender: Contender) -> float | None:
+    """Peak memory of a process of its own that makes two steps: resident on CPUs, allocated on CUDA.
+
+    None where it does not come back: beside this process there may be no room for another.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, setting, contender.method, contender.trainer.args.amp))
@@ -21,6 +24,8 @@ def peak_mib(setting: Setting, contender: Contender) -> float:
     sender.close()
     try:
         return float(receiver.recv())
+    except EOFError:
+        return None
     finally:
         process.join()
 
