@@ -18,6 +18,7 @@ import yaml
 from conftest import TINY, random_detector, save_checkpoint, write_dataset
 from filelock import FileLock
 from scipy.stats import ttest_1samp
+from ultralytics.utils import SETTINGS
 
 from yolokd.compare import run_compare
 from yolokd.compare.grounds import labelled
@@ -33,7 +34,8 @@ TEACHER_ROW = "teacher's"
 
 def row(method: str, seed: int, score: float, **changes: Any) -> Row:
     values: dict[str, Any] = {
-        "hash": f"{method}{seed}{changes}", "config": method, "ground": "g", "teacher_row": TEACHER_ROW,
+        "hash": f"{method}{seed}{changes}", "ground": "g", "teacher_row": TEACHER_ROW,
+        "config": f"{method} {changes.get('settings')} {changes.get('teacher')}",
         "method": method, "seed": seed, "split": "val", "teacher": "t.pt",
         "student": "s.yaml", "data": "d.yaml", "settings": "epochs=2", "map": score, "map50": score,
         "ap_small": None, "ap_medium": 0.1, "ap_large": 0.2, "seconds": 1.0, "images_per_second": 2.0,
@@ -108,6 +110,18 @@ def test_what_differs_in_its_settings_is_another_method() -> None:
     assert [r.method for r in found] == ["none", "dfd teacher=t.pt", "dfd teacher=w.pt,t.pt"]
     _, found = labelled([row("none", 0, 0.4, teacher=""), row("native", 0, 0.5), row("native", 0, 0.6, teacher="u.pt")])
     assert [r.method for r in found] == ["none", "native teacher=t.pt", "native teacher=u.pt"]
+
+
+def test_a_configuration_told_in_other_words_is_the_same_method() -> None:
+    """A teacher's file was copied, or a default given: their seeds belong to one interval."""
+    rows = [
+        row("none", 0, 0.4, teacher=""),
+        row("dfd", 0, 0.5, config="c", settings="epochs=2 probe=20"),
+        row("dfd", 1, 0.5, config="c", teacher="copy.pt"),
+        row("dfd", 1, 0.6, config="d", settings="epochs=2 probe=10"),
+    ]
+    assert [r.method for r in labelled(rows)[1]] == ["none", "dfd probe=20", "dfd probe=20", "dfd probe=10"]
+    assert [r.method for r in labelled(rows[:3])[1]] == ["none", "dfd", "dfd"]
 
 
 def shown(folder: Path, *rows: Row) -> dict[str, dict[str, dict[str, str]]]:
@@ -346,6 +360,25 @@ def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: P
     by_name = hashes(student="yolov8n.yaml")
     assert by_name == hashes(student="yolov8n.yaml", device="cpu", workers=1, channels_last=True)
     assert by_name != hashes(student="yolov8s.yaml")
+
+
+def test_pretrained_weights_are_known_by_what_they_hold(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a bare name finds them, in Ultralytics' folder of downloads."""
+
+    def hashes(pretrained: object) -> list[str]:
+        runs, _ = planned(["none"], 0, "val", tmp_path, training(keys) | {"pretrained": pretrained})
+        return [run.hash for run in runs]
+
+    downloads = Path(SETTINGS["weights_dir"])
+    downloads.mkdir(parents=True, exist_ok=True)
+    file = Path(save_checkpoint(random_detector("yolov8n.yaml", seed=3), tmp_path / "start.pt"))
+    copy = Path(shutil.copy(file, downloads / "yolokd-test-start.pt"))
+    try:
+        assert hashes(copy.name) == hashes(str(file)) != hashes(False)
+    finally:
+        copy.unlink()
+    with pytest.raises(UserError, match=r"pretrained=.*no such file"):
+        hashes(str(tmp_path / "gone.pt"))
 
 
 def test_a_ground_is_what_methods_have_in_common(keys: dict[str, Any], tmp_path: Path) -> None:

@@ -33,9 +33,11 @@ def mixed_versions(rows: Sequence[Row]) -> str:
 def labelled(rows: Sequence[Row]) -> tuple[str, list[Row]]:
     """The settings that rows share, wherever they apply, and the rows with those of their own in the method's name.
 
+    A configuration may have been told in several words (a file moved, a default given): its first ones are its name.
     Where words do not tell configurations apart (files of one name, another release's defaults), their hashes do.
     """
-    settings = [[*row.settings.split(), *_teacher(row)] for row in rows]
+    words = {row.config: [*row.settings.split(), *_teacher(row)] for row in reversed(rows)}
+    settings = [words[row.config] for row in rows]
     shared = [
         word
         for word in dict.fromkeys(word for line in settings for word in line)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ultralytics.utils import ROOT
 
-from yolokd.checkpoint import as_paths, sha256
+from yolokd.checkpoint import as_paths, load_model, sha256
 from yolokd.compare.ledger import TEACHER
 from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, digest, fingerprint
 from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own, listed
@@ -43,7 +43,10 @@ def planned(
         raise UserError(f"split={split}", "is no split", f"one of: {', '.join(SPLITS)}")
     given = training_keys({**keys, "teacher": as_teachers(as_paths(keys.get("teacher"), "teacher"))})
     given |= {"student": given.pop("model"), "data": data_file(given["data"])}
-    teachers = [load_teacher(file, bool(given.get("trust"))) for file in each_teacher(given["teacher"])]
+    trust = bool(given.get("trust"))
+    if isinstance(given.get("pretrained"), str | Path):  # the first run would download what the hash takes for a name
+        given["pretrained"] = str(load_model(given["pretrained"], "pretrained", trust)[0].pt_path)
+    teachers = [load_teacher(file, trust) for file in each_teacher(given["teacher"])]
     if NATIVE in methods and not teachers:
         raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, say, or drop native")
     files = [str(teacher.pt_path) for teacher in teachers]
@@ -140,7 +143,7 @@ def _known(own: Mapping[str, Any], plan: Plan, content: Mapping[str, Any]) -> di
     Of Ultralytics' settings those that were given: their defaults are those of the version in the row.
     """
     settings = {k: v for k, v in own.items() if not is_own(k) and k not in INCIDENTAL | FILES}
-    if Path(str(settings.get("pretrained"))).is_file():
+    if isinstance(settings.get("pretrained"), str):
         settings["pretrained"] = sha256(settings["pretrained"])
     known = {"method": own["method"], "settings": settings, "data": content["data"], "student": content["student"]}
     if own["method"] != PLAIN:
