@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import NAMES, SIZE, make_checkpoint, save_checkpoint, sighted
 from onnx import numpy_helper
-from ultralytics.nn.tasks import ClassificationModel
+from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 from yolokd import parity
 from yolokd.checkpoint import load_model
@@ -281,6 +281,31 @@ def test_validation_images_of_folders_and_lists(data: str, tmp_path: Path) -> No
         config = tmp_path / "data.yaml"
         config.write_text(yaml.safe_dump({"train": folder, "val": val, "names": NAMES}))
         assert len(validation_images(str(config))) == count
+
+
+def test_linked_folders_are_looked_into(data: str, tmp_path: Path) -> None:
+    """As Ultralytics does: a split may be links to where pictures lie."""
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "site").symlink_to(Path(data).parent / "images" / "val", target_is_directory=True)
+    config = tmp_path / "data.yaml"
+    config.write_text(yaml.safe_dump({"train": "val", "val": "val", "names": NAMES}))
+    assert len(validation_images(str(config))) == 6
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels(channels: int, tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        picture = rng.integers(0, 255, (40, 60, channels), np.uint8)
+        cv2.imwrite(str(tmp_path / "val" / f"{i}.png"), picture)
+    config = tmp_path / "data.yaml"
+    config.write_text(yaml.safe_dump({"train": "val", "val": "val", "names": NAMES, "channels": channels}))
+    torch.manual_seed(0)
+    model = DetectionModel("yolov8n.yaml", ch=channels, nc=len(NAMES), verbose=False)
+    report = export(make_checkpoint(model, str(config), tmp_path / "best.pt"))
+    assert report.passed
+    assert report.rows[0].images == 3
 
 
 def test_unreadable_validation_images(tmp_path: Path) -> None:

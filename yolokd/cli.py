@@ -114,10 +114,11 @@ def check(keys: Keys) -> int:
 
 def val(keys: Keys) -> int:
     """Ultralytics' validation."""
+    from yolokd.data import with_data_file
     from yolokd.restricted import restricted_loading
 
     with _bad_input("val"), restricted_loading(bool(keys.get("trust", False))):
-        _model(keys).val(**keys)
+        _model(keys).val(**with_data_file(keys))
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,6 +33,11 @@ SAMPLE = 4  # ours: how many a teacher's precision is tried on
 def data_file(data: object) -> str:
     """The .yaml to hand to Ultralytics: `shapes` (and none given) is the embedded data set, made on first use."""
     return str(shapes.ensure()) if data in (None, "shapes") else str(data)
+
+
+def with_data_file(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The same keys for Ultralytics, which does not know `data=shapes`."""
+    return {**keys, **({"data": data_file(keys["data"])} if "data" in keys else {})}
 
 
 def load_data(
@@ -109,7 +116,8 @@ def split_images(paths: str | list[str]) -> Iterator[Path]:
         if not path.exists():
             continue
         if path.is_dir():
-            files: Iterator[Path] = path.rglob("*.*")
+            # Not rglob: this one follows links to folders, as Ultralytics does.
+            files: Iterator[Path] = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*.*", recursive=True))
         else:
             lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
             files = (path.parent / line if line.startswith("./") else Path(line) for line in lines)
@@ -117,11 +125,13 @@ def split_images(paths: str | list[str]) -> Iterator[Path]:
 
 
 def validation_images(data: str) -> list[Image]:
-    """Up to PICTURES pictures (BGR), spread over the validation split. Downloads nothing.
+    """Up to PICTURES pictures (BGR, or of the data's other channels), spread over the validation split.
+
+    Downloads nothing.
 
     Raises UserError where there is none to read.
     """
-    images = _pictures(load_data(data, download=False)["val"], PICTURES)
+    images = _pictures(load_data(data, download=False), PICTURES)
     if not images:
         raise UserError(f"data={data}", "has no readable validation image", "give data= the .yaml of an existing set")
     return images
@@ -129,16 +139,25 @@ def validation_images(data: str) -> list[Image]:
 
 def sample_batch(data: dict[str, Any], imgsz: int) -> Tensor:
     """A few validation pictures as the networks see them: (B, channels, imgsz, imgsz) in 0..1."""
+    if pictures := _pictures(data, SAMPLE):
+        return as_batch(pictures, (imgsz, imgsz))
+    return torch.rand(SAMPLE, data["channels"], imgsz, imgsz, generator=torch.Generator().manual_seed(0))
+
+
+def as_batch(pictures: Sequence[Image], size: tuple[int, int]) -> Tensor:
+    """Pictures letterboxed to a size (height, width): (B, C, H, W) float32 in 0..1; three channels as RGB."""
+    letterbox = LetterBox(size)
+    boxed = np.stack([letterbox(image=picture) for picture in pictures])
+    if boxed.shape[-1] == 3:
+        boxed = boxed[..., ::-1]
+    return torch.from_numpy(boxed.transpose(0, 3, 1, 2).copy()).float() / 255
+
+
+def _pictures(data: Mapping[str, Any], count: int) -> list[Image]:
+    """Of the validation split, those that can be read and have the data's channels."""
     channels = data["channels"]
-    pictures = _pictures(data["val"], SAMPLE) if channels == 3 else []
-    if not pictures:  # the layout of other channels is the data set's own
-        return torch.rand(SAMPLE, channels, imgsz, imgsz, generator=torch.Generator().manual_seed(0))
-    letterbox = LetterBox((imgsz, imgsz))
-    boxed = np.stack([letterbox(image=p)[..., ::-1].transpose(2, 0, 1) for p in pictures])
-    return torch.from_numpy(np.ascontiguousarray(boxed)).float() / 255
-
-
-def _pictures(split: str | list[str], count: int) -> list[Image]:
-    files = sorted(split_images(split))
+    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)  # as Ultralytics reads
+    files = sorted(split_images(data["val"]))
     spread = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
-    return [image for file in spread if (image := imread(file)) is not None]
+    images = (imread(file, flag) for file in spread)
+    return [image for image in images if image is not None and image.shape[2:] == (channels,)]

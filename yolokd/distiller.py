@@ -11,6 +11,7 @@ from ultralytics.utils import SETTINGS, callbacks
 
 from yolokd.checkpoint import Source, as_path, as_paths, load_model
 from yolokd.config import with_file
+from yolokd.data import with_data_file
 from yolokd.errors import UserError
 from yolokd.plan import training_keys
 from yolokd.restricted import restricted_loading
@@ -72,7 +73,7 @@ class YoloDistiller:
     def val(self, **kwargs: Any) -> Any:
         """Ultralytics' validation of the student."""
         with restricted_loading(self.trainer is not None and self.trainer.plan.config.trust):
-            return self.model.val(**kwargs)
+            return self.model.val(**with_data_file(kwargs))
 
     def predict(self, source: Any = None, **kwargs: Any) -> Any:
         """Ultralytics' predictions of the student."""

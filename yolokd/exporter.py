@@ -42,7 +42,7 @@ def export(model: str | Path, *, data: str | None = None, trust: bool = False, *
     args = _checked(options)
     module, checkpoint = load_model(model, "model", trust)
     if args.format != "onnx":
-        path = _export(module, options | ({"data": data} if data else {}), trust)
+        path = _export(module, options | ({"data": data_file(data)} if data else {}), trust)
         LOGGER.info(f"{path}: parity with the checkpoint is checked for format=onnx only")
         return ExportReport(path=path)
     _require_detector(module, model)

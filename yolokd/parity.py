@@ -25,14 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.ops import box_iou
-from ultralytics.data.augment import LetterBox
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import xywh2xyxy
 
 from yolokd.checkpoint import atomic_path, sha256
-from yolokd.data import Image
+from yolokd.data import Image, as_batch
 from yolokd.errors import first_line
 
 
@@ -104,7 +103,7 @@ Pair = tuple[View, View]  # the same image in PyTorch and in ONNX Runtime
 
 
 def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds) -> ExportReport:
-    """Compare an ONNX file from Ultralytics' exporter with the PyTorch model it was made of, on BGR pictures.
+    """Compare an ONNX file from Ultralytics' exporter with the PyTorch model it was made of, on OpenCV's pictures.
 
     At each batch and image size that the file claims to take, raw outputs and detections must agree within LIMITS.
     Prints the table and writes it beside the file; never raises for a file that is wrong.
@@ -145,7 +144,7 @@ class OnnxDetector:
         self.embeds_nms = ast.literal_eval(meta["args"]).get("nms") is True
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in 0..1 -> (B, 4 + classes, anchors), or final rows (B, n, 6); float32."""
+        """(B, C, H, W) float32 in 0..1 -> (B, 4 + classes, anchors), or final rows (B, n, 6); float32."""
         # float16 files made on a GPU take and give float16.
         dtype = np.float16 if "float16" in self.input.type else np.float32
         return torch.from_numpy(self.session.run(None, {self.input.name: pictures.numpy().astype(dtype)})[0]).float()
@@ -155,7 +154,7 @@ class OnnxDetector:
         if not self.end2end and not self.embeds_nms:
             return 300
         # The file does not always tell how many rows it gives: it has to be tried.
-        return self(torch.zeros(self.batch, 3, self.height, self.width)).shape[1]
+        return self(torch.zeros(self.batch, self.input.shape[1], self.height, self.width)).shape[1]
 
 
 def _compare(
@@ -207,12 +206,10 @@ def _other_height(height: int, width: int, reference: Any) -> int:
 
 
 def _batches(images: Sequence[Image], batch: int, height: int, width: int) -> Iterator[Tensor]:
-    """The images as (batch, 3, height, width) RGB in 0..1, starting over where the last batch is not full."""
-    letterbox = LetterBox((height, width))
+    """The images as (batch, C, height, width) in 0..1, starting over where the last batch is not full."""
     endless = cycle(images)
     for _ in range(ceil(len(images) / batch)):
-        padded = np.stack([letterbox(image=image) for image in islice(endless, batch)])
-        yield torch.from_numpy(padded[..., ::-1].transpose(0, 3, 1, 2).copy()).float() / 255
+        yield as_batch(list(islice(endless, batch)), (height, width))
 
 
 def _view(raw: Tensor, thresholds: Thresholds, most: int) -> View:
