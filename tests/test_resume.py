@@ -27,7 +27,7 @@ from ultralytics import YOLO
 from yolokd import UserError, YoloDistiller
 from yolokd.checkpoint import AtomicPath, atomic_path
 from yolokd.interrupts import Interrupted, heeded
-from yolokd.resume import random_state, set_random_state, sidecars
+from yolokd.resume import capture, random_state, restore, set_random_state, sidecars
 
 EPOCHS = 5
 KILLED = Path(__file__).with_name("killed.py")
@@ -165,6 +165,33 @@ def test_a_checkpoint_of_plain_ultralytics_goes_on(tiny: dict[str, Any], teacher
     assert [row["epoch"] for row in rows(d.trainer)] == [2]
 
 
+def test_what_a_resume_may_change_is_changed(tiny: dict[str, Any], teacher: str) -> None:
+    """Another batch, after the warm-up, gathers as many images a step; patience and freeze are the new ones."""
+    folder = cut_off(tiny | {"nbs": 16, "warmup_epochs": 0, "epochs": 3}, teacher)
+    seen: dict[str, Any] = {}
+
+    def look(trainer: Any) -> None:
+        seen["accumulate"] = int(trainer.accumulate)
+        frozen = [p for name, p in trainer.model.named_parameters() if name.startswith("model.0.")]
+        seen["frozen"] = [p.grad is None and not p.requires_grad for p in frozen]
+
+    d = YoloDistiller()
+    d.add_callback("on_train_batch_start", look)
+    d.train(resume=str(folder), batch=2, patience=0, freeze=1)
+    assert seen == {"accumulate": 8, "frozen": [True] * 3}
+    assert d.trainer.stopper.patience == float("inf")  # as Ultralytics takes 0
+
+
+def test_a_run_begun_without_a_scaler_goes_on_with_one(tiny: dict[str, Any]) -> None:
+    """On a CPU it is off, on a GPU it would be on."""
+    d = YoloDistiller(method="none")
+    cut(d, tiny)
+    state = capture(d.trainer)
+    d.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    restore(d.trainer, state)
+    assert d.trainer.scaler.get_scale() == 8.0
+
+
 def test_random_streams_come_back() -> None:
     state = random_state()
     draws = [(random.random(), np.random.rand(), float(torch.rand(1))) for _ in range(2)]
@@ -216,6 +243,15 @@ def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str
     assert last["epoch"] + 1 == epochs_of(folder)
     (sidecar,) = sidecars(folder / "weights" / "last.pt")
     assert torch.load(sidecar, weights_only=True)["epoch"] == last["epoch"]
+
+
+@pytest.mark.usefixtures("_default_signals")
+def test_a_signal_after_the_last_step_is_not_lost(tiny: dict[str, Any]) -> None:
+    d = YoloDistiller(method="none")
+    d.add_callback("on_train_end", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="the training is finished"):
+        d.train(**tiny | {"epochs": 1})
+    assert d.trainer.best.exists()
 
 
 def listen() -> None:

@@ -19,6 +19,7 @@ from results import cut, rows, weights
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import RTDETRDetectionModel, SegmentationModel
+from ultralytics.utils.torch_utils import get_num_params, model_info_for_loggers
 
 from yolokd import UserError, YoloDistiller, distillation_trainer, precision, register
 from yolokd.criterion import DistillationCriterion
@@ -127,6 +128,14 @@ def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, An
         assert 0 < row["clip/student"] <= 1
         assert "val/box_loss" in row
         assert "val/dfd_loss" not in row
+
+
+def test_loggers_are_told_the_students_own_size(tiny: dict[str, Any], teacher: str) -> None:
+    told: list[float] = []
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="mgd")
+    d.add_callback("on_fit_epoch_end", lambda t: told.append(model_info_for_loggers(t)["model/parameters"]))
+    d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
+    assert set(told) == {get_num_params(d.trainer.ema.ema)}
 
 
 def test_validation_off_keeps_the_columns(tiny: dict[str, Any], teacher: str) -> None:

@@ -25,7 +25,7 @@ from yolokd.errors import UserError
 from yolokd.ranks import FIRST, PROCESSES
 
 State = dict[str, Any]
-FORMAT = 1  # of sidecars: to be raised with each change of what they hold
+FORMAT = 1  # of sidecars: to be raised where older ones no longer serve
 
 
 def sidecar_path(checkpoint: Path, epoch: int) -> Path:
@@ -131,7 +131,6 @@ def capture(trainer: Any) -> State:
         "model": model.state_dict(),
         "gradients": {k: p.grad for k, p in model.named_parameters() if p.grad is not None},
         "pending": trainer.pending,
-        "accumulate": int(trainer.accumulate),
         "own": {k: v for k, v in vars(trainer.args).items() if is_own(k)},
         "ema": {"state": trainer.ema.ema.state_dict(), "updates": int(trainer.ema.updates)},
         "optimizer": trainer.optimizer.state_dict(),
@@ -168,8 +167,9 @@ def restore(trainer: Any, state: State) -> None:
     for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True):
         saved["fused"] = group.get("fused")  # the device's choice, not the checkpoint's
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
-    vars(trainer.stopper).update(state["stopper"])
+    if state["scaler"]:  # one that is off, as on CPUs, has no state
+        trainer.scaler.load_state_dict(state["scaler"])
+    vars(trainer.stopper).update({k: v for k, v in state["stopper"].items() if k != "patience"})  # which may change
     trainer.best_fitness, trainer.fitness = state["best_fitness"], state["fitness"]
     trainer.metrics = state["metrics"]
     if FIRST and state["csv"]:  # rows that were written after the checkpoint are written again
@@ -179,9 +179,9 @@ def restore(trainer: Any, state: State) -> None:
 
 def restore_streams(trainer: Any, state: State) -> None:
     """Put gradients, random streams and the mosaic's buffer back: the last thing before the first batch."""
-    trainer.pending, trainer.accumulate = state["pending"], state["accumulate"]
+    trainer.pending = state["pending"]
     for name, parameter in unwrap_model(trainer.model).named_parameters():
-        if name in state["gradients"]:
+        if name in state["gradients"] and parameter.requires_grad:  # it may have been frozen since
             parameter.grad = state["gradients"][name].to(parameter.device)
     loader, saved = trainer.train_loader, state["streams"]
     if loader.num_workers:

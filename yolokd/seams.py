@@ -1,4 +1,4 @@
-"""Two functions of Ultralytics' training loop, replaced while it runs."""
+"""Functions of Ultralytics, replaced while its training loop runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from ultralytics.engine import trainer as engine
+from ultralytics.utils import torch_utils
 
 from yolokd.checkpoint import atomic_path
 from yolokd.standin import stand_in
@@ -38,4 +40,16 @@ def atomic_stripping() -> Iterator[None]:
             return theirs(f, str(temporary), updates)
 
     with stand_in(engine, "strip_optimizer", strip):
+        yield
+
+
+@contextmanager
+def adapters_not_counted() -> Iterator[None]:
+    """Within it, what loggers tell of a student's size leaves out what serves its training alone."""
+
+    def count(model: nn.Module) -> int:
+        own = torch_utils.unwrap_model(model).named_parameters()
+        return sum(parameter.numel() for name, parameter in own if not name.startswith("criterion."))
+
+    with stand_in(torch_utils, "get_num_params", count):
         yield

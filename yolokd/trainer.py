@@ -41,11 +41,12 @@ from yolokd.resume import (
     restore_streams,
     resumption,
     save_sidecar,
+    sidecars,
     streams,
     tidy,
 )
 from yolokd.score import check_teacher
-from yolokd.seams import atomic_stripping, bfloat16_on_cpu
+from yolokd.seams import adapters_not_counted, atomic_stripping, bfloat16_on_cpu
 from yolokd.threads import use_all_cores
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
@@ -137,19 +138,24 @@ class DistillationTrainer(DetectionTrainer):
             restricted_loading(self.plan.config.trust),
             bfloat16_on_cpu(),
             atomic_stripping(),
+            adapters_not_counted(),
             ranks.at_work(self.device, self._request, self._how_to_go_on) if SEVERAL else nullcontext(),
             heeded(self._request),
             _told(self._how_to_go_on),
         ):
-            return super().train()
+            metrics = super().train()
+            self._stop_if_asked()  # a wish that came after the last step
+            return metrics
 
     def _stop_if_asked(self) -> None:
         if self._request.signum is not None:
             raise Interrupted(self._request.signum, self._how_to_go_on())
 
     def _how_to_go_on(self) -> str:
-        there = f"go on with: yolokd train resume={self.save_dir}"
-        return there if self.last.exists() else "there is no finished epoch to resume"
+        if not self.last.exists():
+            return "there is no finished epoch to resume"
+        unfinished = f"go on with: yolokd train resume={self.save_dir}"
+        return unfinished if sidecars(self.last) else "the training is finished"
 
     def _setup_ddp(self) -> None:
         """Take the device of this process, which has joined the others already."""
@@ -286,6 +292,9 @@ class DistillationTrainer(DetectionTrainer):
     def _begin_epoch(self) -> None:
         if self.criterion is not None:
             self.criterion.begin_epoch(self.epoch, self.epochs, len(self.train_loader))
+            if not FIRST:  # only the first process writes what was measured
+                self._clip = []
+                self.criterion.probe.forget()
         state, self._streams = self._streams, None
         if state is not None:
             self.args.close_mosaic = state["close_mosaic"]
