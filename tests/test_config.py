@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from yolokd import UserError
 from yolokd.cli import parse_words
-from yolokd.config import OWN_KEYS, defaults, method_defaults, method_names, parse, parse_value
+from yolokd.config import OWN_KEYS, defaults, method_defaults, method_names, parse
 from yolokd.methods import constants_model, registered
 from yolokd.resources import shipped
+from yolokd.words import parse_value
 
 T = {"teacher": "t.pt"}
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from yolokd.config import check_keys, nearest, parse_value, with_file
 from yolokd.errors import UserError, first_line
+from yolokd.words import nearest, parse_value
 
 HELP = """yolokd distils a large Ultralytics YOLO into a small one.
 
@@ -70,7 +70,7 @@ def run(words: Sequence[str]) -> int:
         return 0
     if verb not in VERBS:
         raise UserError(verb, "unknown verb", nearest(verb, VERBS) or f"one of: {', '.join(VERBS)}")
-    return VERBS[verb](parse_words(words[1:]))
+    return VERBS[verb](parse_words(words[1:])) or 0
 
 
 def parse_words(words: Sequence[str]) -> Keys:
@@ -96,38 +96,35 @@ def _value(key: str, text: str) -> Any:
     return text if key == "method" else parse_value(text)  # method=none is a name, not Python's None
 
 
-def train(keys: Keys) -> int:
+def train(keys: Keys) -> None:
     """Distil, or train plainly with method=none."""
     from yolokd.distiller import YoloDistiller
 
     YoloDistiller().train(**keys)
-    return 0
 
 
-def check(keys: Keys) -> int:
+def check(keys: Keys) -> None:
     """Print what `train` with the same keys would do."""
+    from yolokd.config import with_file
     from yolokd.report import check_report
 
     check_report(with_file(keys))
-    return 0
 
 
-def val(keys: Keys) -> int:
+def val(keys: Keys) -> None:
     """Ultralytics' validation."""
     from yolokd.data import with_data_file
     from yolokd.restricted import restricted_loading
 
     with _bad_input("val"), restricted_loading(bool(keys.get("trust", False))):
         _model(keys).val(**with_data_file(keys))
-    return 0
 
 
-def predict(keys: Keys) -> int:
+def predict(keys: Keys) -> None:
     """Ultralytics' prediction."""
     with _bad_input("predict"):
         for _ in _model(keys).predict(**{"save": True} | keys | {"stream": True}):  # as `yolo predict` saves
             pass
-    return 0
 
 
 def export(keys: Keys) -> int:
@@ -139,40 +136,37 @@ def export(keys: Keys) -> int:
     return 0 if run_export(keys.pop("model"), **keys).passed else 1
 
 
-def methods(keys: Keys) -> int:
+def methods(keys: Keys) -> None:
     """Print the methods."""
+    from yolokd.config import check_keys
     from yolokd.report import methods_report
 
     check_keys(keys, ())
     methods_report()
-    return 0
 
 
-def bench(keys: Keys) -> int:
+def bench(keys: Keys) -> None:
     """Measure training steps."""
     from yolokd.bench import run_bench
 
     run_bench(**keys)
-    return 0
 
 
-def compare(keys: Keys) -> int:
+def compare(keys: Keys) -> None:
     """Train methods and seeds side by side."""
     from yolokd.compare import run_compare
 
     run_compare(**keys)
-    return 0
 
 
-def demo(keys: Keys) -> int:
+def demo(keys: Keys) -> None:
     """The embedded default: teacher, student, distilled student, export, parity, detection."""
     from yolokd.demo import run_demo
 
     run_demo(**keys)
-    return 0
 
 
-VERBS: dict[str, Callable[[Keys], int]] = {
+VERBS: dict[str, Callable[[Keys], int | None]] = {
     f.__name__: f for f in (train, check, val, predict, export, methods, bench, compare, demo)
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias
@@ -15,6 +13,7 @@ from yolokd.errors import UserError
 from yolokd.methods import constants_model, registered
 from yolokd.resources import shipped
 from yolokd.schedule import Schedule
+from yolokd.words import listed, nearest
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -164,19 +163,6 @@ def each_teacher(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else given or ()
 
 
-def listed(value: object) -> list[Any]:
-    """Several values as a list: of a sequence, of text joined by commas, or of one value alone.
-
-    >>> listed("a, b"), listed((1, 2)), listed(3)
-    (['a', 'b'], [1, 2], [3])
-    """
-    if isinstance(value, list | tuple):
-        return list(value)
-    if isinstance(value, str):
-        return [word.strip() for word in value.split(",")]
-    return [value]
-
-
 def _number(value: object) -> object:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -246,16 +232,6 @@ def _as_user_error(error: ValidationError, values: Mapping[str, Any], prefix: st
     return UserError(f"{prefix}{key}={values.get(key)}", "not a valid value", first["msg"])
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`did you mean X?` for the closest known word, or '' where none is close.
-
-    >>> nearest("epoch", ["epochs", "batch"])
-    'did you mean epochs?'
-    """
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean {match[0]}?" if match else ""
-
-
 def with_file(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of `cfg=FILE`, if it is given, under those given beside it."""
     path = keys.get("cfg")
@@ -277,18 +253,3 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     for key in keys:
         if key not in known and "." not in key:
             raise UserError(key, "unknown key", nearest(key, known) or "see `yolokd help` and Ultralytics' settings")
-
-
-def parse_value(text: str) -> Any:
-    """A command line value as Python sees it, plain text where it is no literal.
-
-    >>> [parse_value(v) for v in ("0.5", "True", "none", "[0, 1]", "a b.pt")]
-    [0.5, True, None, [0, 1], 'a b.pt']
-    """
-    words = {"none": None, "true": True, "false": False}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from yolokd.config import is_own, listed, method_names
+from yolokd.config import is_own, method_names
 from yolokd.errors import UserError
+from yolokd.words import listed
 
 PLAIN = "none"
 NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer

@@ -14,11 +14,12 @@ import polars
 from rich.table import Table
 
 from yolokd import shapes
-from yolokd.config import method_names, nearest
+from yolokd.config import method_names
 from yolokd.console import CONSOLE
 from yolokd.distiller import YoloDistiller
 from yolokd.errors import UserError
 from yolokd.resources import shipped
+from yolokd.words import nearest
 
 # Ours, found by trial on the embedded data set: so few steps want AdamW and mild augmentation.
 SETTINGS: Mapping[str, Any] = {

@@ -17,12 +17,12 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import LOGGER, checks
 
 from yolokd.checkpoint import atomic_path, load_model
-from yolokd.config import nearest
 from yolokd.data import data_file, validation_images
 from yolokd.errors import UserError, first_line
 from yolokd.parity import ExportReport, Thresholds, precision_of, verify
 from yolokd.restricted import restricted_loading
 from yolokd.standin import stand_in
+from yolokd.words import nearest
 
 RENAMED = frozenset({"half", "int8", "end2end"})  # export arguments that Ultralytics still takes under an old name
 

@@ -14,12 +14,13 @@ from ultralytics.utils.files import increment_path
 from yolokd.bench.contender import Contender, Setting, our_trainer, quiet
 from yolokd.bench.rounds import Row, measure, run_rounds
 from yolokd.bench.show import draw, table, write_csv
-from yolokd.config import defaults, listed, parse_value
+from yolokd.config import defaults
 from yolokd.console import CONSOLE, print_table
 from yolokd.contenders import NATIVE, PLAIN, USUAL, contenders
 from yolokd.data import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.plan import load_student, load_teacher
+from yolokd.words import listed, parse_value
 
 REAL_BATCHES = 8  # of the real epoch that a benchmark is checked against
 AGREEMENT = 0.10

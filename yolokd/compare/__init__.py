@@ -15,11 +15,11 @@ from yolokd.compare.ledger import TEACHER, append, read
 from yolokd.compare.plan import planned
 from yolokd.compare.report import report, report_all
 from yolokd.compare.runs import Run, carry_out, row_of, stop_all
-from yolokd.config import listed
 from yolokd.console import CONSOLE
 from yolokd.contenders import PLAIN, USUAL, contenders
 from yolokd.errors import UserError
 from yolokd.plan import check_device
+from yolokd.words import listed
 
 
 def run_compare(

@@ -12,7 +12,7 @@ from ultralytics.utils import ROOT
 from yolokd.checkpoint import as_paths, load_model, sha256
 from yolokd.compare.ledger import TEACHER
 from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, digest, fingerprint
-from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own, listed
+from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own
 from yolokd.console import CONSOLE
 from yolokd.contenders import NATIVE, PLAIN, concerns
 from yolokd.data import data_file, split_images
@@ -20,6 +20,7 @@ from yolokd.errors import UserError
 from yolokd.plan import KNOWN_KEYS, Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import Detector, pair_classes
 from yolokd.score import only_detects
+from yolokd.words import listed
 
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
 COMPARES = frozenset({"seeds", "csv"})  # a comparison's own keys
