@@ -28,8 +28,7 @@ from ultralytics.utils import LOGGER
 
 from yolokd.config import parse
 from yolokd.criterion import DistillationCriterion
-from yolokd.pyramid import pair_classes, pair_levels, read_pyramid
-from yolokd.stage import Pairing
+from yolokd.pyramid import Pairing, pair_classes, pair_levels, read_pyramid
 from yolokd.teacher import Teacher
 
 NAMES = {0: "disc", 1: "box"}

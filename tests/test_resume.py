@@ -25,9 +25,10 @@ from results import cut, rows
 from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
-from yolokd.checkpoint import AtomicPath, atomic_path
+from yolokd.files import AtomicPath, atomic_path
 from yolokd.interrupts import Interrupted, heeded
-from yolokd.resume import capture, random_state, restore, set_random_state, sidecars
+from yolokd.resume import capture, restore, sidecars
+from yolokd.rng import random_state, set_random_state
 
 EPOCHS = 5
 KILLED = Path(__file__).with_name("killed.py")

@@ -7,7 +7,7 @@ from pathlib import Path
 from ultralytics.utils import LOGGER
 
 from yolokd.plan import Plan
-from yolokd.probe import level_name
+from yolokd.pyramid import level_name
 
 
 def announce(plan: Plan) -> None:

@@ -1,13 +1,8 @@
-"""Checkpoints: restricted loading, and the sidecar with what a resume needs beyond Ultralytics' checkpoint."""
+"""Models in: checkpoints loaded under restriction, and model objects as files."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,10 +13,10 @@ from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 
 from yolokd.errors import UserError, first_line
+from yolokd.files import atomic_path
 from yolokd.pyramid import Detector
 from yolokd.restricted import restricted_loading
 
-FULL = 2**20  # ours: bytes below which a disk is full
 Checkpoint = dict[str, Any]
 Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
 
@@ -63,54 +58,6 @@ def _loading_problem(error: Exception) -> str:
     if "outside the supported" in first_line(error):
         return "holds objects other than a known model, which could run code (trust=True loads it all the same)"
     return "not a readable checkpoint"
-
-
-def sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, synced and renamed to `path` when the block succeeds: never half a file.
-
-    Raises UserError where it cannot be written, as on a full disk; what was at `path` stays then.
-    """
-    temporary = Path(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as e:
-        full = shutil.disk_usage(path.parent).free < FULL
-        if not (full or isinstance(e, OSError) or "inline_container" in str(e)):  # so torch's writer names itself
-            raise
-        why = os.strerror(errno.ENOSPC) if full else getattr(e, "strerror", None) or first_line(e)
-        raise UserError(f"{path}", f"cannot be written: {why}", "what was there is kept; free space or rights") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last; not every system lets a folder be opened."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-class AtomicPath(type(Path())):  # type: ignore[misc]
-    """A path whose `write_bytes` replaces a file whole or not at all: what Ultralytics writes in place."""
-
-    def write_bytes(self, data: Any) -> int:
-        """Write to a temporary file, sync, rename."""
-        with atomic_path(self) as temporary:
-            return temporary.write_bytes(data)
 
 
 def as_path(source: Source | None, argument: str) -> str | None:

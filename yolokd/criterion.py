@@ -13,8 +13,8 @@ from yolokd.config import Distillation
 from yolokd.errors import UserError
 from yolokd.guard import Guard
 from yolokd.probe import Probe
-from yolokd.pyramid import Detector
-from yolokd.stage import Pairing, Stage
+from yolokd.pyramid import Detector, Pairing
+from yolokd.stage import Stage
 from yolokd.teacher import Teacher
 
 Losses = tuple[Tensor, dict[str, Tensor]]

@@ -16,9 +16,10 @@ from ultralytics.engine.exporter import export_formats
 from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import LOGGER, checks
 
-from yolokd.checkpoint import atomic_path, load_model
+from yolokd.checkpoint import load_model
 from yolokd.data import data_file, validation_images
 from yolokd.errors import UserError, first_line
+from yolokd.files import atomic_path
 from yolokd.parity import ExportReport, Thresholds, precision_of, verify
 from yolokd.restricted import restricted_loading
 from yolokd.standin import stand_in

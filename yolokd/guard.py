@@ -10,8 +10,7 @@ from torch import Tensor
 from ultralytics.utils import LOGGER
 
 from yolokd.errors import UserError
-from yolokd.probe import level_name
-from yolokd.pyramid import Level
+from yolokd.pyramid import Level, level_name
 
 IN_A_ROW = 10  # ours: steps without distillation after which something is broken for good
 NAMED = 3  # images that a message names

@@ -30,9 +30,9 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.nms import non_max_suppression
 from ultralytics.utils.ops import xywh2xyxy
 
-from yolokd.checkpoint import atomic_path, sha256
 from yolokd.data import Image, as_batch
 from yolokd.errors import first_line
+from yolokd.files import atomic_path, sha256
 
 
 class Limits(BaseModel):

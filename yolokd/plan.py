@@ -14,14 +14,14 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
 
-from yolokd.checkpoint import check_path, load_model, sha256
+from yolokd.checkpoint import check_path, load_model
 from yolokd.config import Distillation, check_keys, defaults, is_own, parse
 from yolokd.data import check_images, load_data
 from yolokd.errors import UserError, first_line
+from yolokd.files import sha256
 from yolokd.methods import registered
-from yolokd.pyramid import Detector, pair_classes, pair_levels, read_pyramid
+from yolokd.pyramid import Detector, Pairing, pair_classes, pair_levels, read_pyramid
 from yolokd.ranks import PROCESSES
-from yolokd.stage import Pairing
 from yolokd.teacher import Teacher, check_detector
 
 OPTIMIZERS = ("auto", "sgd", "musgd", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")  # Ultralytics' own
@@ -58,7 +58,7 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
     Raises UserError naming the first argument that cannot work.
     """
     check_keys(keys, KNOWN_KEYS)
-    config = parse({k: v for k, v in keys.items() if is_own(k)})
+    config = parse(keys)
     settings = {k: v for k, v in keys.items() if not is_own(k)}
     args = _check_settings(settings, config)
     files = config.teachers if config.parts else ()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan, log2, nan
+from math import isnan, nan
 
 import torch
 from torch import Tensor
+
+from yolokd.pyramid import level_name
 
 OF_LEVEL = ("share", "task_grad")  # whichever methods are at work
 SMALL = 2.0**10  # float16 gradients are measured at this scale: they would underflow
@@ -54,15 +56,6 @@ class Probe:
             self.last = {k: sum(r[k] for r in self._records) / len(self._records) for k in self._records[0]}
             self._records = []
         return self.last
-
-
-def level_name(stride: int) -> str:
-    """The field's name of a pyramid level.
-
-    >>> level_name(8)
-    'P3'
-    """
-    return f"P{round(log2(stride))}"
 
 
 def gradient_norms(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:

@@ -25,9 +25,14 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "schedules": {p.name: p.schedule.model_dump() for p in config.parts},
         "stages": list(config.stages or ()),
         "constants": {p.name: p.constants for p in config.parts},
-        "versions": {
-            "yolokd": yolokd.__version__,
-            "ultralytics": ultralytics.__version__,
-            "torch": str(torch.__version__),
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what a student depends on."""
+    return {
+        "yolokd": yolokd.__version__,
+        "ultralytics": ultralytics.__version__,
+        "torch": str(torch.__version__),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import log2
 from typing import Any, TypeAlias
 
 import torch
@@ -119,6 +120,24 @@ def _pick(logits: Tensor, index: tuple[int, ...]) -> Tensor:
     if not index:
         return logits.amax(1, keepdim=True)
     return logits if index == tuple(range(logits.shape[1])) else logits[:, list(index)]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How a teacher and a student fit: the levels and classes that they share."""
+
+    levels: tuple[LevelShape, ...]
+    student_strides: tuple[int, ...]  # of all the student's maps, in the order of its head
+    classes: ClassPairing
+
+
+def level_name(stride: int) -> str:
+    """The field's name of a pyramid level.
+
+    >>> level_name(8)
+    'P3'
+    """
+    return f"P{round(log2(stride))}"
 
 
 def pair_classes(teacher: Mapping[int, str], student: Mapping[int, str]) -> ClassPairing:

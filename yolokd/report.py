@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils import DEFAULT_CFG_DICT
-from ultralytics.utils.torch_utils import parse_device, select_device
+from ultralytics.utils.torch_utils import get_num_params, parse_device, select_device
 
 from yolokd.boxes import Labels
 from yolokd.config import SETTINGS, method_defaults
@@ -20,8 +20,7 @@ from yolokd.data import sample_batch
 from yolokd.methods import constants_model, registered
 from yolokd.plan import Lesson, Plan, make_plan, training_imgsz, training_keys
 from yolokd.precision import fit
-from yolokd.probe import level_name
-from yolokd.pyramid import Level, LevelShape
+from yolokd.pyramid import Level, LevelShape, level_name
 from yolokd.stage import build_methods
 from yolokd.threads import use_all_cores
 
@@ -81,13 +80,13 @@ def _models_table(plan: Plan, imgsz: int) -> Table:
     rows: dict[str, nn.Module] = {"student": plan.student}
     rows |= {f"teacher {Path(lesson.file).name}": lesson.model for lesson in plan.lessons if lesson.model is not None}
     for name, model in rows.items():
-        table.add_row(name, f"{_parameters(model):,}", f"{_gflops(model.eval(), image):.2f}")
+        table.add_row(name, f"{get_num_params(model):,}", f"{_gflops(model.eval(), image):.2f}")
     for lesson in plan.lessons:
         methods = build_methods(plan.config.parts, lesson.pairing.levels, seed=0)
         classes = len(lesson.pairing.classes.student) or 1
         levels = [_random_level(shape, imgsz, classes) for shape in lesson.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)
-        table.add_row(f"adapters to {Path(lesson.file).name}", f"{_parameters(methods):,}", f"{flops:.2f}")
+        table.add_row(f"adapters to {Path(lesson.file).name}", f"{get_num_params(methods):,}", f"{flops:.2f}")
     return table
 
 
@@ -103,10 +102,6 @@ def _gflops(model: nn.Module, x: Any) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)
     return float(counter.get_total_flops()) / 1e9
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def _levels_table(levels: tuple[LevelShape, ...], imgsz: int, title: str) -> Table:

@@ -7,7 +7,6 @@ The sidecar holds the rest in full precision, as tensors and plain data that loa
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd import __version__
-from yolokd.checkpoint import atomic_path, load_model
+from yolokd.checkpoint import load_model
 from yolokd.config import is_own, method_names
 from yolokd.errors import UserError
+from yolokd.files import atomic_path
 from yolokd.ranks import FIRST, PROCESSES
+from yolokd.rng import random_state, set_random_state
 
 State = dict[str, Any]
 FORMAT = 1  # of sidecars: to be raised where older ones no longer serve
@@ -118,12 +119,6 @@ def _check_unchanged(keys: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             raise UserError(key, "cannot change in a resumed run", "start a new run, drop it, or give force=True")
 
 
-def tidy(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote."""
-    for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
-
-
 def capture(trainer: Any) -> State:
     """A trainer at the end of an epoch: weights, averages, optimizer, unused gradients, scores."""
     model = unwrap_model(trainer.model)
@@ -201,27 +196,6 @@ def restore_streams(trainer: Any, state: State) -> None:
     if own["sampler"] is not None:
         loader.generator.set_state(own["sampler"])
     set_random_state(own["random"])
-
-
-def random_state() -> State:
-    """Of Python, NumPy and torch, as plain data."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: State) -> None:
-    """Restore `random_state`."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _plain(value: Any) -> Any:

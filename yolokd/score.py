@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from ultralytics.models.rtdetr.val import RTDETRValidator
@@ -19,6 +16,7 @@ from ultralytics.nn.modules.head import OBB, Pose, RTDETRDecoder, Segment
 from ultralytics.utils import LOGGER
 
 from yolokd.pyramid import ClassPairing, Detector
+from yolokd.rng import random_streams_kept
 
 USELESS = 0.05  # ours: mAP50-95 under which a teacher has nothing to teach on this data
 
@@ -108,13 +106,3 @@ def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int
     copy.model[-1].register_forward_hook(reorder)
     copy.names = dict(names)
     return copy
-
-
-@contextmanager
-def random_streams_kept() -> Iterator[None]:
-    """Leaves the random streams as they were: a run's augmentations must not depend on whether it has a teacher."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

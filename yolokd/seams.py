@@ -12,7 +12,7 @@ from torch import nn
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import torch_utils
 
-from yolokd.checkpoint import atomic_path
+from yolokd.files import atomic_path
 from yolokd.standin import stand_in
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,18 +16,9 @@ from yolokd.guard import Guard
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.probe import gradient_norms, own_gradient_norms
-from yolokd.pyramid import ClassPairing, Level, LevelShape, confidence_shares, on_grid_of, split_levels
+from yolokd.pyramid import Level, LevelShape, Pairing, confidence_shares, on_grid_of, split_levels
 from yolokd.ranks import mean
 from yolokd.teacher import Teacher, TeacherOutput
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """How a teacher and a student fit: the levels and classes that they share."""
-
-    levels: tuple[LevelShape, ...]
-    student_strides: tuple[int, ...]  # of all the student's maps, in the order of its head
-    classes: ClassPairing
 
 
 class Stage(nn.Module):

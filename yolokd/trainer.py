@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first, unwrap_m
 
 from yolokd import ranks
 from yolokd.announce import announce, balance_line
-from yolokd.checkpoint import AtomicPath, as_paths, load_model
+from yolokd.checkpoint import as_paths, load_model
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
 from yolokd.data import data_file, sample_batch
 from yolokd.errors import UserError, first_line
+from yolokd.files import AtomicPath, tidy
 from yolokd.interrupts import Interrupted, Request, heeded
 from yolokd.plan import KNOWN_KEYS, Lesson, Plan, make_plan, training_imgsz
 from yolokd.precision import fit, name_of
@@ -43,10 +43,10 @@ from yolokd.resume import (
     save_sidecar,
     sidecars,
     streams,
-    tidy,
 )
 from yolokd.score import check_teacher
 from yolokd.seams import adapters_not_counted, atomic_stripping, bfloat16_on_cpu
+from yolokd.standin import stand_in
 from yolokd.threads import use_all_cores
 
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
@@ -257,19 +257,9 @@ class DistillationTrainer(DetectionTrainer):
 
     def get_validator(self) -> DetectionValidator:
         """Ultralytics' validator, which would reject yolokd's keys among its own."""
-        with self._own_keys_hidden():
+        theirs = type(self.args)(**{k: v for k, v in vars(self.args).items() if not is_own(k)})
+        with stand_in(self, "args", theirs):
             return super().get_validator()
-
-    @contextmanager
-    def _own_keys_hidden(self) -> Iterator[None]:
-        args = self.args
-        self.args = copy(args)
-        for key in [k for k in vars(args) if is_own(k)]:
-            delattr(self.args, key)
-        try:
-            yield
-        finally:
-            self.args = args
 
     # The loop
 

@@ -10,8 +10,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from yolokd.checkpoint import atomic_path
 from yolokd.errors import UserError
+from yolokd.files import atomic_path
 
 VERSIONS = ("yolokd", "ultralytics", "torch")  # columns with the versions that made a row
 TEACHER = "teacher"  # the `method` of the row that holds the teacher's own score

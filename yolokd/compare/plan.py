@@ -9,7 +9,7 @@ from typing import Any
 
 from ultralytics.utils import ROOT
 
-from yolokd.checkpoint import as_paths, load_model, sha256
+from yolokd.checkpoint import as_paths, load_model
 from yolokd.compare.ledger import TEACHER
 from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, digest, fingerprint
 from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own
@@ -17,6 +17,7 @@ from yolokd.console import CONSOLE
 from yolokd.contenders import NATIVE, PLAIN, concerns
 from yolokd.data import data_file, split_images
 from yolokd.errors import UserError
+from yolokd.files import sha256
 from yolokd.plan import KNOWN_KEYS, Plan, load_teacher, make_plan, training_keys
 from yolokd.pyramid import Detector, pair_classes
 from yolokd.score import only_detects

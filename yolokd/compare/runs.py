@@ -16,21 +16,20 @@ from typing import Any
 from zipfile import is_zipfile
 
 import polars as pl
-import torch
-import ultralytics
 from filelock import FileLock, Timeout
 from ultralytics.data.utils import img2label_paths
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import DEFAULT_CFG_DICT
 
-import yolokd
-from yolokd.checkpoint import atomic_path, load_model
+from yolokd.checkpoint import load_model
 from yolokd.compare.ledger import TEACHER, Row
 from yolokd.config import each_teacher, is_own
 from yolokd.contenders import NATIVE
 from yolokd.data import load_data, split_images
 from yolokd.distiller import YoloDistiller
+from yolokd.files import atomic_path
 from yolokd.plan import load_teacher
+from yolokd.provenance import versions
 from yolokd.pyramid import pair_classes
 from yolokd.restricted import restricted_loading
 from yolokd.resume import sidecars
@@ -164,7 +163,7 @@ def _train_and_score(run: Run, device: object) -> None:
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
         found = score(model, settings, run.folder)
     with atomic_path(run.scores_path) as path:
-        path.write_text(json.dumps({**asdict(found), **_versions()}), encoding="utf-8")
+        path.write_text(json.dumps({**asdict(found), **versions()}), encoding="utf-8")
 
 
 def _aligned_teacher(run: Run) -> Any:
@@ -239,14 +238,6 @@ def row_of(run: Run, images: int) -> Row:
         images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,
         curve=" ".join(f"{v:.4f}" for v in curve),
     )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "yolokd": yolokd.__version__,
-        "ultralytics": ultralytics.__version__,
-        "torch": str(torch.__version__),
-    }
 
 
 def _history(results: Path) -> tuple[list[float], float]:

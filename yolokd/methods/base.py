@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
 
 from yolokd.pyramid import Level, LevelShape
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of a term of a loss
 
 
 class Method(nn.Module):

@@ -56,6 +56,12 @@ def standardized(maps: Tensor) -> Tensor:
     return (maps - maps.mean((0, 2, 3), keepdim=True)) / (maps.var((0, 2, 3), correction=0, keepdim=True) + EPS).sqrt()
 
 
+def standardized_error(maps: Tensor, level: Level) -> Tensor:
+    """Half the mean squared error of both maps standardized, 1 − Pearson's r; the teacher's computed once a step."""
+    teacher = level.once("standardized teacher", lambda: standardized(level.teacher))
+    return F.mse_loss(standardized(maps), teacher) / 2
+
+
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean over channels of (a − b)²: two (B, C, H, W) -> (B, H, W), float32."""
     return F.mse_loss(a.float(), b.float(), reduction="none").mean(1)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from yolokd.methods.base import Level, LevelShape, Method, register
+from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted, adapted_error, generator, spatial_attention, squared_error
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Regions = Literal["both", "high", "low"]
 Constraint = Literal["mixed", "plain", "transformed", "swapped"]
 Width = Literal["student", "teacher"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, adapted, generator, standardized
+from yolokd.methods.blocks import Adapter, adapted, generator, standardized_error
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 MOST = 0.95  # ours: the share of positions that may be masked at most
@@ -48,8 +47,7 @@ class DFMSD(Method):
         positions, channels = (mask.to(student.dtype) for mask in self.masks(level))
         weights = self.mix.softmax(0)
         rebuilt = weights[0] * self.by_position(student * positions) + weights[1] * self.by_channel(student * channels)
-        teacher = level.once("standardized teacher", lambda: standardized(level.teacher))
-        return F.mse_loss(standardized(rebuilt), teacher) / 2
+        return standardized_error(rebuilt, level)
 
     def masks(self, level: Level) -> tuple[Tensor, Tensor]:
         """M^S (B, 1, H, W) and M^C (B, C, 1, 1), boolean, False where zeroed."""

@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from yolokd.methods.base import Level, LevelShape, Method, register
+from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted, channel_attention, spatial_attention
-
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @register("fgd")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
-from yolokd.methods.base import Level, LevelShape, Method, register
+from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted_error
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+EMPTY = 1e-9  # ours: the richness of a batch under which there is nothing to distil
 
 
 @register("frs")
@@ -41,6 +38,3 @@ class FRS(Method):
         weights = richness / richness.sum().clamp(min=EMPTY)
         scores = F.binary_cross_entropy_with_logits(level.student_logits.float(), probabilities, reduction="none")
         return (weights * (self.alpha * adapted_error(self.adapt, level) + self.beta * scores.sum(1))).sum()
-
-
-EMPTY = 1e-9  # ours: the richness of a batch under which there is nothing to distil

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from yolokd.boxes import iou
-from yolokd.methods.base import Level, LevelShape, Method, register
+from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted_error
 
 Distance = Literal["l2", "euclidean", "l1", "kl"]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
 
 

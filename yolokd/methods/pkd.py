@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, adapted, standardized
+from yolokd.methods.blocks import Adapter, adapted, standardized_error
 
 
 @register("pkd")
@@ -25,5 +24,4 @@ class PKD(Method):
 
     def forward(self, level: Level) -> Tensor:
         """Scalar float32 loss of one level."""
-        teacher = level.once("standardized teacher", lambda: standardized(level.teacher))
-        return F.mse_loss(standardized(adapted(self.adapt, level)), teacher) / 2
+        return standardized_error(adapted(self.adapt, level), level)
