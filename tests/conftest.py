@@ -33,6 +33,7 @@ from yolokd.teacher import Teacher
 
 NAMES = {0: "disc", 1: "box"}
 SIZE = 160  # of the exported models
+collect_ignore = ["forked.py", "killed.py", "launched.py"]  # programs that tests run
 TINY = {"imgsz": 64, "batch": 4, "nbs": 4, "plots": False, "verbose": False, "seed": 3, "patience": 50}
 
 

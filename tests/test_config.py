@@ -31,6 +31,7 @@ def test_a_gain_that_is_set_is_in_force() -> None:
     assert parse({**T, "method": "dfd", "dfd.alpha": 2.0}).balance == 1.0
     fixed = parse({**T, "method": "dfd+pdf", "pdf.gain": 3.0})
     assert (fixed.balance, [part.gain for part in fixed.parts]) == ("off", [method_defaults("dfd")["gain"], 3.0])
+    assert parse({**T, **yaml.safe_load("{balance: off, pdf.gain: 3.0}"), "method": "dfd+pdf"}) == fixed
 
 
 @pytest.mark.parametrize("name", ["dfd", "pdf"])

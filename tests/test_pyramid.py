@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from conftest import random_detector, states_equal
+from conftest import random_detector, save_checkpoint, states_equal
 from hypothesis import given
 from hypothesis import strategies as st
-from ultralytics.nn.tasks import RTDETRDetectionModel
+from ultralytics.nn.tasks import RTDETRDetectionModel, WorldModel, YOLOEModel, YOLOESegModel
 
 from yolokd import UserError
+from yolokd.plan import load_student
 from yolokd.pyramid import (
     ClassPairing,
     confidence_shares,
@@ -19,6 +23,7 @@ from yolokd.pyramid import (
     read_pyramid,
     split_levels,
 )
+from yolokd.score import aligned_copy
 from yolokd.teacher import Teacher
 
 strides = st.dictionaries(st.sampled_from([4, 8, 16, 32, 64]), st.integers(1, 512), max_size=5)
@@ -118,6 +123,47 @@ def test_an_rtdetr_teacher_gives_maps_alone() -> None:
     assert {k: v.shape for k, v in output.maps.items()} == {s: (1, 256, 64 // s, 64 // s) for s in (8, 16, 32)}
     assert not teacher.has_logits
     assert not output.logits
+
+
+PROMPTED = [
+    (WorldModel, "yolov8s-world.yaml"),
+    (YOLOEModel, "yoloe-11s.yaml"),
+    (YOLOESegModel, "yoloe-11s-seg.yaml"),
+]
+
+
+@pytest.mark.parametrize(("family", "cfg"), PROMPTED)
+def test_prompted_teachers_give_maps_alone(family: Any, cfg: str) -> None:
+    """YOLO-World and YOLOE hand their heads embeddings of the classes beside the maps; a batch of one is no other."""
+    teacher = Teacher(family(cfg, nc=2, verbose=False))
+    assert teacher.pyramid == {8: 128, 16: 256, 32: 512}
+    assert not teacher.has_logits
+    for count in (1, 2):
+        output = teacher(torch.rand(count, 3, 64, 64))
+        assert {k: v.shape for k, v in output.maps.items()} == {
+            s: (count, c, 64 // s, 64 // s) for s, c in teacher.pyramid.items()
+        }
+
+
+def test_prompted_students_are_refused(tmp_path: Path) -> None:
+    """Ultralytics' detection trainer would call them without prompts."""
+    path = save_checkpoint(WorldModel("yolov8s-world.yaml", nc=2, verbose=False), tmp_path / "world.pt")
+    with pytest.raises(UserError, match=r"is no plain YOLO detector \(WorldDetect"):
+        load_student(path, {"nc": 2, "channels": 3}, trust=False)
+
+
+def test_an_rtdetr_is_scored_by_the_datas_classes() -> None:
+    torch.manual_seed(0)
+    model = RTDETRDetectionModel("rtdetr-l.yaml", nc=3, verbose=False).eval()
+    with torch.no_grad():
+        model.model[-1].dec_score_head[-1].weight.mul_(100)  # all classes win somewhere
+        pictures = torch.rand(1, 3, 64, 64)
+        theirs = model(pictures)[0][0]
+        ours = aligned_copy(model, {0: "a", 1: "b"}, {0: 2, 1: 0})(pictures)[0][0]
+    assert set(theirs[:, 5].tolist()) == {0, 1, 2}
+    for before, after in zip(theirs.tolist(), ours.tolist(), strict=True):
+        known = {2: 0, 0: 1}.get(int(before[5]))
+        assert after == pytest.approx([*before[:4], before[4], known] if known is not None else [*before[:4], 0, 0])
 
 
 def test_long_lists_of_classes_are_cut_short_in_the_log() -> None:

@@ -24,6 +24,7 @@ from ultralytics.utils.torch_utils import get_num_params, model_info_for_loggers
 from yolokd import UserError, YoloDistiller, distillation_trainer, precision, register
 from yolokd.criterion import DistillationCriterion
 from yolokd.methods import Method
+from yolokd.report import check_report
 from yolokd.resume import sidecar_path, sidecars
 from yolokd.threads import training_threads
 
@@ -397,8 +398,8 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
 
 def test_an_rtdetr_teacher_teaches_by_its_maps(tiny: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = RTDETRDetectionModel("rtdetr-l.yaml", nc=2, verbose=False)
-    model.names = {0: "box", 1: "disc"}
+    model = RTDETRDetectionModel("rtdetr-l.yaml", nc=3, verbose=False)
+    model.names = {0: "cat", 1: "box", 2: "disc"}
     path = save_checkpoint(model, tmp_path / "rtdetr.pt")
     d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "check_teacher": True}, method="dfd")
     assert d.trainer.teacher_score is not None
@@ -419,6 +420,7 @@ def test_coarser_teachers_see_padded_images(tiny: dict[str, Any], tmp_path: Path
     path = save_checkpoint(random_detector("yolov8n-p6.yaml", seed=2), tmp_path / "p6.pt")
     d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "imgsz": 96})
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
+    check_report({"teacher": str(path), "data": tiny["data"], "imgsz": 96})
 
 
 def test_a_segmentation_teacher_teaches_unscored(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def parse(keys: Mapping[str, Any]) -> Distillation:
     dotted = {k: v for k, v in keys.items() if "." in k}
     merged = {k: v for k, v in defaults().items() if k in OWN_KEYS} | own
     merged["teacher"] = as_teachers(merged["teacher"])
+    if merged["balance"] is False:  # YAML's reading of a bare off
+        merged["balance"] = "off"
     if isinstance(merged["stages"], int | float | list):
         merged["stages"] = tuple(map(_number, listed(merged["stages"])))
     names = method_names(merged["method"])

@@ -22,7 +22,7 @@ from yolokd.files import sha256
 from yolokd.methods import registered
 from yolokd.pyramid import Detector, Pairing, pair_classes, pair_levels, read_pyramid
 from yolokd.ranks import PROCESSES
-from yolokd.teacher import Teacher, check_detector
+from yolokd.teacher import PROMPTED, Teacher, check_detector
 
 OPTIMIZERS = ("auto", "sgd", "musgd", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")  # Ultralytics' own
 KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"}
@@ -132,7 +132,7 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
         raise UserError(name, "is neither .yaml nor .pt", "for example yolov8n.yaml or yolov8n.pt")
     check_detector(model, name)
     task = guess_model_task(model)
-    if task != "detect" or not isinstance(model.model[-1], Detect):
+    if task != "detect" or not isinstance(model.model[-1], Detect) or isinstance(model.model[-1], PROMPTED):
         raise UserError(
             name,
             f"is no plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",

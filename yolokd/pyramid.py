@@ -166,7 +166,7 @@ def pair_levels(teacher: Mapping[int, int], student: Mapping[int, int]) -> list[
     Raises UserError where there is none.
 
     >>> pair_levels({8: 64, 16: 128}, {4: 16, 8: 32})
-    [LevelShape(stride=8, student_channels=32, teacher_channels=64)]
+    [LevelShape(stride=8, student_channels=32, teacher_channels=64, stage=0)]
     """
     common = sorted(set(teacher) & set(student))
     if not common:
@@ -207,7 +207,7 @@ def read_pyramid(model: Detector, size: int = 256) -> dict[int, int]:
     seen: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.extend(inputs[0])
+        seen.extend(m for m in inputs[0] if m.ndim == 4)  # YOLOE's head is given embeddings of classes, too
 
     head = model.model[-1]
     modes = [(m, m.training) for m in model.modules()]

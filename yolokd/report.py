@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def _teacher_notes(plan: Plan, lesson: Lesson, images: Tensor) -> list[str]:
 
 def _models_table(plan: Plan, imgsz: int) -> Table:
     table = Table("model", "parameters", "GFLOPs", title=f"per image of {imgsz}x{imgsz}")
-    channels = plan.data["channels"]
-    image = torch.zeros(1, channels, imgsz, imgsz)
-    rows: dict[str, nn.Module] = {"student": plan.student}
-    rows |= {f"teacher {Path(lesson.file).name}": lesson.model for lesson in plan.lessons if lesson.model is not None}
-    for name, model in rows.items():
+    rows: list[tuple[str, Any, int]] = [("student", plan.student, 1)]
+    rows += [(f"teacher {Path(each.file).name}", each.model, max(each.teacher.pyramid)) for each in plan.lessons]
+    for name, model, stride in rows:
+        side = ceil(imgsz / stride) * stride  # a coarser teacher sees padded images
+        image = torch.zeros(1, plan.data["channels"], side, side)
         table.add_row(name, f"{get_num_params(model):,}", f"{_gflops(model.eval(), image):.2f}")
     for lesson in plan.lessons:
         methods = build_methods(plan.config.parts, lesson.pairing.levels, seed=0)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.nn.modules.head import OBB, Pose, RTDETRDecoder, Segment
+from ultralytics.nn.modules.head import OBB, Pose, RTDETRDecoder, Segment, YOLOESegment
 from ultralytics.utils import LOGGER
 
 from yolokd.pyramid import ClassPairing, Detector
@@ -87,22 +87,28 @@ def check_teacher(
 
 def only_detects(model: Detector) -> bool:
     """Whether a model does nothing beyond detecting (segments, …), which Ultralytics' detection validator can score."""
-    return not isinstance(model.model[-1], Segment | Pose | OBB)
+    return not isinstance(model.model[-1], Segment | YOLOESegment | Pose | OBB)
 
 
 def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, int]) -> Detector:
     """A copy whose class scores follow the data set's `names`: {data's class: teacher's}, 0 for those not known."""
     copy = deepcopy(model).float().eval()
-    nc, dim = len(names), 2 if isinstance(copy.model[-1], RTDETRDecoder) else 1
 
     def reorder(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        y = output[0]
-        scores = y.new_zeros(*(nc if d == dim else size for d, size in enumerate(y.shape)))
+        y = output[0]  # (B, 4 + classes, anchors)
+        scores = y.new_zeros(y.shape[0], len(names), y.shape[2])
+        scores[:, list(mapping)] = y[:, [4 + teacher_class for teacher_class in mapping.values()]]
+        return torch.cat((y[:, :4], scores), 1), output[1]
+
+    def relabel(head: Any, _inputs: object, output: Any) -> Any:
+        boxes, scores, classes = output[0].split((4, 1, 1), -1)  # (B, n, 6), chosen by the decoder itself
+        known_as = classes.new_full((head.nc,), -1)
         for data_class, teacher_class in mapping.items():
-            scores.select(dim, data_class).copy_(y.select(dim, 4 + teacher_class))
-        return torch.cat((y.narrow(dim, 0, 4), scores), dim), output[1]
+            known_as[teacher_class] = data_class
+        labels = known_as[classes.long()]
+        return torch.cat((boxes, scores * (labels >= 0), labels.clamp(min=0)), -1), output[1]
 
     copy.end2end = False
-    copy.model[-1].register_forward_hook(reorder)
+    copy.model[-1].register_forward_hook(relabel if isinstance(copy.model[-1], RTDETRDecoder) else reorder)
     copy.names = dict(names)
     return copy

@@ -17,6 +17,8 @@ from yolokd.boxes import decoded
 from yolokd.errors import UserError
 from yolokd.pyramid import Detector, read_pyramid
 
+PROMPTED = (WorldDetect, YOLOEDetect)  # heads that are given embeddings of the classes beside the maps
+
 
 @dataclass(frozen=True)
 class TeacherOutput:
@@ -195,10 +197,12 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
 class _Tap(nn.Module):
     """Stands in for the head: returns the neck maps, and keeps the head's branches at hand."""
 
+    export = False  # which YOLO-World asks its head
+
     def __init__(self, head: Any) -> None:
         super().__init__()
         self.f, self.i = head.f, head.i  # where Ultralytics' forward feeds it from
-        dense = isinstance(head, Detect) and not isinstance(head, WorldDetect | YOLOEDetect)
+        dense = isinstance(head, Detect) and not isinstance(head, PROMPTED)
         one2one = getattr(head, "one2one_cv3", None) if dense else None
         many = head.cv3 if dense else None
         self.one2many: nn.ModuleList | None = many if many is not None else one2one
