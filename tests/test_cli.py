@@ -218,7 +218,8 @@ def test_train_then_val_predict_and_repeat(
     done = yolokd("val", f"model={best}", f"data={files['data']}", "imgsz=64", "plots=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     image = next((Path(files["data"]).parent / "images" / "val").glob("*.jpg"))
-    done = yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", f"project={tmp_path}", cwd=tmp_path)
+    done = yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", "line_thickness=2",
+                  f"project={tmp_path}", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob(f"predict*/{image.name}"))
 

@@ -25,6 +25,7 @@ from results import cut, rows
 from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
+from yolokd.distiller import _resumed
 from yolokd.files import AtomicPath, atomic_path
 from yolokd.interrupts import Interrupted, heeded
 from yolokd.resume import capture, restore, sidecars
@@ -154,11 +155,18 @@ def test_other_classes_are_refused(tiny: dict[str, Any], teacher: str, tmp_path:
         YoloDistiller().train(resume=str(folder), data=str(other))
 
 
-def test_a_checkpoint_of_plain_ultralytics_goes_on(tiny: dict[str, Any], teacher: str) -> None:
+def test_a_teacher_for_a_run_without_one_is_refused(tiny: dict[str, Any], teacher: str) -> None:
+    folder = cut_off(tiny, None, method="none")
+    with pytest.raises(UserError, match="teacher: would not teach"):
+        YoloDistiller(teacher=teacher).train(resume=str(folder))
+
+
+@pytest.mark.parametrize("method", [None, "fitnet"])
+def test_a_checkpoint_of_plain_ultralytics_goes_on(method: str | None, tiny: dict[str, Any], teacher: str) -> None:
     model = YOLO("yolov8n.yaml")
     cut(model, {k: v for k, v in tiny.items() if k != "check_teacher"} | {"name": "plain"})
     with logged() as lines:
-        d = YoloDistiller(teacher=teacher, method="fitnet")
+        d = YoloDistiller(teacher=teacher, method=method)
         d.train(resume=str(model.trainer.last))
     assert d.trainer.start_epoch == 1
     assert d.trainer.criterion is not None
@@ -239,7 +247,7 @@ def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert errors.splitlines()[-1] == f"yolokd: interrupted; go on with: yolokd train resume={folder}"
+    assert errors.splitlines()[-1] == f"yolokd: interrupted; go on with: yolokd train resume='{folder}'"
     last = torch.load(folder / "weights" / "last.pt", weights_only=False)
     assert last["epoch"] + 1 == epochs_of(folder)
     (sidecar,) = sidecars(folder / "weights" / "last.pt")
@@ -247,12 +255,60 @@ def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str
 
 
 @pytest.mark.usefixtures("_default_signals")
-def test_a_signal_after_the_last_step_is_not_lost(tiny: dict[str, Any]) -> None:
+def test_a_signal_after_the_last_step_is_not_lost(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     d = YoloDistiller(method="none")
     d.add_callback("on_train_end", lambda _: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match="the training is finished"):
-        d.train(**tiny | {"epochs": 1})
+    with pytest.raises(Interrupted, match="the training is finished"), logged() as lines:
+        d.train(**{k: v for k, v in tiny.items() if k != "project"} | {"epochs": 1})
+    assert d.trainer.best == tmp_path / "runs" / "distill" / "train" / "weights" / "best.pt"
     assert d.trainer.best.exists()
+    assert d.trainer.args.project is None  # a name of the user's to loggers
+    stripped = [line for line in lines if "Optimizer stripped" in line]
+    assert len(stripped) == 2
+    assert all(f"saved as {d.trainer.wdir}" in line and ".tmp" not in line for line in stripped)
+
+
+@pytest.mark.usefixtures("_default_signals")
+def test_a_data_worker_that_died_of_the_same_signal_is_no_failure(tiny: dict[str, Any]) -> None:
+    """As torch tells of it, in a process group that was told to end."""
+
+    def end(_trainer: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    d = YoloDistiller(method="none")
+    d.add_callback("on_train_batch_start", end)
+    with pytest.raises(Interrupted, match="no finished epoch") as interrupted:
+        d.train(**tiny)
+    assert interrupted.value.signum == signal.SIGTERM
+
+
+@pytest.mark.usefixtures("_default_signals")
+def test_the_run_that_lay_there_is_not_what_goes_on(tiny: dict[str, Any]) -> None:
+    folder = cut_off(tiny, None, method="none")
+    time.sleep(1.1)  # of a file system that tells whole seconds
+    d = YoloDistiller(method="none")
+    d.add_callback("on_train_batch_start", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="no finished epoch"):
+        d.train(**tiny | {"save_dir": str(folder)})
+
+
+def test_a_named_checkpoint_is_what_resume_true_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ultralytics documents it so; the latest run is another."""
+    monkeypatch.chdir(tmp_path)
+    runs = [tmp_path / "runs" / "distill" / name / "weights" / "last.pt" for name in ("train", "train-2")]
+    for last in runs:
+        last.parent.mkdir(parents=True)
+        last.touch()
+        time.sleep(0.02)
+    named = runs[0].relative_to(tmp_path)
+    assert _resumed({"resume": True})["resume"] == str(runs[1])
+    assert _resumed({"resume": True, "model": str(named)})["resume"] == str(runs[0])
+    assert _resumed({"resume": True, "student": str(named)})["resume"] == str(runs[0])
+    assert _resumed({"resume": True, "student": "yolov8n.pt"})["resume"] == str(runs[1])
 
 
 def listen() -> None:

@@ -435,7 +435,7 @@ def test_a_segmentation_teacher_teaches_unscored(tiny: dict[str, Any], tmp_path:
 
 @pytest.mark.parametrize(
     "settings", [{"freeze": 22}, {"freeze": 16}, {"multi_scale": 0.5}, {"rect": True}, {"single_cls": True, "cls": 0.3},
-                 {"save_period": 1, "fraction": 0.5}]
+                 {"save_period": 1, "fraction": 0.5}, {"imgsz": [64, 32], "label_smoothing": 0.0}]
 )  # fmt: skip
 def test_ultralytics_settings_pass_through(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1} | settings)

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars
 from rich.table import Table
+from ultralytics.utils.files import increment_path
 
 from yolokd import shapes
 from yolokd.config import method_names
@@ -108,13 +109,13 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown:
 
 def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[Run]:
     """Teacher, student alone, student distilled."""
-    project = str(Path("runs/distill/demo").absolute())
+    home = Path("runs/distill/demo").absolute()
 
     def train(name: str, training: Training, **keys: Any) -> Run:
         CONSOLE.rule(f"{name}: {training.model}, {training.epochs} epochs, seed {seed}")
         begun = time.time()
         distiller = YoloDistiller(student=training.model, **keys)
-        own = {"data": data, "project": project, "name": name, "seed": seed}
+        own = {"data": data, "save_dir": str(increment_path(home / name)), "seed": seed}
         distiller.train(**SETTINGS, **own, epochs=training.epochs, lr0=training.lr0)
         return Run(name, training.epochs, distiller, time.time() - begun)
 

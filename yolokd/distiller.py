@@ -17,6 +17,8 @@ from yolokd.plan import training_keys
 from yolokd.restricted import restricted_loading
 from yolokd.trainer import DistillationTrainer
 
+HOME = Path("runs/distill")  # of runs that are given no other
+
 
 class YoloDistiller:
     """Distils a teacher into a student, with the verbs of Ultralytics' `YOLO`.
@@ -54,6 +56,8 @@ class YoloDistiller:
         keys = with_file({**self.keys, **kwargs})
         overrides = _resumed(keys) if keys.get("resume") else _fresh(keys)
         self.trainer = DistillationTrainer(overrides=overrides, _callbacks=self._callbacks)
+        if overrides.get("project") == str(HOME.absolute()):
+            self.trainer.args.project = None  # not the user's: loggers would name projects by it, or begin to upload
         self.trainer.train()
         best = self.trainer.best if self.trainer.best.exists() else self.trainer.last
         self._model = load_yolo(best, self.trainer.plan.config.trust)
@@ -103,13 +107,16 @@ def load_yolo(path: str | Path, trust: bool = False) -> YOLO:
 
 def _fresh(keys: dict[str, Any]) -> dict[str, Any]:
     """Overrides of a new run, which lands in runs/distill unless the keys say otherwise."""
-    placed = {} if keys.get("project") or keys.get("save_dir") else {"project": str(Path("runs/distill").absolute())}
+    placed = {} if keys.get("project") or keys.get("save_dir") else {"project": str(HOME.absolute())}
     return {"name": "train"} | placed | training_keys(keys)
 
 
 def _resumed(keys: dict[str, Any]) -> dict[str, Any]:
     """Overrides of a resumed run: everything else is in its checkpoint."""
-    last = last_checkpoint(keys.pop("resume"), keys.get("project"))
+    resume, named = keys.pop("resume"), Path(str(keys.get("model") or keys.get("student")))
+    if resume is True and named.parts[-2:] == ("weights", "last.pt"):  # as in `yolo train resume=True model=…`
+        resume = named
+    last = last_checkpoint(resume, keys.get("project"))
     given = {k: v for k, v in keys.items() if k not in {"student", "model"}}
     moved = {"save_dir": str(last.parent.parent)} if last.parent.name == "weights" else {}
     return given | moved | {"resume": str(last), "model": str(last)}
@@ -122,7 +129,7 @@ def last_checkpoint(resume: object, project: str | None = None) -> Path:
     """
     if resume is True:
         # Ultralytics puts a relative project there
-        root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else Path("runs/distill")
+        root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else HOME
         found = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise UserError("resume=True", f"no run with a checkpoint in {root}", "give resume=path/to/run")

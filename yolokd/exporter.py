@@ -21,11 +21,10 @@ from yolokd.data import data_file, validation_images
 from yolokd.errors import UserError, first_line
 from yolokd.files import atomic_path
 from yolokd.parity import ExportReport, Thresholds, precision_of, verify
+from yolokd.plan import DEPRECATED
 from yolokd.restricted import restricted_loading
 from yolokd.standin import stand_in
 from yolokd.words import nearest
-
-RENAMED = frozenset({"half", "int8", "end2end"})  # export arguments that Ultralytics still takes under an old name
 
 
 def export(model: str | Path, *, data: str | None = None, trust: bool = False, **kwargs: Any) -> ExportReport:
@@ -60,7 +59,7 @@ def export(model: str | Path, *, data: str | None = None, trust: bool = False, *
 
 
 def _checked(options: Mapping[str, Any]) -> Any:
-    known = DEFAULT_CFG_DICT.keys() | RENAMED
+    known = DEFAULT_CFG_DICT.keys() | DEPRECATED
     for key in options:
         if key not in known:
             raise UserError(key, "no such export argument", nearest(key, known) or "see Ultralytics' export settings")

@@ -25,7 +25,12 @@ from yolokd.ranks import PROCESSES
 from yolokd.teacher import PROMPTED, Teacher, check_detector
 
 OPTIMIZERS = ("auto", "sgd", "musgd", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")  # Ultralytics' own
-KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | {"augmentations", "save_dir"}
+# What Ultralytics still takes, with a warning, under an old name or without effect.
+DEPRECATED = frozenset(
+    {"half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"}
+    | {"label_smoothing", "save_hybrid", "crop_fraction", "keras"}
+)
+KNOWN_KEYS = frozenset(DEFAULT_CFG_DICT) | DEPRECATED | {"augmentations", "save_dir"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def _check_settings(settings: Mapping[str, Any], config: Distillation) -> Any:
     """Ultralytics' settings; what it would refuse too late is refused, and what does not go with a teacher."""
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
-        check_imgsz(args.imgsz, max_dim=1)
+        args.imgsz = check_imgsz(args.imgsz, max_dim=1)  # of several, as [640, 480], the largest
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     devices = check_device(args.device)

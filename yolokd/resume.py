@@ -104,7 +104,9 @@ def resumption(keys: Mapping[str, Any]) -> Resumption:
         raise UserError(f"resume={last}", "is finished, nothing to resume", f"start a new run with student={last}")
     saved = dict(checkpoint.get("train_args", {})) | (state["own"] if state is not None else {})
     if not any(map(is_own, saved)):
-        saved["method"] = "none"  # a run of plain Ultralytics, unless told otherwise
+        saved |= {} if keys.get("teacher") else {"method": "none"}  # a run of plain Ultralytics, unless told otherwise
+    elif keys.get("teacher") and not keys.get("method") and saved.get("method") == "none":
+        raise UserError("teacher", "would not teach: the run has method=none", "drop it, or give method= and force=")
     elif keys.get("force"):
         names = method_names(keys.get("method") or saved["method"])
         saved = {k: v for k, v in saved.items() if "." not in k or k.partition(".")[0] in names}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.engine import trainer as engine
-from ultralytics.utils import torch_utils
+from ultralytics.utils import LOGGER, torch_utils
 
 from yolokd.files import atomic_path
 from yolokd.standin import stand_in
@@ -36,8 +37,16 @@ def atomic_stripping() -> Iterator[None]:
     theirs = engine.strip_optimizer
 
     def strip(f: str | Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
+        def name(record: LogRecord) -> bool:
+            record.msg = str(record.msg).replace(str(temporary), str(s or f))
+            return True
+
         with atomic_path(Path(s or f)) as temporary:
-            return theirs(f, str(temporary), updates)
+            LOGGER.addFilter(name)
+            try:
+                return theirs(f, str(temporary), updates)
+            finally:
+                LOGGER.removeFilter(name)
 
     with stand_in(engine, "strip_optimizer", strip):
         yield

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -108,6 +110,7 @@ class DistillationTrainer(DetectionTrainer):
         self._streams: State | None = None
         self._anew = False  # whether a resumed run has other adapters than it began with
         self._request = Request()
+        self._begun, self._finished = time.time(), False
         for event, ours in (
             ("on_train_batch_end", DistillationTrainer._stop_if_asked),
             ("on_train_start", DistillationTrainer._close_mosaic_again),
@@ -143,7 +146,11 @@ class DistillationTrainer(DetectionTrainer):
             heeded(self._request),
             _told(self._how_to_go_on),
         ):
-            metrics = super().train()
+            try:
+                metrics = super().train()
+            except RuntimeError:
+                self._stop_if_asked()  # a data worker has died of the same signal
+                raise
             self._stop_if_asked()  # a wish that came after the last step
             return metrics
 
@@ -152,10 +159,11 @@ class DistillationTrainer(DetectionTrainer):
             raise Interrupted(self._request.signum, self._how_to_go_on())
 
     def _how_to_go_on(self) -> str:
-        if not self.last.exists():
+        if not self.resume and not (self.last.exists() and self.last.stat().st_mtime >= self._begun):
             return "there is no finished epoch to resume"
-        unfinished = f"go on with: yolokd train resume={self.save_dir}"
-        return unfinished if sidecars(self.last) else "the training is finished"
+        if self._finished or (self.ddp and not sidecars(self.last)):
+            return "the training is finished"
+        return f"go on with: yolokd train resume={quote(str(self.save_dir))}"
 
     def _setup_ddp(self) -> None:
         """Take the device of this process, which has joined the others already."""
@@ -470,6 +478,7 @@ class DistillationTrainer(DetectionTrainer):
         super().final_eval()
         if FIRST:
             drop_sidecars(self.last)
+        self._finished = True
 
 
 @contextmanager
