@@ -35,7 +35,7 @@ TEACHER_ROW = "teacher's"
 def row(method: str, seed: int, score: float, **changes: Any) -> Row:
     values: dict[str, Any] = {
         "hash": f"{method}{seed}{changes}", "ground": "g", "teacher_row": TEACHER_ROW,
-        "config": f"{method} {changes.get('settings')} {changes.get('teacher')}",
+        "config": method + changes.get("settings", "") + changes.get("teacher", ""),
         "method": method, "seed": seed, "split": "val", "teacher": "t.pt",
         "student": "s.yaml", "data": "d.yaml", "settings": "epochs=2", "map": score, "map50": score,
         "ap_small": None, "ap_medium": 0.1, "ap_large": 0.2, "seconds": 1.0, "images_per_second": 2.0,
