@@ -204,9 +204,10 @@ def test_checkpoints_are_plain_without_yolokd(student: str, tiny: dict[str, Any]
 def test_provenance_is_inside(tiny: dict[str, Any], teacher: str) -> None:
     import hashlib
 
-    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, **{"pdf.gain": 2})
+    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, teacher_precision="bf16", **{"pdf.gain": 2})
     origin = YOLO(d.trainer.best).model.yolokd
-    assert origin["teacher"] == {"file": "teacher.pt", "sha256": hashlib.sha256(Path(teacher).read_bytes()).hexdigest()}
+    sha256 = hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
+    assert origin["teacher"] == {"file": "teacher.pt", "sha256": sha256, "precision": "bf16"}
     assert origin["gains"]["pdf"] == 2
     assert {"yolokd", "ultralytics", "torch"} <= origin["versions"].keys()
 

@@ -9,13 +9,14 @@ import torch
 import ultralytics
 
 import yolokd
-from yolokd.plan import Plan
+from yolokd.plan import Lesson, Plan
+from yolokd.precision import name_of
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
     """Teacher, method, constants and versions, as plain data that travels in the student's checkpoint."""
     config = plan.config
-    teachers = [{"file": Path(lesson.file).name, "sha256": lesson.sha256} for lesson in plan.lessons]
+    teachers = [_teacher(lesson) for lesson in plan.lessons]
     return {
         "teacher": teachers[0] if len(teachers) == 1 else teachers,
         "method": config.method,
@@ -27,6 +28,11 @@ def provenance(plan: Plan) -> dict[str, Any]:
         "constants": {p.name: p.constants for p in config.parts},
         "versions": versions(),
     }
+
+
+def _teacher(lesson: Lesson) -> dict[str, str]:
+    precision = name_of(lesson.teacher.engine.dtype)  # which `auto` may choose otherwise another time
+    return {"file": Path(lesson.file).name, "sha256": lesson.sha256, "precision": precision}
 
 
 def versions() -> dict[str, str]:

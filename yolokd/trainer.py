@@ -195,10 +195,10 @@ class DistillationTrainer(DetectionTrainer):
         plan = self.plan
         if not plan.lessons:
             return
-        self.model.yolokd = provenance(plan)
         use_all_cores(self.device)  # the precision is tried as the training will run
         images = sample_batch(self.data, training_imgsz(self.args.imgsz, plan)).to(self.device)
         self.plan = replace(plan, lessons=self._sped_up(plan.lessons, images))  # the slow ones are not needed again
+        self.model.yolokd = provenance(self.plan)
         lessons = [(lesson.teacher, lesson.pairing) for lesson in self.plan.lessons]
         criterion = DistillationCriterion(self.model, lessons, plan.config, self.args.seed)
         self.model.criterion = criterion.to(self.device)
