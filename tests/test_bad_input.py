@@ -106,14 +106,10 @@ def test_nothing_but_broken_images_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("name", BAD_LABELS)
 def test_nothing_but_broken_labels_is_refused(name: str, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, sound=0)
+    plan = make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"})
     with pytest.raises(UserError, match="No valid images found"):
-        make_plan(
-            {
-                "data": dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, sound=0),
-                "method": "none",
-                "model": "yolov8n.yaml",
-            }
-        )
+        plan.check_images()
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -121,10 +117,10 @@ def test_scanning_counts_as_training_will(split: str, tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "d", train=8)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "test": "images/val"}))
     keys = {"data": str(path), "method": "none", "model": "yolov8n.yaml", "split": split}
-    assert make_plan(keys).images == 8
-    assert make_plan({**keys, "fraction": 0.5}).images == 4
-    assert make_plan({**keys, "fraction": 3}).images == 3
-    assert make_plan({**keys, "single_cls": True}).images == 8
+    assert make_plan(keys).check_images() == 8
+    assert make_plan({**keys, "fraction": 0.5}).check_images() == 4
+    assert make_plan({**keys, "fraction": 3}).check_images() == 3
+    assert make_plan({**keys, "single_cls": True}).check_images() == 8
 
 
 def test_images_without_labels_are_refused(teacher: str, tmp_path: Path) -> None:

@@ -50,17 +50,23 @@ class Plan:
 
     config: Distillation
     data: dict[str, Any]
-    images: int  # for training, without those that are skipped
+    args: Any  # Ultralytics' settings
     student: Detector
     lessons: tuple[Lesson, ...]
+
+    def check_images(self) -> int:
+        """Scan the images and labels: how many are left to train on. It may take a while, hence apart.
+
+        Raises UserError for a data set that cannot be used; writes the cache that Ultralytics keeps beside the labels.
+        """
+        return check_images(self.data, self.args)
 
 
 def make_plan(keys: Mapping[str, Any]) -> Plan:
     """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
 
-    Reads files, may download what Ultralytics can download, and trains nothing; it writes nothing but the cache of
-    images and labels that Ultralytics keeps beside the labels.
-    Raises UserError naming the first argument that cannot work.
+    Reads files, may download what Ultralytics can download, trains nothing and writes nothing.
+    Raises UserError naming the first argument that cannot work; images and labels are left to `Plan.check_images`.
     """
     check_keys(keys, KNOWN_KEYS)
     config = parse(keys)
@@ -76,7 +82,7 @@ def make_plan(keys: Mapping[str, Any]) -> Plan:
     if files:
         _check_stages(config, args.epochs)
     lessons = tuple(_lesson(file, model, config, data, read_pyramid(student)) for file, model in models.items())
-    return Plan(config, data, check_images(data, args), student, lessons)  # images last: they may take a while
+    return Plan(config, data, args, student, lessons)
 
 
 def _lesson(

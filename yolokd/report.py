@@ -43,6 +43,7 @@ def check_report(keys: Mapping[str, Any]) -> None:
     """Print what training with these keys would pair, cost and weigh; raises UserError for what it would refuse."""
     full = training_keys(keys)
     plan = make_plan(full)
+    plan.check_images()
     imgsz = training_imgsz(full.get("imgsz") or 640, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.lessons:

@@ -89,6 +89,7 @@ class DistillationTrainer(DetectionTrainer):
             self.plan: Plan = make_plan(_planned(cfg, keys, self._resumption))
             if self._resumption is not None:
                 _check_same(self.plan, self._resumption)
+            self.plan.check_images()
         if keys.get("data") == "shapes" or (keys.get("data") is None and not keys.get("resume")):
             keys["data"] = data_file("shapes")
         own = self.plan.config.flat()

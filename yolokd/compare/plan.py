@@ -68,14 +68,15 @@ def planned(
         ground = digest([split, content["scored"], *(known[key] for key in ("data", "student", "settings"))])
         own |= _told(plan.config)
         trained += [Run(method, seed, split, own, digest(known), ground, "", project) for seed in own_seeds]
+    images = plan.check_images()  # the same in all runs
     if not strongest or not _has_score(teachers[-1], plan):
-        return trained, plan.images
+        return trained, images
     known = {"teacher": content["teacher"][-1], "imgsz": given.get("imgsz", 640)}
     known |= {key: given[key] for key in COUNTING if key in given}
     own = _own(given, PLAIN) | {"method": TEACHER, "teacher": strongest}
     taught = Run(TEACHER, 0, split, own, digest(known), digest([split, content["scored"]]), "", project)
     named = [run if run.method == PLAIN else replace(run, teacher_row=taught.hash) for run in trained]
-    return [taught, *named], plan.images
+    return [taught, *named], images
 
 
 def _own(given: Mapping[str, Any], method: str) -> dict[str, Any]:
