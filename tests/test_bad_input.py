@@ -18,7 +18,7 @@ from forked import forked
 from PIL import Image
 
 from yolokd import UserError, YoloDistiller
-from yolokd.data import load_data
+from yolokd.data import check_images, load_data
 from yolokd.plan import make_plan
 from yolokd.restricted import restricted_loading
 
@@ -109,7 +109,7 @@ def test_nothing_but_broken_labels_is_refused(name: str, tmp_path: Path) -> None
     data = dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, sound=0)
     plan = make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"})
     with pytest.raises(UserError, match="No valid images found"):
-        plan.check_images()
+        check_images(plan.data, plan.args)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -117,10 +117,9 @@ def test_scanning_counts_as_training_will(split: str, tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "d", train=8)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "test": "images/val"}))
     keys = {"data": str(path), "method": "none", "model": "yolov8n.yaml", "split": split}
-    assert make_plan(keys).check_images() == 8
-    assert make_plan({**keys, "fraction": 0.5}).check_images() == 4
-    assert make_plan({**keys, "fraction": 3}).check_images() == 3
-    assert make_plan({**keys, "single_cls": True}).check_images() == 8
+    for changes, images in ({}, 8), ({"fraction": 0.5}, 4), ({"fraction": 3}, 3), ({"single_cls": True}, 8):
+        plan = make_plan(keys | changes)
+        assert check_images(plan.data, plan.args) == images
 
 
 def test_images_without_labels_are_refused(teacher: str, tmp_path: Path) -> None:

@@ -410,6 +410,16 @@ def test_a_test_split_that_comes_later_changes_no_training(keys: dict[str, Any],
     assert [run.teacher_row for run in tested] == ["", "", tested[0].hash]
 
 
+def test_a_picture_that_the_scan_mends_changes_no_run(keys: dict[str, Any], tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "own")
+    picture = next((data.parent / "images" / "train").glob("*.jpg"))
+    picture.write_bytes(picture.read_bytes() + b"\0\0")  # its end marker is not at the end
+    damaged = picture.read_bytes()
+    first, again = (planned(["none"], 0, "val", tmp_path, training(keys) | {"data": str(data)})[0] for _ in range(2))
+    assert picture.read_bytes() != damaged
+    assert [run.hash for run in first] == [run.hash for run in again]
+
+
 def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any], tmp_path: Path) -> None:
     segmenter = save_checkpoint(random_detector("yolov8n-seg.yaml", seed=1), tmp_path / "seg.pt")
     given = training(keys) | {"teacher": segmenter}

@@ -16,7 +16,7 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.checkpoint import check_path, load_model
 from yolokd.config import Distillation, check_keys, defaults, is_own, parse
-from yolokd.data import check_images, load_data
+from yolokd.data import load_data
 from yolokd.errors import UserError, first_line
 from yolokd.files import sha256
 from yolokd.methods import registered
@@ -54,19 +54,12 @@ class Plan:
     student: Detector
     lessons: tuple[Lesson, ...]
 
-    def check_images(self) -> int:
-        """Scan the images and labels: how many are left to train on. It may take a while, hence apart.
-
-        Raises UserError for a data set that cannot be used; writes the cache that Ultralytics keeps beside the labels.
-        """
-        return check_images(self.data, self.args)
-
 
 def make_plan(keys: Mapping[str, Any]) -> Plan:
     """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
 
     Reads files, may download what Ultralytics can download, trains nothing and writes nothing.
-    Raises UserError naming the first argument that cannot work; images and labels are left to `Plan.check_images`.
+    Raises UserError naming the first argument that cannot work; its images are left to `check_images`.
     """
     check_keys(keys, KNOWN_KEYS)
     config = parse(keys)

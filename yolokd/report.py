@@ -17,7 +17,7 @@ from ultralytics.utils.torch_utils import get_num_params, parse_device, select_d
 from yolokd.boxes import Labels
 from yolokd.config import SETTINGS, method_defaults
 from yolokd.console import CONSOLE, print_table
-from yolokd.data import sample_batch
+from yolokd.data import check_images, sample_batch
 from yolokd.methods import constants_model, registered
 from yolokd.plan import Lesson, Plan, make_plan, training_imgsz, training_keys
 from yolokd.precision import fit
@@ -43,7 +43,7 @@ def check_report(keys: Mapping[str, Any]) -> None:
     """Print what training with these keys would pair, cost and weigh; raises UserError for what it would refuse."""
     full = training_keys(keys)
     plan = make_plan(full)
-    plan.check_images()
+    check_images(plan.data, plan.args)
     imgsz = training_imgsz(full.get("imgsz") or 640, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.lessons:

@@ -24,7 +24,7 @@ from yolokd.announce import announce, balance_line
 from yolokd.checkpoint import as_paths, load_model
 from yolokd.config import is_own
 from yolokd.criterion import DistillationCriterion
-from yolokd.data import data_file, sample_batch
+from yolokd.data import check_images, data_file, sample_batch
 from yolokd.errors import UserError, first_line
 from yolokd.files import AtomicPath, tidy
 from yolokd.interrupts import Interrupted, Request, heeded
@@ -89,7 +89,7 @@ class DistillationTrainer(DetectionTrainer):
             self.plan: Plan = make_plan(_planned(cfg, keys, self._resumption))
             if self._resumption is not None:
                 _check_same(self.plan, self._resumption)
-            self.plan.check_images()
+            check_images(self.plan.data, self.plan.args)
         if keys.get("data") == "shapes" or (keys.get("data") is None and not keys.get("resume")):
             keys["data"] = data_file("shapes")
         own = self.plan.config.flat()

@@ -15,7 +15,7 @@ from yolokd.compare.runs import COUNTING, FILES, INCIDENTAL, Run, digest, finger
 from yolokd.config import Distillation, as_teachers, check_keys, each_teacher, is_own
 from yolokd.console import CONSOLE
 from yolokd.contenders import NATIVE, PLAIN, concerns
-from yolokd.data import data_file, split_images
+from yolokd.data import check_images, data_file, split_images
 from yolokd.errors import UserError
 from yolokd.files import sha256
 from yolokd.plan import KNOWN_KEYS, Plan, load_teacher, make_plan, training_keys
@@ -63,12 +63,13 @@ def planned(
         _check_scorable(own)
         if next(split_images(plan.data.get(split) or []), None) is None:
             raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
-        content = content or _content(given, plan, split)
+        if not content:
+            images = check_images(plan.data, plan.args)  # it mends some files, and what they hold is hashed
+            content = _content(given, plan, split)
         known = _known(own, plan, content)
         ground = digest([split, content["scored"], *(known[key] for key in ("data", "student", "settings"))])
         own |= _told(plan.config)
         trained += [Run(method, seed, split, own, digest(known), ground, "", project) for seed in own_seeds]
-    images = plan.check_images()  # the same in all runs
     if not strongest or not _has_score(teachers[-1], plan):
         return trained, images
     known = {"teacher": content["teacher"][-1], "imgsz": given.get("imgsz", 640)}
