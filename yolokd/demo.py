@@ -17,7 +17,7 @@ from ultralytics.utils.files import increment_path
 from yolokd import shapes
 from yolokd.config import method_names
 from yolokd.console import CONSOLE
-from yolokd.distiller import YoloDistiller
+from yolokd.distiller import HOME, YoloDistiller
 from yolokd.errors import UserError
 from yolokd.resources import shipped
 from yolokd.words import nearest
@@ -109,7 +109,7 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown:
 
 def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[Run]:
     """Teacher, student alone, student distilled."""
-    home = Path("runs/distill/demo").absolute()
+    home = (HOME / "demo").absolute()
 
     def train(name: str, training: Training, **keys: Any) -> Run:
         CONSOLE.rule(f"{name}: {training.model}, {training.epochs} epochs, seed {seed}")

@@ -11,7 +11,6 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from ultralytics.utils import DEFAULT_CFG_DICT
 from ultralytics.utils.torch_utils import get_num_params, parse_device, select_device
 
 from yolokd.boxes import Labels
@@ -41,18 +40,17 @@ def methods_report() -> None:
 
 def check_report(keys: Mapping[str, Any]) -> None:
     """Print what training with these keys would pair, cost and weigh; raises UserError for what it would refuse."""
-    full = training_keys(keys)
-    plan = make_plan(full)
+    plan = make_plan(training_keys(keys))
     check_images(plan.data, plan.args)
-    imgsz = training_imgsz(full.get("imgsz") or 640, plan)
+    imgsz = training_imgsz(plan.args.imgsz, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.lessons:
         CONSOLE.print("method=none: plain Ultralytics training")
         return
-    at = select_device(parse_device(full.get("device")), verbose=False)
+    at = select_device(parse_device(plan.args.device), verbose=False)
     use_all_cores(at)
     images = sample_batch(plan.data, imgsz).to(at)
-    starts = plan.config.starts(int(full.get("epochs") or DEFAULT_CFG_DICT["epochs"]))
+    starts = plan.config.starts(plan.args.epochs)
     for lesson, start in zip(plan.lessons, starts, strict=True):
         name = Path(lesson.file).name
         print_table(_levels_table(lesson.pairing.levels, imgsz, f"levels paired with {name}, from epoch {start:g}"))
