@@ -26,10 +26,11 @@ from ultralytics.data.augment import LetterBox
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 
-from yolokd.config import parse
-from yolokd.criterion import DistillationCriterion
-from yolokd.pyramid import Pairing, pair_classes, pair_levels, read_pyramid
-from yolokd.teacher import Teacher
+from yolokd.config.parse import parse
+from yolokd.distillation.criterion import DistillationCriterion
+from yolokd.models.detector import read_pyramid
+from yolokd.models.teacher import Teacher
+from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
 NAMES = {0: "disc", 1: "box"}
 SIZE = 160  # of the exported models

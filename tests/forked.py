@@ -10,7 +10,7 @@ from pathlib import Path
 from yolokd.cli import main
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["yolokd.bench", "yolokd.exporter", "yolokd.report"])
+SERVER.set_forkserver_preload(["yolokd.commands.bench", "yolokd.exporter.export_model", "yolokd.commands.check"])
 
 
 def forked(*words: str, cwd: Path, into: Path) -> subprocess.CompletedProcess[str]:

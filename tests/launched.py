@@ -19,7 +19,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.cli import status_of
-from yolokd.trainer import DistillationTrainer
+from yolokd.training.trainer import DistillationTrainer
 
 
 def rank() -> int:

@@ -18,9 +18,9 @@ from forked import forked
 from PIL import Image
 
 from yolokd import UserError, YoloDistiller
-from yolokd.data import check_images, load_data
-from yolokd.plan import make_plan
-from yolokd.restricted import restricted_loading
+from yolokd.data.dataset import check_images, load_data
+from yolokd.patches.safe_loading import safe_loading
+from yolokd.training.plan import make_plan
 
 LABEL = "0 0.5 0.5 0.3 0.3\n"
 GOOD = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -183,7 +183,7 @@ def test_what_ultralytics_ships_may_run_its_own_code(tmp_path: Path) -> None:
     from ultralytics.utils import ROOT
 
     scope = {"yaml": {"yaml_file": str(ROOT / "cfg" / "datasets" / "VOC.yaml")}}
-    with restricted_loading(trust=False):
+    with safe_loading(trust=False):
         utils.exec("yaml['ran'] = True", scope)
     assert scope["yaml"]["ran"] is True
     assert "exec" not in vars(utils)

@@ -17,11 +17,11 @@ from torch import Tensor
 from ultralytics.cfg import get_cfg
 
 from yolokd import YoloDistiller
-from yolokd.balance import WINDOW, Balance
+from yolokd.config.schedule import Schedule
+from yolokd.distillation.balance import WINDOW, Balance
 from yolokd.methods.fitnet import FitNet
-from yolokd.resume import sidecar_path
-from yolokd.schedule import Schedule
-from yolokd.teacher import Teacher
+from yolokd.models.teacher import Teacher
+from yolokd.training.sidecar import sidecar_path
 
 LEVELS = ("P3", "P4", "P5")
 

@@ -16,10 +16,10 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 
 from yolokd import UserError
-from yolokd.bench import run_bench
-from yolokd.bench.contender import Contender, Seconds, Setting
-from yolokd.bench.memory import peak_mib
-from yolokd.bench.rounds import Rounds
+from yolokd.commands.bench import run_bench
+from yolokd.commands.bench.candidate import BenchSetting, Candidate, Seconds
+from yolokd.commands.bench.memory import peak_mib
+from yolokd.commands.bench.rounds import Rounds
 
 
 @pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolo26n.yaml"])
@@ -80,15 +80,17 @@ def test_the_peak_memory_is_that_of_a_process_of_its_own(data: str, tmp_path: Pa
 def test_a_process_that_dies_has_no_peak(data: str, teacher: str, tmp_path: Path) -> None:
     """Its figure is missing; those that were timed stay."""
     file = Path(shutil.copy(teacher, tmp_path / "t.pt"))
-    setting = Setting(str(file), "yolov8n.yaml", imgsz=32, batch=2, data=data, folder=str(tmp_path))
-    contender = Contender(setting, "fitnet", amp=False)
+    setting = BenchSetting(str(file), "yolov8n.yaml", imgsz=32, batch=2, data=data, folder=str(tmp_path))
+    contender = Candidate(setting, "fitnet", amp=False)
     file.unlink()
     assert peak_mib(setting, contender) is None
 
 
 def test_steps_beyond_the_epochs_have_their_teacher(data: str, teacher: str, tmp_path: Path) -> None:
-    setting = Setting(teacher, "yolov8n.yaml", imgsz=32, batch=12, data=data, folder=str(tmp_path))  # a step an epoch
-    contender = Contender(setting, "dfd", amp=False)
+    setting = BenchSetting(
+        teacher, "yolov8n.yaml", imgsz=32, batch=12, data=data, folder=str(tmp_path)
+    )  # a step an epoch
+    contender = Candidate(setting, "dfd", amp=False)
     assert all(contender.step().teacher > 0 for _ in range(4))
 
 

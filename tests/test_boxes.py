@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ultralytics.nn.modules.block import DFL
 
-from yolokd.boxes import Labels, decoded, distances_on_grid_of, inverse_areas, iou
+from yolokd.pyramid.boxes import Labels, decoded, inverse_areas, iou, resize_distances
 
 share = st.floats(-0.5, 1.5, width=32)
 box = st.tuples(st.integers(0, 2), share, share, share, share)
@@ -27,7 +27,7 @@ def test_cells_under_boxes_equal_the_reference(boxes: list[tuple[float, ...]], h
 
 
 def test_a_box_counts_once_whatever_its_size() -> None:
-    labels = Labels.of_centers(
+    labels = Labels.from_centers(
         torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5, 0.5, 0.01, 0.01], [0.4, 0.6, 0.7, 0.5]])
     )
     assert torch.allclose(inverse_areas(labels, 2, 20, 30).sum((1, 2)), torch.ones(2))
@@ -38,7 +38,7 @@ def test_boxes_on_edges_cover_no_cell_more(cells: int) -> None:
     """As labels of six digits give them: two cells wide and high, at each place."""
     for first in range(cells - 1):
         center = torch.tensor([[(first + 1) / cells] * 2 + [2 / cells] * 2]).mul(1e6).round().div(1e6)
-        found = inverse_areas(Labels.of_centers(torch.zeros(1, 1), center), 1, cells, cells)[0]
+        found = inverse_areas(Labels.from_centers(torch.zeros(1, 1), center), 1, cells, cells)[0]
         expected = torch.zeros(cells, cells)
         expected[first : first + 2, first : first + 2] = 1 / 4
         assert torch.equal(found, expected)
@@ -76,4 +76,4 @@ def test_iou_equals_the_reference(values: list[float]) -> None:
 def test_boxes_of_another_image_size_are_counted_in_the_students_cells() -> None:
     """A teacher at half the size sees each box half as many cells wide."""
     small = torch.full((1, 4, 4, 6), 1.5)
-    assert torch.allclose(distances_on_grid_of(torch.zeros(1, 1, 8, 12), small), torch.full((1, 4, 8, 12), 3.0))
+    assert torch.allclose(resize_distances(torch.zeros(1, 1, 8, 12), small), torch.full((1, 4, 8, 12), 3.0))

@@ -20,19 +20,19 @@ from filelock import FileLock
 from scipy.stats import ttest_1samp
 from ultralytics.utils import SETTINGS
 
-from yolokd.compare import run_compare
-from yolokd.compare.grounds import labelled
-from yolokd.compare.ledger import Row, append, read
-from yolokd.compare.plan import planned
-from yolokd.compare.report import report
-from yolokd.compare.show import markdown, picture
-from yolokd.compare.statistics import interval, ratio, summarize
+from yolokd.commands.compare import run_compare
+from yolokd.commands.compare.grounds import labelled
+from yolokd.commands.compare.ledger import LedgerRow, append, read
+from yolokd.commands.compare.plan import plan_runs
+from yolokd.commands.compare.report import report
+from yolokd.commands.compare.show import markdown, picture
+from yolokd.commands.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
 
 TEACHER_ROW = "teacher's"
 
 
-def row(method: str, seed: int, score: float, **changes: Any) -> Row:
+def row(method: str, seed: int, score: float, **changes: Any) -> LedgerRow:
     values: dict[str, Any] = {
         "hash": f"{method}{seed}{changes}", "ground": "g", "teacher_row": TEACHER_ROW,
         "config": method + changes.get("settings", "") + changes.get("teacher", ""),
@@ -41,15 +41,15 @@ def row(method: str, seed: int, score: float, **changes: Any) -> Row:
         "ap_small": None, "ap_medium": 0.1, "ap_large": 0.2, "seconds": 1.0, "images_per_second": 2.0,
         "yolokd": "0", "ultralytics": "0", "torch": "0", "curve": "0.1 0.2",
     }  # fmt: skip
-    return Row(**values | changes)
+    return LedgerRow(**values | changes)
 
 
-def taught(score: float, **changes: Any) -> Row:
+def taught(score: float, **changes: Any) -> LedgerRow:
     """The row of a teacher's own score."""
     return row("teacher", 0, score, **{"hash": TEACHER_ROW, "ground": "of the teacher", **changes})
 
 
-def summaries(*rows: Row, teacher: float = 0.6) -> dict[str, Any]:
+def summaries(*rows: LedgerRow, teacher: float = 0.6) -> dict[str, Any]:
     return {s.method: s for s in summarize(rows, "none", "native", [taught(teacher)])}
 
 
@@ -124,7 +124,7 @@ def test_a_configuration_told_in_other_words_is_the_same_method() -> None:
     assert [r.method for r in labelled(rows[:3])[1]] == ["none", "dfd", "dfd"]
 
 
-def shown(folder: Path, *rows: Row) -> dict[str, dict[str, dict[str, str]]]:
+def shown(folder: Path, *rows: LedgerRow) -> dict[str, dict[str, dict[str, str]]]:
     """What `compare csv=FILE` makes of rows: {summary's file: {method: its line}}."""
     for r in rows:
         append(folder / "c.csv", r)
@@ -312,13 +312,13 @@ def test_what_the_csv_holds_is_not_run_again(
     run_compare(csv=str(folder / "compare.csv"))
     assert "native" in capsys.readouterr().out
     other = training(keys) | {"dfd.gain": 1.0, "epochs": 1}
-    assert [run.hash in held for run in planned(["dfd"], 0, "val", tmp_path, other)[0]] == [True, False]
+    assert [run.hash in held for run in plan_runs(["dfd"], 0, "val", tmp_path, other)[0]] == [True, False]
 
 
 def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     weak = str(save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt"))
     given = training(keys) | {"teacher": [weak, teacher], "stages": [1]}
-    runs, _ = planned(["native", "dfmsd"], 0, "val", tmp_path, given)
+    runs, _ = plan_runs(["native", "dfmsd"], 0, "val", tmp_path, given)
     assert {run.method: run.keys["teacher"] for run in runs} == {
         "teacher": teacher,
         "native": teacher,
@@ -345,7 +345,7 @@ def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_
 
 def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: Path) -> None:
     def hashes(**changes: Any) -> list[str]:
-        return [run.hash for run in planned(["none"], 0, "val", tmp_path, training(keys) | changes)[0]]
+        return [run.hash for run in plan_runs(["none"], 0, "val", tmp_path, training(keys) | changes)[0]]
 
     named, student = "own-yolov8n.yaml", tmp_path / "own-yolov8.yaml"  # as Ultralytics finds a scale's file
     content = random_detector("yolov8n.yaml", seed=0).yaml
@@ -366,7 +366,7 @@ def test_pretrained_weights_are_known_by_what_they_hold(keys: dict[str, Any], tm
     """Also where a bare name finds them, in Ultralytics' folder of downloads."""
 
     def hashes(pretrained: object) -> list[str]:
-        runs, _ = planned(["none"], 0, "val", tmp_path, training(keys) | {"pretrained": pretrained})
+        runs, _ = plan_runs(["none"], 0, "val", tmp_path, training(keys) | {"pretrained": pretrained})
         return [run.hash for run in runs]
 
     downloads = Path(SETTINGS["weights_dir"])
@@ -383,7 +383,7 @@ def test_pretrained_weights_are_known_by_what_they_hold(keys: dict[str, Any], tm
 
 def test_a_ground_is_what_methods_have_in_common(keys: dict[str, Any], tmp_path: Path) -> None:
     def grounds(split: str = "val", **changes: Any) -> set[str]:
-        runs = planned(["none", "native", "dfd"], (0, 1), split, tmp_path, training(keys) | changes)[0]
+        runs = plan_runs(["none", "native", "dfd"], (0, 1), split, tmp_path, training(keys) | changes)[0]
         return {run.ground for run in runs if run.method != "teacher"}
 
     other_data = write_dataset(tmp_path / "other", train=13)
@@ -399,7 +399,7 @@ def test_a_test_split_that_comes_later_changes_no_training(keys: dict[str, Any],
 
     def runs(split: str, text: str) -> list[Any]:
         own.write_text(f"path: {card.parent}\n{text}")
-        return planned(["none", "dfd"], 0, split, tmp_path, training(keys) | {"data": str(own)})[0]
+        return plan_runs(["none", "dfd"], 0, split, tmp_path, training(keys) | {"data": str(own)})[0]
 
     before, after = (runs("val", card.read_text() + more) for more in ("", "\ntest: images/val\n"))
     assert [run.hash for run in before] == [run.hash for run in after]
@@ -415,7 +415,7 @@ def test_a_picture_that_the_scan_mends_changes_no_run(keys: dict[str, Any], tmp_
     picture = next((data.parent / "images" / "train").glob("*.jpg"))
     picture.write_bytes(picture.read_bytes() + b"\0\0")  # its end marker is not at the end
     damaged = picture.read_bytes()
-    first, again = (planned(["none"], 0, "val", tmp_path, training(keys) | {"data": str(data)})[0] for _ in range(2))
+    first, again = (plan_runs(["none"], 0, "val", tmp_path, training(keys) | {"data": str(data)})[0] for _ in range(2))
     assert picture.read_bytes() != damaged
     assert [run.hash for run in first] == [run.hash for run in again]
 
@@ -423,7 +423,7 @@ def test_a_picture_that_the_scan_mends_changes_no_run(keys: dict[str, Any], tmp_
 def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any], tmp_path: Path) -> None:
     segmenter = save_checkpoint(random_detector("yolov8n-seg.yaml", seed=1), tmp_path / "seg.pt")
     given = training(keys) | {"teacher": segmenter}
-    assert [run.method for run in planned(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
+    assert [run.method for run in plan_runs(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
 
 
 EPOCHS = 12
@@ -448,7 +448,7 @@ def cut_off(keys: dict[str, Any]) -> str:
     return done
 
 
-def gone_on(keys: dict[str, Any]) -> tuple[Row, str]:
+def gone_on(keys: dict[str, Any]) -> tuple[LedgerRow, str]:
     """The row of a run that is continued, and what it logs."""
     (run,) = keys["project"].glob(f"{keys['method']}-*")
     before = len((run / "log.txt").read_text())

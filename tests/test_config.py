@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from yolokd import UserError
 from yolokd.cli import parse_words
-from yolokd.config import OWN_KEYS, defaults, method_defaults, method_names, parse
+from yolokd.config.arguments import parse_value
+from yolokd.config.defaults import defaults, method_defaults
+from yolokd.config.parse import method_names, parse
+from yolokd.config.schema import OWN_KEYS
 from yolokd.methods import constants_model, registered
-from yolokd.resources import shipped
-from yolokd.words import parse_value
+from yolokd.runtime.resources import bundled_folder
 
 T = {"teacher": "t.pt"}
 
@@ -22,7 +24,7 @@ T = {"teacher": "t.pt"}
 def test_defaults_are_those_of_the_yaml_files() -> None:
     config = parse(T)
     assert config.method == defaults()["method"] == "fitnet+pdf"
-    assert config.parts[0].gain == method_defaults("fitnet")["gain"]
+    assert config.method_configs[0].gain == method_defaults("fitnet")["gain"]
     assert defaults().keys() - OWN_KEYS == {"student", "data"}
 
 
@@ -30,13 +32,16 @@ def test_a_gain_that_is_set_is_in_force() -> None:
     assert parse(T).balance == defaults()["balance"] == 1.0
     assert parse({**T, "method": "dfd", "dfd.alpha": 2.0}).balance == 1.0
     fixed = parse({**T, "method": "dfd+pdf", "pdf.gain": 3.0})
-    assert (fixed.balance, [part.gain for part in fixed.parts]) == ("off", [method_defaults("dfd")["gain"], 3.0])
+    assert (fixed.balance, [part.gain for part in fixed.method_configs]) == (
+        "off",
+        [method_defaults("dfd")["gain"], 3.0],
+    )
     assert parse({**T, **yaml.safe_load("{balance: off, pdf.gain: 3.0}"), "method": "dfd+pdf"}) == fixed
 
 
 @pytest.mark.parametrize("name", ["dfd", "pdf"])
 def test_each_yaml_holds_exactly_the_methods_constants(name: str) -> None:
-    content = yaml.safe_load((shipped("cfg") / "methods" / f"{name}.yaml").read_text())
+    content = yaml.safe_load((bundled_folder("cfg") / "methods" / f"{name}.yaml").read_text())
     assert content.keys() == {"gain", *constants_model(registered()[name]).model_fields}
 
 
@@ -92,7 +97,7 @@ def test_what_cannot_work_is_refused(keys: dict[str, Any], message: str) -> None
 
 
 def test_none_needs_no_teacher() -> None:
-    assert parse({"method": "none"}).parts == ()
+    assert parse({"method": "none"}).method_configs == ()
 
 
 @given(st.text(max_size=12))

@@ -21,9 +21,9 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
 from ultralytics import YOLO
 
-from yolokd.resources import shipped
+from yolokd.runtime.resources import bundled_folder
 
-SCRIPT = shipped("export") / "detect.py"
+SCRIPT = bundled_folder("export") / "detect.py"
 # An end-to-end model can't run on fewer anchors than it gives rows: narrow pictures need the larger size.
 KINDS = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
 SIDES = ((80, 96), (200, 120), (97, 173), (160, 160), (61, 333))  # height, width

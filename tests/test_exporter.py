@@ -19,12 +19,13 @@ from conftest import NAMES, SIZE, make_checkpoint, save_checkpoint, sighted
 from onnx import numpy_helper
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
-from yolokd import parity
-from yolokd.checkpoint import load_model
-from yolokd.data import validation_images
+from yolokd.data.dataset import validation_images
 from yolokd.errors import UserError
-from yolokd.exporter import export
-from yolokd.parity import ExportReport, Limits, Thresholds, verify
+from yolokd.exporter import parity
+from yolokd.exporter.agreement import Limits, Thresholds
+from yolokd.exporter.export_model import export
+from yolokd.exporter.parity import ExportReport, verify
+from yolokd.models.checkpoint import load_model
 
 PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pdf", "gains": {"dfd": 1.0, "pdf": 0.5}}
 
@@ -276,8 +277,8 @@ def test_validation_images_of_folders_and_lists(data: str, tmp_path: Path) -> No
         cv2.imwrite(str(tmp_path / name), np.full((20, 30, 3), 7, np.uint8))
     (tmp_path / "notes.md").write_text("no picture")
     (tmp_path / "list.txt").write_text(f"./a.jpg\n{tmp_path / 'b.PNG'}\n\n")
-    folder, listed = str(root / "images" / "val"), str(tmp_path / "list.txt")
-    for val, count in ((folder, 6), (listed, 2), ([folder, listed], 8), (str(root / "images" / "train"), 8)):
+    folder, as_list = str(root / "images" / "val"), str(tmp_path / "list.txt")
+    for val, count in ((folder, 6), (as_list, 2), ([folder, as_list], 8), (str(root / "images" / "train"), 8)):
         config = tmp_path / "data.yaml"
         config.write_text(yaml.safe_dump({"train": folder, "val": val, "names": NAMES}))
         assert len(validation_images(str(config))) == count

@@ -13,9 +13,9 @@ from results import rows, weights
 from torch import Tensor, nn
 
 from yolokd import UserError, YoloDistiller, register
-from yolokd.guard import IN_A_ROW
+from yolokd.distillation.nonfinite import MAX_STEPS_IN_A_ROW
 from yolokd.methods import Method
-from yolokd.teacher import Teacher, TeacherOutput
+from yolokd.models.teacher import Teacher, TeacherOutput
 
 
 def broken_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]) -> None:
@@ -55,7 +55,9 @@ def test_after_many_in_a_row_it_is_an_error(
 ) -> None:
     broken_teacher(monkeypatch, math.nan, set(range(1000)))
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
-    with pytest.raises(UserError, match=rf"fitnet's loss at P4 is not finite for {IN_A_ROW} steps in a row \(images "):
+    with pytest.raises(
+        UserError, match=rf"fitnet's loss at P4 is not finite for {MAX_STEPS_IN_A_ROW} steps in a row \(images "
+    ):
         d.train(**tiny | {"epochs": 9, "teacher_precision": "fp32"})
     assert d.trainer.last.exists()
 

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from yolokd.boxes import Labels
-from yolokd.config import SETTINGS, method_defaults, parse
+from yolokd.config.defaults import method_defaults
+from yolokd.config.parse import SETTINGS, parse
+from yolokd.distillation.stage import build_methods
 from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention
 from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import disagree, disagree_on_boxes, position_weights
-from yolokd.pyramid import Level, LevelShape
-from yolokd.stage import build_methods
+from yolokd.pyramid.boxes import Labels
+from yolokd.pyramid.level import Level, LevelShape
 
 CS, CT, K = 3, 5, 2
 NAMES = ["cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]
@@ -333,7 +334,7 @@ def test_all_zero_maps_give_finite_losses_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("composition", ["dfd+mgd", "dfd+pkd", "+".join(NAMES)])
 def test_any_composition_gives_what_its_parts_give(composition: str) -> None:
-    parts = parse({"teacher": "t", "method": composition}).parts
+    parts = parse({"teacher": "t", "method": composition}).method_configs
     level = like(random_level(2, 4, 4), Tensor.float)
     methods = [per_level[0] for per_level in build_methods(parts, [LevelShape(8, CS, CT)], 0)]
     together = [loss(m, level) for m in methods]
@@ -469,7 +470,9 @@ def counted(module: nn.Module) -> list[int]:
 
 def test_composed_methods_share_one_adapter_and_run_it_once() -> None:
     shape = LevelShape(8, CS, CT)
-    dfd, pdf, sl2 = (p[0] for p in build_methods(parse({"teacher": "t", "method": "dfd+pdf+sl2"}).parts, [shape], 0))
+    dfd, pdf, sl2 = (
+        p[0] for p in build_methods(parse({"teacher": "t", "method": "dfd+pdf+sl2"}).method_configs, [shape], 0)
+    )
     assert dfd.adapt is pdf.adapt
     level = random_level(2, 4, 4)
     single = like(level, Tensor.float)
@@ -488,7 +491,7 @@ def test_adapters_of_one_method_stay_its_own() -> None:
             self.c = Adapter(LevelShape(shape.stride, shape.student_channels, 1))
 
     register("two_adapters")(Two)
-    pdf, two = (p[0] for p in build_methods(parse({"teacher": "t", "method": "pdf+two_adapters"}).parts,
+    pdf, two = (p[0] for p in build_methods(parse({"teacher": "t", "method": "pdf+two_adapters"}).method_configs,
                                             [LevelShape(8, CS, CT)], 0))  # fmt: skip
     assert two.a is pdf.adapt
     assert two.b is not two.a

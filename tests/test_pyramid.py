@@ -13,18 +13,12 @@ from hypothesis import strategies as st
 from ultralytics.nn.tasks import RTDETRDetectionModel, WorldModel, YOLOEModel, YOLOESegModel
 
 from yolokd import UserError
-from yolokd.plan import load_student
-from yolokd.pyramid import (
-    ClassPairing,
-    confidence_shares,
-    on_grid_of,
-    pair_classes,
-    pair_levels,
-    read_pyramid,
-    split_levels,
-)
-from yolokd.score import aligned_copy
-from yolokd.teacher import Teacher
+from yolokd.models.checkpoint import load_student
+from yolokd.models.detector import read_pyramid
+from yolokd.models.evaluate import aligned_copy
+from yolokd.models.teacher import Teacher
+from yolokd.pyramid.level import confidence_shares, resize_to, split_levels
+from yolokd.pyramid.pairing import ClassPairing, pair_classes, pair_levels
 
 strides = st.dictionaries(st.sampled_from([4, 8, 16, 32, 64]), st.integers(1, 512), max_size=5)
 names = st.dictionaries(st.integers(0, 9), st.sampled_from(["cat", "Dog ", "dog", "cow", "CAT", ""]), max_size=6)
@@ -70,8 +64,8 @@ def test_no_shared_class_means_objectness() -> None:
 
 def test_maps_of_another_grid_are_resampled() -> None:
     small, large = torch.rand(2, 3, 4, 5), torch.rand(2, 7, 8, 10)
-    assert on_grid_of(small, large).shape == (2, 7, 4, 5)
-    assert on_grid_of(small, small) is small
+    assert resize_to(small, large).shape == (2, 7, 4, 5)
+    assert resize_to(small, small) is small
 
 
 def test_flat_outputs_split_into_levels() -> None:
@@ -125,14 +119,14 @@ def test_an_rtdetr_teacher_gives_maps_alone() -> None:
     assert not output.logits
 
 
-PROMPTED = [
+PROMPTED_HEADS = [
     (WorldModel, "yolov8s-world.yaml"),
     (YOLOEModel, "yoloe-11s.yaml"),
     (YOLOESegModel, "yoloe-11s-seg.yaml"),
 ]
 
 
-@pytest.mark.parametrize(("family", "cfg"), PROMPTED)
+@pytest.mark.parametrize(("family", "cfg"), PROMPTED_HEADS)
 def test_prompted_teachers_give_maps_alone(family: Any, cfg: str) -> None:
     """YOLO-World and YOLOE hand their heads embeddings of the classes beside the maps; a batch of one is no other."""
     teacher = Teacher(family(cfg, nc=2, verbose=False))
@@ -168,6 +162,6 @@ def test_an_rtdetr_is_scored_by_the_datas_classes() -> None:
 
 def test_long_lists_of_classes_are_cut_short_in_the_log() -> None:
     names = {i: f"c{i}" for i in range(80)}
-    known = pair_classes({0: "c1"}, names).in_words(names)
+    known = pair_classes({0: "c1"}, names).describe(names)
     assert known == "classes paired: 1 of 80 (c1); unknown to the teacher: c0, c2, c3, c4, c5, c6, c7, c8, c9, c10 …"
-    assert pair_classes({0: "c0"}, {0: "c0"}).in_words({0: "c0"}) == "classes paired: 1 of 1 (c0)"
+    assert pair_classes({0: "c0"}, {0: "c0"}).describe({0: "c0"}) == "classes paired: 1 of 1 (c0)"

@@ -26,10 +26,11 @@ from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
 from yolokd.distiller import _resumed
-from yolokd.files import AtomicPath, atomic_path
-from yolokd.interrupts import Interrupted, heeded
-from yolokd.resume import capture, restore, sidecars
-from yolokd.rng import random_state, set_random_state
+from yolokd.runtime.files import AtomicPath, atomic_path
+from yolokd.runtime.rng import random_state, set_random_state
+from yolokd.runtime.signals import Interrupted, handle_signals
+from yolokd.training.sidecar import sidecars
+from yolokd.training.state import capture, restore
 
 EPOCHS = 5
 KILLED = Path(__file__).with_name("killed.py")
@@ -338,7 +339,7 @@ def _default_signals() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_default_signals")
 def test_a_second_signal_stops_at_once() -> None:
-    with heeded() as request:
+    with handle_signals() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signum == signal.SIGTERM
         with pytest.raises(Interrupted, match="at once") as interrupted:
@@ -350,6 +351,6 @@ def test_a_second_signal_stops_at_once() -> None:
 @pytest.mark.usefixtures("_default_signals")
 def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with heeded() as request:
+    with handle_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)
     assert request.signum is None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ultralytics.data.utils import check_det_dataset
 
-from yolokd import shapes
+from yolokd.data import shapes
 from yolokd.errors import UserError
 
 TINY = {"train": 12, "val": 8, "test": 8}
@@ -166,7 +166,7 @@ def test_an_interrupted_drawing_leaves_nothing_behind(tmp_path: Path, monkeypatc
 
 def test_a_killed_drawing_is_not_taken_for_a_complete_set(tmp_path: Path) -> None:
     script = (
-        "import os, sys; from pathlib import Path; from yolokd import shapes\n"
+        "import os, sys; from pathlib import Path; from yolokd.data import shapes\n"
         "shapes._publish = lambda drawn, home: os._exit(9)\n"
         "shapes.ensure(root=Path(sys.argv[1]), counts={'train': 2})"
     )
@@ -177,7 +177,7 @@ def test_a_killed_drawing_is_not_taken_for_a_complete_set(tmp_path: Path) -> Non
 
 def test_two_processes_at_once_agree(card: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from yolokd import shapes\n"
+        "import sys; from pathlib import Path; from yolokd.data import shapes\n"
         f"print(shapes.ensure(root=Path(sys.argv[1]), counts={TINY}))"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

@@ -13,7 +13,7 @@ import yaml
 from conftest import random_detector, save_checkpoint
 from ultralytics.utils import ROOT
 
-from yolokd.shapes import CLASSES
+from yolokd.data.shapes import CLASSES
 
 EPOCHS, WARM = 200, 40
 # In a process of its own: what other tests leave behind would be counted.

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from conftest import random_detector
 from torch import Tensor, nn
 
-from yolokd import precision
-from yolokd.data import sample_batch
-from yolokd.precision import FASTER, LIMIT, attempt, fit
-from yolokd.teacher import Engine, Teacher
+from yolokd.data.dataset import sample_batch
+from yolokd.models import precision
+from yolokd.models.precision import FASTER, LIMIT, attempt, choose_precision
+from yolokd.models.teacher import InferenceSettings, Teacher
 
 
 @pytest.fixture
@@ -35,10 +35,15 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "engine", [Engine(channels_last=True), Engine(torch.bfloat16), Engine(torch.bfloat16, channels_last=True)]
+    "engine",
+    [
+        InferenceSettings(channels_last=True),
+        InferenceSettings(torch.bfloat16),
+        InferenceSettings(torch.bfloat16, channels_last=True),
+    ],
 )
-def test_every_engine_sees_what_float32_sees(teacher: Teacher, images: Tensor, engine: Engine) -> None:
-    plain, fast = teacher(images, logits=True), teacher.on(engine)(images, logits=True)
+def test_every_engine_sees_what_float32_sees(teacher: Teacher, images: Tensor, engine: InferenceSettings) -> None:
+    plain, fast = teacher(images, logits=True), teacher.with_settings(engine)(images, logits=True)
     limit = LIMIT if engine.dtype == torch.bfloat16 else 1e-5
     for stride, expected in plain.maps.items():
         assert fast.maps[stride].dtype == engine.dtype
@@ -77,7 +82,7 @@ def test_images_of_another_size_are_seen_at_that_size(
 ) -> None:
     """The longest side in pixels, each side stretched to a multiple of the coarsest stride."""
     resized = F.interpolate(images, size=seen, mode="bilinear", antialias=side < 96)
-    expected, found = teacher(resized).maps, teacher.on(Engine(imgsz=side))(images).maps
+    expected, found = teacher(resized).maps, teacher.with_settings(InferenceSettings(imgsz=side))(images).maps
     assert all(torch.allclose(found[s], expected[s], atol=1e-5) for s in expected)
 
 
@@ -85,19 +90,19 @@ def test_auto_takes_only_what_is_faithful_and_fast(
     teacher: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "FASTER", 0.0)
-    fast, notes = fit(teacher, images, "auto", False, None)
-    assert fast.engine.dtype == torch.bfloat16
+    fast, notes = choose_precision(teacher, images, "auto", False, None)
+    assert fast.settings.dtype == torch.bfloat16
     assert "taken" in notes[0]
     monkeypatch.setattr(precision, "LIMIT", 1e-6)
-    fallen, notes = fit(teacher, images, "auto", False, None)
-    assert fallen.engine.dtype == torch.float32
+    fallen, notes = choose_precision(teacher, images, "auto", False, None)
+    assert fallen.settings.dtype == torch.float32
     assert "not taken" in notes[0]
-    asked, notes = fit(teacher, images, "bf16", False, None)
-    assert asked.engine.dtype == torch.bfloat16
+    asked, notes = choose_precision(teacher, images, "bf16", False, None)
+    assert asked.settings.dtype == torch.bfloat16
     assert "more than" in notes[0]
     monkeypatch.setattr(precision, "LIMIT", LIMIT)
     monkeypatch.setattr(precision, "FASTER", float("inf"))
-    assert fit(teacher, images, "auto", False, None)[0].engine.dtype == torch.float32
+    assert choose_precision(teacher, images, "auto", False, None)[0].settings.dtype == torch.float32
     assert FASTER > 1
 
 
@@ -106,7 +111,9 @@ def test_maps_that_overflow_are_not_faithful(images: Tensor) -> None:
     with torch.no_grad():
         next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight.fill_(1e30)
     loud = Teacher(model)
-    assert not attempt("fp16", loud, loud.on(Engine(torch.float16)), images[:, :, :32, :32]).faithful
+    assert not attempt(
+        "fp16", loud, loud.with_settings(InferenceSettings(torch.float16)), images[:, :, :32, :32]
+    ).faithful
 
 
 def test_the_mean_of_an_end_to_end_teachers_branches(images: Tensor) -> None:
@@ -128,9 +135,9 @@ def test_the_mean_of_an_end_to_end_teachers_branches(images: Tensor) -> None:
 def test_a_compiled_teacher_equals_the_plain_one(teacher: Teacher, images: Tensor) -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
-    fast, notes = fit(teacher, images, "fp32", True, None)
+    fast, notes = choose_precision(teacher, images, "fp32", True, None)
     assert notes[-1] == "compiled"
-    assert fast.engine.compiled
+    assert fast.settings.compiled
     for stride, expected in teacher(images).maps.items():
         assert relative(fast(images).maps[stride], expected) < 1e-4
 
@@ -144,8 +151,8 @@ def test_a_teacher_that_does_not_compile_runs_uncompiled(
 
         return run
 
-    monkeypatch.setattr("yolokd.teacher._compiled", broken)
-    plain, notes = fit(teacher, images, "fp32", True, None)
+    monkeypatch.setattr("yolokd.models.teacher._compiled", broken)
+    plain, notes = choose_precision(teacher, images, "fp32", True, None)
     assert notes[-1] == "teacher_compile: RuntimeError: no compiler here; runs uncompiled"
     assert relative(plain(images).maps[8], teacher(images).maps[8]) < 1e-5
 

@@ -21,12 +21,13 @@ from ultralytics import YOLO
 from ultralytics.nn.tasks import RTDETRDetectionModel, SegmentationModel
 from ultralytics.utils.torch_utils import get_num_params, model_info_for_loggers
 
-from yolokd import UserError, YoloDistiller, distillation_trainer, precision, register
-from yolokd.criterion import DistillationCriterion
+from yolokd import UserError, YoloDistiller, distillation_trainer, register
+from yolokd.commands.check import print_check
+from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods import Method
-from yolokd.report import check_report
-from yolokd.resume import sidecar_path, sidecars
-from yolokd.threads import training_threads
+from yolokd.models import precision
+from yolokd.runtime.threads import training_threads
+from yolokd.training.sidecar import sidecar_path, sidecars
 
 STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
 # Where end-to-end heads, which Ultralytics treats apart, are the harder case.
@@ -101,14 +102,14 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
     seen: dict[str, Any] = {}
 
     def remember(trainer: Any) -> None:
-        seen["before"] = {k: v.clone() for k, v in trainer.plan.lessons[0].teacher.state_dict().items()}
-        seen["model"] = trainer.plan.lessons[0].model
+        seen["before"] = {k: v.clone() for k, v in trainer.plan.teachers[0].teacher.state_dict().items()}
+        seen["model"] = trainer.plan.teachers[0].model
         seen["loaded"] = {k: v.clone() for k, v in seen["model"].state_dict().items()}
 
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf")
     d.add_callback("on_pretrain_routine_end", remember)
     d.train(**tiny | {"check_teacher": True})
-    assert states_equal(seen["before"], d.trainer.plan.lessons[0].teacher.state_dict())
+    assert states_equal(seen["before"], d.trainer.plan.teachers[0].teacher.state_dict())
     assert states_equal(seen["loaded"], seen["model"].state_dict())
 
 
@@ -228,7 +229,7 @@ def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any]
     again.train(**named)
     assert states_equal(held, restored)
     assert again.trainer.start_epoch == 2
-    assert again.trainer.plan.config.parts[0].gain == 2
+    assert again.trainer.plan.config.method_configs[0].gain == 2
     assert isinstance(again.trainer.criterion, DistillationCriterion)
     assert [r["epoch"] for r in rows(again.trainer)] == [1, 2, 3]
     assert again.trainer.save_dir == folder
@@ -332,7 +333,7 @@ def test_other_classes_fall_back_to_objectness(tiny: dict[str, Any], tmp_path: P
         d = distil(str(other), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
     assert any("knows none of the data set's classes (disc, box)" in line for line in lines)
     assert any("one objectness" in line for line in lines)
-    assert d.trainer.plan.lessons[0].pairing.classes.objectness
+    assert d.trainer.plan.teachers[0].pairing.classes.objectness
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
 
 
@@ -421,7 +422,7 @@ def test_coarser_teachers_see_padded_images(tiny: dict[str, Any], tmp_path: Path
     path = save_checkpoint(random_detector("yolov8n-p6.yaml", seed=2), tmp_path / "p6.pt")
     d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "imgsz": 96})
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
-    check_report({"teacher": str(path), "data": tiny["data"], "imgsz": 96})
+    print_check({"teacher": str(path), "data": tiny["data"], "imgsz": 96})
 
 
 def test_a_segmentation_teacher_teaches_unscored(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -479,7 +480,7 @@ def test_channels_last_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None
 def test_teacher_settings_train(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 1}, **keys)
     assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(("dfd_loss", "pdf_loss", "sl2_loss")))
-    engine = d.trainer.criterion.stage.teacher.engine
+    engine = d.trainer.criterion.stage.teacher.settings
     assert engine.imgsz == keys.get("teacher_imgsz")
     assert "teacher_precision" not in keys or engine.dtype == torch.bfloat16
 
@@ -494,13 +495,13 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any],
     torch.save(state | {"precisions": [other]}, sidecar)
     resumed = YoloDistiller()
     resumed.train(resume=str(d.trainer.save_dir))
-    assert resumed.trainer.criterion.stage.teacher.engine.dtype == precision.DTYPES[other]
+    assert resumed.trainer.criterion.stage.teacher.settings.dtype == precision.DTYPES[other]
 
 
 @pytest.mark.parametrize("first", ["from yolokd import YoloDistiller", "from ultralytics import YOLO"])
 def test_all_cores_train_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
     """Ultralytics sets OMP_NUM_THREADS=1 on import, which torch heeds if it comes after."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    code = f"{first}\nfrom yolokd.threads import training_threads\nprint(training_threads())"
+    code = f"{first}\nfrom yolokd.runtime.threads import training_threads\nprint(training_threads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert int(done.stdout) == min(8, len(os.sched_getaffinity(0)))

@@ -12,8 +12,8 @@ import torch
 from conftest import random_detector, save_checkpoint
 
 from yolokd import UserError
-from yolokd.checkpoint import load_model
-from yolokd.resume import load_sidecar, save_sidecar, sidecar_path
+from yolokd.models.checkpoint import load_model
+from yolokd.training.sidecar import load_sidecar, save_sidecar, sidecar_path
 
 DAMAGES = 100  # of each kind
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from yolokd.version import __version__
+
 __all__ = ["Method", "UserError", "YoloDistiller", "__version__", "distillation_trainer", "register"]
 
 if TYPE_CHECKING:
     from yolokd.distiller import YoloDistiller
     from yolokd.errors import UserError
     from yolokd.methods import Method, register
-    from yolokd.trainer import distillation_trainer
+    from yolokd.training.trainer import distillation_trainer
 
 _HOMES = {
     "Method": "yolokd.methods",
     "UserError": "yolokd.errors",
     "YoloDistiller": "yolokd.distiller",
-    "distillation_trainer": "yolokd.trainer",
+    "distillation_trainer": "yolokd.training.trainer",
     "register": "yolokd.methods",
 }
 

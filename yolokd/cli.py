@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from yolokd.config.arguments import did_you_mean, parse_value
 from yolokd.errors import UserError, first_line
-from yolokd.words import nearest, parse_value
 
 HELP = """yolokd distils a large Ultralytics YOLO into a small one.
 
@@ -64,12 +64,12 @@ def run(words: Sequence[str]) -> int:
         print(HELP)
         return 0
     if verb in {"version", "--version"}:
-        from yolokd import __version__
+        from yolokd.version import __version__
 
         print(__version__)
         return 0
     if verb not in VERBS:
-        raise UserError(verb, "unknown verb", nearest(verb, VERBS) or f"one of: {', '.join(VERBS)}")
+        raise UserError(verb, "unknown verb", did_you_mean(verb, VERBS) or f"one of: {', '.join(VERBS)}")
     return VERBS[verb](parse_words(words[1:])) or 0
 
 
@@ -105,18 +105,18 @@ def train(keys: Keys) -> None:
 
 def check(keys: Keys) -> None:
     """Print what `train` with the same keys would do."""
-    from yolokd.config import with_file
-    from yolokd.report import check_report
+    from yolokd.commands.check import print_check
+    from yolokd.config.parse import merge_cfg_file
 
-    check_report(with_file(keys))
+    print_check(merge_cfg_file(keys))
 
 
 def val(keys: Keys) -> None:
     """Ultralytics' validation."""
-    from yolokd.data import with_data_file
-    from yolokd.restricted import restricted_loading
+    from yolokd.data.dataset import with_data_file
+    from yolokd.patches.safe_loading import safe_loading
 
-    with _bad_input("val"), restricted_loading(bool(keys.get("trust", False))):
+    with _bad_input("val"), safe_loading(bool(keys.get("trust", False))):
         _model(keys).val(**with_data_file(keys))
 
 
@@ -129,7 +129,7 @@ def predict(keys: Keys) -> None:
 
 def export(keys: Keys) -> int:
     """Export, and check that the exported model equals the torch model."""
-    from yolokd.exporter import export as run_export
+    from yolokd.exporter.export_model import export as run_export
 
     if "model" not in keys:
         raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
@@ -138,30 +138,30 @@ def export(keys: Keys) -> int:
 
 def methods(keys: Keys) -> None:
     """Print the methods."""
-    from yolokd.config import check_keys
-    from yolokd.report import methods_report
+    from yolokd.commands.list_methods import list_methods
+    from yolokd.config.parse import check_keys
 
     check_keys(keys, ())
-    methods_report()
+    list_methods()
 
 
 def bench(keys: Keys) -> None:
     """Measure training steps."""
-    from yolokd.bench import run_bench
+    from yolokd.commands.bench import run_bench
 
     run_bench(**keys)
 
 
 def compare(keys: Keys) -> None:
     """Train methods and seeds side by side."""
-    from yolokd.compare import run_compare
+    from yolokd.commands.compare import run_compare
 
     run_compare(**keys)
 
 
 def demo(keys: Keys) -> None:
     """The embedded default: teacher, student, distilled student, export, parity, detection."""
-    from yolokd.demo import run_demo
+    from yolokd.commands.demo import run_demo
 
     run_demo(**keys)
 
@@ -173,11 +173,11 @@ VERBS: dict[str, Callable[[Keys], int | None]] = {
 
 def _model(keys: Keys) -> Any:
     """The Ultralytics object of `model=`, removed from the keys with `trust=`."""
+    from yolokd.config.ultralytics_keys import KNOWN_KEYS
     from yolokd.distiller import load_yolo
-    from yolokd.plan import KNOWN_KEYS
 
     for key in keys.keys() - KNOWN_KEYS - {"trust"}:
-        raise UserError(key, "unknown key", nearest(key, KNOWN_KEYS) or "see Ultralytics' settings")
+        raise UserError(key, "unknown key", did_you_mean(key, KNOWN_KEYS) or "see Ultralytics' settings")
     if "model" not in keys:
         raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
     return load_yolo(keys.pop("model"), bool(keys.pop("trust", False)))

@@ -9,13 +9,13 @@ from typing import Any
 from ultralytics import YOLO
 from ultralytics.utils import SETTINGS, callbacks
 
-from yolokd.checkpoint import Source, as_path, as_paths, load_model
-from yolokd.config import with_file
-from yolokd.data import with_data_file
+from yolokd.config.parse import merge_cfg_file
+from yolokd.data.dataset import with_data_file
 from yolokd.errors import UserError
-from yolokd.plan import training_keys
-from yolokd.restricted import restricted_loading
-from yolokd.trainer import DistillationTrainer
+from yolokd.models.checkpoint import Source, as_path, as_paths, load_model
+from yolokd.patches.safe_loading import safe_loading
+from yolokd.training.settings import training_keys
+from yolokd.training.trainer import DistillationTrainer
 
 HOME = Path("runs/distill")  # of runs that are given no other
 
@@ -53,7 +53,7 @@ class YoloDistiller:
 
         Raises UserError, before anything is written, for what cannot work.
         """
-        keys = with_file({**self.keys, **kwargs})
+        keys = merge_cfg_file({**self.keys, **kwargs})
         overrides = _resumed(keys) if keys.get("resume") else _fresh(keys)
         self.trainer = DistillationTrainer(overrides=overrides, _callbacks=self._callbacks)
         if overrides.get("project") == str(HOME.absolute()):
@@ -76,7 +76,7 @@ class YoloDistiller:
 
     def val(self, **kwargs: Any) -> Any:
         """Ultralytics' validation of the student."""
-        with restricted_loading(self.trainer is not None and self.trainer.plan.config.trust):
+        with safe_loading(self.trainer is not None and self.trainer.plan.config.trust):
             return self.model.val(**with_data_file(kwargs))
 
     def predict(self, source: Any = None, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ class YoloDistiller:
 
         Raises RuntimeError where the exported model and torch disagree.
         """
-        from yolokd.exporter import export
+        from yolokd.exporter.export_model import export
 
         trust = self.trainer is not None and self.trainer.plan.config.trust
         report = export(str(self.model.ckpt_path), **{"trust": trust} | kwargs)
@@ -101,7 +101,7 @@ def load_yolo(path: str | Path, trust: bool = False) -> YOLO:
     """Ultralytics' `YOLO` object of a checkpoint, loaded under restriction."""
     if str(path).endswith(".pt"):
         load_model(path, "model", trust)
-    with restricted_loading(trust):
+    with safe_loading(trust):
         return YOLO(str(path))
 
 

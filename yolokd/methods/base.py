@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
 
-from yolokd.pyramid import Level, LevelShape
+from yolokd.pyramid.level import Level, LevelShape
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of a term of a loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolokd.pyramid import Level, LevelShape
+from yolokd.pyramid.level import Level, LevelShape
 
 EPS = 1e-6  # ours: a channel of one value stays at 0
 

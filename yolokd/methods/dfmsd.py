@@ -12,7 +12,7 @@ from yolokd.methods.base import Level, LevelShape, Method, register
 from yolokd.methods.blocks import Adapter, adapted, generator, standardized_error
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-MOST = 0.95  # ours: the share of positions that may be masked at most
+MAX_MASKED = 0.95  # ours: the share of positions that may be masked at most
 
 
 @register("dfmsd")
@@ -35,7 +35,7 @@ class DFMSD(Method):
     ) -> None:
         super().__init__()
         self.rho_s, self.rho_c = rho_s, rho_c
-        self.rho_inside = max(rho_s, min(rho_s * (1 + shape.stage * delta), MOST))
+        self.rho_inside = max(rho_s, min(rho_s * (1 + shape.stage * delta), MAX_MASKED))
         self.adapt = Adapter(shape)
         self.by_position = generator(shape.teacher_channels)
         self.by_channel = generator(shape.teacher_channels)

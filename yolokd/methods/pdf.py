@@ -7,9 +7,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from yolokd.boxes import iou
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted_error
+from yolokd.pyramid.boxes import iou
 
 Distance = Literal["l2", "euclidean", "l1", "kl"]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]

@@ -1,0 +1,123 @@
+"""Models in: checkpoints loaded under restriction, and model objects as files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from platformdirs import user_data_path
+from torch import nn
+from ultralytics.engine.model import Model
+from ultralytics.nn import tasks
+from ultralytics.nn.modules.head import Detect
+from ultralytics.nn.tasks import DetectionModel, guess_model_task
+
+from yolokd.errors import UserError, first_line
+from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector
+from yolokd.patches.safe_loading import safe_loading
+from yolokd.runtime.files import atomic_path
+
+Checkpoint = dict[str, Any]
+Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
+
+
+def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[Detector, Checkpoint]:
+    """Load an Ultralytics checkpoint as (float32 model in eval mode, checkpoint dict), running no code from it.
+
+    Raises UserError, naming `argument`, where the file is missing, broken, or holds more than a known model.
+    """
+    name = f"{argument}={path}"
+    check_path(path, argument)
+    if Path(path).is_dir():
+        raise UserError(name, "is a folder", "give a .pt checkpoint")
+    if Path(path).name != str(path) and not Path(path).exists():  # Ultralytics downloads bare names alone
+        raise UserError(name, "no such file", "give the path of an existing .pt checkpoint")
+    try:
+        with safe_loading(trust):
+            model, ckpt = tasks.load_checkpoint(path)
+    except UserError:
+        raise
+    except FileNotFoundError as e:
+        raise UserError(name, "no such file", "give the path of an existing .pt checkpoint") from e
+    except (ConnectionError, OSError) as e:
+        raise UserError(name, "not on disk, and the download failed", "check the path or the network") from e
+    except Exception as e:
+        raise UserError(name, _loading_problem(e), "give an intact Ultralytics .pt checkpoint") from e
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
+        raise UserError(name, "holds no Ultralytics model", "give an Ultralytics .pt checkpoint")
+    return model, ckpt
+
+
+def check_path(path: str | Path, argument: str) -> None:
+    """Raise UserError for a path whose checkpoints Ultralytics would look for elsewhere."""
+    if "'" in str(path):
+        raise UserError(f"{argument}={path}", "holds an apostrophe, which Ultralytics drops", "choose another name")
+
+
+def _loading_problem(error: Exception) -> str:
+    if "outside the supported" in first_line(error):
+        return "holds objects other than a known model, which could run code (trust=True loads it all the same)"
+    return "not a readable checkpoint"
+
+
+def as_path(source: Source | None, argument: str) -> str | None:
+    """A path to what was given; a model object is saved once, under the hash of its content.
+
+    Training then has a file to name in checkpoints, to hash, and to load again in a resume or in another process.
+    Raises UserError for what is neither a path nor a model.
+    """
+    if source is None or isinstance(source, str | Path):
+        return None if source is None else str(source)
+    module = source.model if isinstance(source, Model) else source
+    if not isinstance(module, nn.Module):
+        raise UserError(f"{argument}={source}", "is no model", "give a path, a YOLO object or a module")
+    content = hashlib.sha256(repr((getattr(module, "names", None), getattr(module, "yaml", None))).encode())
+    for key, value in module.state_dict().items():
+        content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    path = user_data_path("yolokd") / "models" / f"{content.hexdigest()[:16]}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        torch.save({"model": module, "train_args": {}}, temporary)
+    return str(path)
+
+
+def as_paths(source: Any, argument: str) -> Any:
+    """`as_path` of one source, or of each of several."""
+    return [as_path(s, argument) for s in source] if isinstance(source, list | tuple) else as_path(source, argument)
+
+
+def load_teacher(path: str | None, trust: bool) -> Detector:
+    """The teacher's model, from a .pt checkpoint; `UserError` where it is none."""
+    if not str(path).endswith(".pt"):
+        raise UserError(f"teacher={path}", "is no .pt checkpoint", "give a trained model, for example yolov8l.pt")
+    model, _ = load_model(str(path), "teacher", trust)
+    check_detector(model, f"teacher={path}")
+    return model
+
+
+def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
+    """The student's model, from a .yaml (random weights) or a .pt; `UserError` where it is no plain YOLO detector."""
+    name = f"student={path}"
+    if str(path).endswith((".yaml", ".yml")):
+        try:
+            model: Detector = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
+        except FileNotFoundError as e:
+            raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
+        except Exception as e:
+            raise UserError(name, "does not describe a YOLO detector", "for example yolov8n.yaml") from e
+    elif str(path).endswith(".pt"):
+        model, _ = load_model(str(path), "student", trust)
+    else:
+        raise UserError(name, "is neither .yaml nor .pt", "for example yolov8n.yaml or yolov8n.pt")
+    check_detector(model, name)
+    task = guess_model_task(model)
+    if task != "detect" or not isinstance(model.model[-1], Detect) or isinstance(model.model[-1], PROMPTED_HEADS):
+        raise UserError(
+            name,
+            f"is no plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
+            "give a YOLO detection model",
+        )
+    return model

@@ -1,0 +1,1 @@
+"""Every name of Ultralytics that yolokd replaces while it runs, and why."""

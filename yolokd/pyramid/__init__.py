@@ -1,0 +1,1 @@
+"""Feature pyramids: levels, boxes on their grids, and the pairing of two models."""

@@ -1,0 +1,1 @@
+"""Processes, signals, threads, files and the terminal: nothing of distillation."""

@@ -1,0 +1,1 @@
+"""Ultralytics' training loop, with a teacher."""

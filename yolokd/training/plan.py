@@ -1,0 +1,117 @@
+"""What a run will do, known (and refused, if it must be) before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultralytics.utils.checks import check_imgsz
+
+from yolokd.config.parse import check_keys, is_yolokd_key, parse
+from yolokd.config.schema import DistillationConfig
+from yolokd.config.ultralytics_keys import KNOWN_KEYS
+from yolokd.data.dataset import load_data
+from yolokd.errors import UserError
+from yolokd.methods import registered
+from yolokd.models.checkpoint import load_student, load_teacher
+from yolokd.models.detector import Detector, read_pyramid
+from yolokd.models.teacher import Teacher
+from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
+from yolokd.runtime.files import sha256
+from yolokd.training.settings import _check_settings
+
+
+@dataclass(frozen=True)
+class PairedTeacher:
+    """One teacher, as loaded and as it will run, and how the student fits it."""
+
+    file: str
+    sha256: str
+    model: Detector | None  # head included: what `check_teacher` scores; then dropped
+    teacher: Teacher
+    pairing: Pairing
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A checked run: its configuration and, unless method=none, its teachers, weakest first."""
+
+    config: DistillationConfig
+    data: dict[str, Any]
+    args: Any  # Ultralytics' settings
+    student: Detector
+    teachers: tuple[PairedTeacher, ...]
+
+
+def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
+    """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
+
+    Reads files, may download what Ultralytics can download, trains nothing and writes nothing.
+    Raises UserError naming the first argument that cannot work; its images are left to `check_images`.
+    """
+    check_keys(keys, KNOWN_KEYS)
+    config = parse(keys)
+    settings = {k: v for k, v in keys.items() if not is_yolokd_key(k)}
+    args = _check_settings(settings, config)
+    files = config.teachers if config.method_configs else ()
+    for file in files:
+        _check_distinct(file, settings.get("model"))
+    models = {file: load_teacher(file, config.trust) for file in files}
+    # After the teachers: the embedded set is made on first use.
+    data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
+    student = load_student(settings.get("model"), data, config.trust)
+    if files:
+        _check_stages(config, args.epochs)
+    teachers = tuple(_lesson(file, model, config, data, read_pyramid(student)) for file, model in models.items())
+    return TrainPlan(config, data, args, student, teachers)
+
+
+def _lesson(
+    file: str, model: Detector, config: DistillationConfig, data: Mapping[str, Any], strides: Mapping[int, int]
+) -> PairedTeacher:
+    teacher = Teacher(model)
+    _check_fit(file, teacher, config, data)
+    pairing = Pairing(
+        tuple(pair_levels(teacher.pyramid, strides)), tuple(strides), pair_classes(teacher.names, data["names"])
+    )
+    return PairedTeacher(file, sha256(model.pt_path), model, teacher, pairing)
+
+
+def _check_stages(config: DistillationConfig, epochs: int) -> None:
+    if config.starts(epochs)[-1] >= epochs:
+        raise UserError(
+            f"stages={list(config.stages or ())}",
+            f"leaves no epoch of {epochs} to the last teacher",
+            "begin it earlier",
+        )
+
+
+def training_imgsz(imgsz: object, plan: TrainPlan) -> int:
+    """The image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
+    largest = max([32, *map(int, plan.student.stride)])
+    return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))
+
+
+def _check_distinct(teacher: object, student: object) -> None:
+    if isinstance(student, str | Path) and teacher is not None:
+        t, s = Path(str(teacher)), Path(student)
+        if t == s or (t.exists() and s.exists() and t.samefile(s)):
+            raise UserError(f"student={student}", "is the teacher's own file", "give a smaller model as the student")
+
+
+def _check_fit(file: str, teacher: Teacher, config: DistillationConfig, data: Mapping[str, Any]) -> None:
+    if teacher.channels != data["channels"]:
+        raise UserError(
+            f"teacher={file}",
+            f"takes {teacher.channels} channels, the data {data['channels']}",
+            "use a teacher trained on such images",
+        )
+    wanting = [p.name for p in config.method_configs if registered()[p.name].wants_scores()]
+    if wanting and not teacher.has_logits:
+        raise UserError(
+            f"teacher={file}",
+            f"has no class scores per position, which {wanting[0]} needs",
+            "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
+        )

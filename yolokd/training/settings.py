@@ -1,0 +1,64 @@
+"""Ultralytics' settings of a run, checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ultralytics.cfg import get_cfg, get_save_dir
+from ultralytics.utils.checks import check_imgsz
+from ultralytics.utils.torch_utils import parse_device, select_device
+
+from yolokd.config.defaults import defaults
+from yolokd.config.schema import DistillationConfig
+from yolokd.config.ultralytics_keys import OPTIMIZERS
+from yolokd.errors import UserError, first_line
+from yolokd.models.checkpoint import check_path
+from yolokd.runtime.distributed import WORLD_SIZE
+
+
+def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a new run, defaults filled in: the student becomes Ultralytics' `model`."""
+    student = keys.get("student") or keys.get("model") or defaults()["student"]
+    rest = {k: v for k, v in keys.items() if k not in {"student", "model"}}
+    return {"data": defaults()["data"]} | rest | {"model": str(student) if isinstance(student, Path) else student}
+
+
+def check_device(device: object) -> str:
+    """Ultralytics' name of a device; `UserError` where there is none such here."""
+    try:
+        found = parse_device("" if device is None else device)
+        select_device(found, verbose=False)
+    except (TypeError, ValueError, SyntaxError, AssertionError) as e:
+        raise UserError(f"device={device}", first_line(e), "give one that is here, for example device=cpu") from e
+    return str(found)
+
+
+def _check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> Any:
+    """Ultralytics' settings; what it would refuse too late is refused, and what does not go with a teacher."""
+    try:
+        args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
+        args.imgsz = check_imgsz(args.imgsz, max_dim=1)  # of several, as [640, 480], the largest
+    except (TypeError, ValueError, SyntaxError, AssertionError) as e:
+        raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
+    devices = check_device(args.device)
+    if not isinstance(args.epochs, int) or args.epochs < 1:
+        raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
+    check_path(get_save_dir(args), "project")
+    processes = max(WORLD_SIZE, len(devices.split(",")))
+    if processes > 1 and args.batch < processes:
+        raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
+    if str(args.optimizer).lower() not in OPTIMIZERS:
+        raise UserError(f"optimizer={args.optimizer}", "no such optimizer", f"one of: {', '.join(OPTIMIZERS)}")
+    if not config.method_configs:
+        return args
+    if args.distill_model:
+        raise UserError("distill_model", "is Ultralytics' own distillation", "use teacher=, or drop the teacher")
+    if args.quantize == 8:
+        raise UserError("quantize=8", "quantization-aware training does not work with a teacher", "drop quantize")
+    if args.compile:
+        raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
+    if args.batch < 1:
+        raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
+    return args
