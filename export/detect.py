@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Find objects in pictures or a video with an ONNX file from `yolokd export`.
+"""Find objects in images or a video with an ONNX file from `yolokd export`.
 
-Needs numpy, OpenCV and onnxruntime alone, and no other file than this one:
+This file needs numpy, OpenCV and onnxruntime, and no other file:
 
     python detect.py best.onnx photo.jpg --json found.json
 
@@ -39,16 +39,16 @@ T = TypeVar("T")
 
 IMAGES = {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
-GREY = (114, 114, 114)  # what the network saw around pictures when it was trained
+GREY = (114, 114, 114)  # the network was trained with images padded in this grey
 
 
 class DetectError(ValueError):
-    """A mistake in what the user gave, told in one line; the command line exits with status 2."""
+    """A mistake in what the user gave, as a message of one line; the command line exits with status 2."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: its class, its score in 0..1, and its box (x1, y1, x2, y2) in pixels of the picture."""
+    """One object: its class, its score in 0..1, and its box (x1, y1, x2, y2) in pixels of the image."""
 
     class_id: int
     name: str
@@ -56,18 +56,18 @@ class Detection:
     box: tuple[float, float, float, float]
 
     def record(self) -> Record:
-        """The detection as plain data for JSON."""
+        """Return the detection as a dict that JSON can hold."""
         box = [round(side, 3) for side in self.box]
         return {"class": self.class_id, "name": self.name, "score": round(self.score, 6), "box": box}
 
 
 class Detector:
-    """An ONNX detector, called with one picture at a time.
+    """An ONNX detector, called with one image at a time.
 
-    `imgsz` is the side, or (height, width), that pictures are scaled to: free for dynamic models, where the
-    exported size is the default; a static model has but the one it was exported with. `providers` are those of ONNX
-    Runtime, by default CUDA where it is installed, else the CPU.
-    Raises DetectError where the file is missing, is no detector, or can't run at `imgsz`.
+    imgsz: the side, or (height, width), that images are scaled to. The default is the exported size; only a dynamic
+    model takes another one. providers: ONNX Runtime's execution providers; the default is CUDA if it is installed,
+    else the CPU.
+    Raises DetectError if the file is missing, is not a detector, or can't run at `imgsz`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Detector:
         meta = self.session.get_modelmeta().custom_metadata_map
         self.names: dict[int, str] = _literal(meta, "names", {})
         self.stride: int = _literal(meta, "stride", 32)
-        # Either the network or an embedded NMS has chosen the boxes: rows of x1, y1, x2, y2, score, class.
+        # With an end-to-end head or an embedded NMS, the output is final rows of x1, y1, x2, y2, score, class.
         chosen = _literal(meta, "end2end", False) or _literal(meta, "args", {}).get("nms") is True
         self.final: bool = chosen or output.shape[-1:] == [6]
         if len(source.shape) != 4 or source.shape[1] != 3 or len(output.shape) != 3 or not self._fits(output.shape):
@@ -94,7 +94,7 @@ class Detector:
         self.size = self._choose_size(own if imgsz is None else imgsz, own)
 
     def _fits(self, output: Sequence[int | str]) -> bool:
-        # Some dynamic files give the sides of their output names, not numbers.
+        # In some dynamic files, the sides of the output have names instead of numbers.
         expected, fields = (6, output[2]) if self.final else (4 + len(self.names), output[1])
         return fields == expected or isinstance(fields, str)
 
@@ -108,14 +108,14 @@ class Detector:
         return height, width
 
     def __call__(self, image: Image, conf: float = 0.25, iou: float = 0.7, max_det: int = 300) -> list[Detection]:
-        """The objects in a picture (H, W, 3; BGR, uint8) that score above `conf`, best first.
+        """Return the objects in an image (H, W, 3; BGR, uint8) that score above `conf`, best first.
 
-        Boxes of one class that overlap a better one by more than `iou` are dropped, unless the model itself
-        chooses its boxes (end-to-end, or exported with nms=True).
+        A box that overlaps a better box of its class by more than `iou` is dropped, unless the model chooses its boxes
+        itself (end-to-end, or exported with nms=True). Raises DetectError for an image of another shape or type.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise DetectError(f"a picture must be (H, W, 3) uint8 in BGR order, not {image.shape} {image.dtype}")
-        # As Ultralytics' predictor: models that take any size see no more padding than their stride needs.
+        # Like Ultralytics' predictor: for a dynamic model, pad only to the next multiple of the stride.
         padded, scale, offset = letterbox(image, self.size, self.stride if self.dynamic else None)
         output = self._run(padded)
         rows = output[output[:, 4] > conf] if self.final else suppress(output, conf, iou)
@@ -126,7 +126,7 @@ class Detector:
         return [self._detection(row, box) for row, box in zip(rows, boxes, strict=True)]
 
     def _run(self, padded: Image) -> Floats:
-        """(H, W, 3) -> (4 + classes, anchors), or final rows (n, 6)."""
+        """Run the model on a padded image (H, W, 3); return (4 + classes, anchors), or final rows (n, 6)."""
         tensor = padded[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255
         tensor = np.repeat(tensor.astype(self.dtype), self.batch, axis=0)
         try:
@@ -166,10 +166,10 @@ def _first_line(error: Exception) -> str:
 def letterbox(
     image: Image, size: tuple[int, int], stride: int | None = None
 ) -> tuple[Image, tuple[float, float], tuple[int, int]]:
-    """Scale a picture into `size` (height, width) and pad it with grey on all sides, centred.
+    """Scale an image to fit into `size` (height, width), and pad it with grey on all sides, centred.
 
-    With `stride`, padding ends at the next multiple of it. Returns the picture, the scale and the offset, each (x, y):
-    x in the result is `x * scale + offset`.
+    With `stride`, the sides are padded only to the next multiple of it. Returns the image, the scale (x, y) and the
+    offset (x, y): a point x of the image is at `x * scale + offset` in the result.
 
     >>> letterbox(np.zeros((50, 100, 3), np.uint8), (64, 64))[0].shape
     (64, 64, 3)
@@ -191,9 +191,10 @@ def letterbox(
 
 
 def suppress(output: Floats, conf: float, iou: float) -> Floats:
-    """(4 + classes, anchors) of centre, size and scores -> (n, 6) of x1, y1, x2, y2, score, class, best first.
+    """Run NMS within each class; return rows (n, 6) of x1, y1, x2, y2, score, class, best first.
 
-    Every anchor stands for its best class; overlaps count within one class only.
+    output: (4 + classes, anchors), with centre, size and class scores of each anchor. Only the best class of an anchor
+    counts.
     """
     classes, scores = output[4:].argmax(0), output[4:].max(0)
     kept = scores > conf
@@ -208,7 +209,7 @@ def suppress(output: Floats, conf: float, iou: float) -> Floats:
 
 
 def draw(image: Image, detections: Sequence[Detection]) -> Image:
-    """A copy of the picture with boxes, names and scores on it."""
+    """Return a copy of the image with boxes, names and scores drawn on it."""
     canvas: Image = image.copy()
     line = max(round(sum(image.shape[:2]) / 600), 1)
     for found in reversed(detections):
@@ -231,7 +232,7 @@ def _colour(class_id: int) -> tuple[int, int, int]:
 
 
 def read_image(path: Path) -> Image | None:
-    """The picture as (H, W, 3) BGR, upright as its EXIF orientation says; None where it can't be read."""
+    """Read an image as (H, W, 3) BGR, turned as its EXIF orientation says; return None if it can't be read."""
     try:
         data = np.fromfile(path, np.uint8)  # unlike cv2.imread, works for any file name on any system
         image: Image | None = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
@@ -241,7 +242,7 @@ def read_image(path: Path) -> Image | None:
 
 
 def save_image(path: Path, image: Image) -> None:
-    """Write a picture in the format that the name's ending says."""
+    """Write an image in the format of the file name's suffix."""
     done, data = cv2.imencode(path.suffix, image)
     if not done:
         raise DetectError(f"{path}: can't write this kind of picture")
@@ -249,7 +250,10 @@ def save_image(path: Path, image: Image) -> None:
 
 
 def find_images(source: Path) -> list[Path]:
-    """The picture `source`, or those in the folder `source`, by name. Raises DetectError where there are none."""
+    """Return the image `source`, or the images in the folder `source`, sorted by name.
+
+    Raises DetectError if there are none.
+    """
     if not source.exists():
         raise DetectError(f"{source}: no such file or folder")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
@@ -260,7 +264,10 @@ def find_images(source: Path) -> list[Path]:
 
 
 def detect_images(detector: Detector, images: Sequence[Path], out: Path, conf: float, iou: float) -> list[Record]:
-    """Annotated copies of the pictures in `out`, and a record of each that could be read; the others are reported."""
+    """Write annotated copies of the images into `out`, and return a record of each image.
+
+    An unreadable image is reported and skipped. Raises DetectError if none is readable.
+    """
     records = []
     for path in _progress(images, len(images)):
         image = read_image(path)
@@ -276,7 +283,10 @@ def detect_images(detector: Detector, images: Sequence[Path], out: Path, conf: f
 
 
 def detect_video(detector: Detector, path: Path, out: Path, conf: float, iou: float) -> list[Record]:
-    """An annotated copy of the video, as .mp4 in `out`, and a record of each frame."""
+    """Write an annotated copy of the video into `out` as .mp4, and return a record of each frame.
+
+    Raises DetectError if no frame could be read.
+    """
     records = []
     capture = cv2.VideoCapture(str(path))
     rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
@@ -316,7 +326,7 @@ def _video_writer(path: Path, rate: float) -> Iterator[Any]:
 
 
 def _progress(items: Iterable[T], total: int) -> Iterator[T]:
-    """The items, counted on the standard error stream: on one line in a terminal, at every hundredth in a log."""
+    """Yield the items, and print their count to stderr: on one line of a terminal, or every hundred in a log."""
     terminal = sys.stderr.isatty()
     for number, item in enumerate(items, 1):
         yield item
@@ -328,7 +338,7 @@ def _progress(items: Iterable[T], total: int) -> Iterator[T]:
 
 
 def save_json(path: Path, records: Sequence[Record]) -> None:
-    """Write the records, whole or not at all."""
+    """Write the records; a write that is cut off leaves an older file unchanged."""
     temporary = path.with_name(f".{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -379,7 +389,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     try:
         run(_arguments(argv))
     except (DetectError, OSError) as e:

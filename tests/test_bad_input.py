@@ -1,10 +1,8 @@
-"""Broken images, labels, data files, folders and names: a clear error or a warned skip, and never half a run."""
+"""Broken images, labels and data files, odd folders and names: they are skipped with a warning, or refused."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import NAMES, TINY, logged, random_detector, save_checkpoint, write_dataset
-from forked import forked
+from helpers.cli import run_forked, run_yolokd
+from helpers.data import NAMES, write_dataset
+from helpers.models import random_detector, save_checkpoint
+from helpers.runs import TINY, captured_log
 from PIL import Image
 
 from yolokd import UserError, YoloDistiller
@@ -34,21 +34,21 @@ def saved(path: Path, mode: str = "RGB", **settings: Any) -> None:
     Image.fromarray(GOOD[..., ::-1]).convert(mode).save(path, **settings)
 
 
-def turned() -> Image.Exif:
+def rotated() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     return exif
 
 
-READ: dict[str, Callable[[Path], Any]] = {
+USABLE: dict[str, Callable[[Path], Any]] = {
     "deep.png": lambda p: p.write_bytes(encoded(".png", GOOD.astype(np.uint16) * 257)),
     "gray.jpg": lambda p: p.write_bytes(encoded(".jpg", GOOD[..., 0])),
     "deepgray.png": lambda p: p.write_bytes(encoded(".png", GOOD[..., 0].astype(np.uint16) * 257)),
     "cmyk.jpg": lambda p: saved(p, "CMYK"),
     "palette.png": lambda p: saved(p, "P"),
     "alpha.png": lambda p: saved(p, "RGBA"),
-    "turned.jpg": lambda p: saved(p, exif=turned()),
-    "png in truth.jpg": lambda p: p.write_bytes(encoded(".png")),
+    "rotated.jpg": lambda p: saved(p, exif=rotated()),
+    "named.jpg but a PNG.jpg": lambda p: p.write_bytes(encoded(".png")),
 }
 SKIPPED: dict[str, Callable[[Path], Any]] = {
     "empty.jpg": lambda p: p.write_bytes(b""),
@@ -61,9 +61,9 @@ SKIPPED: dict[str, Callable[[Path], Any]] = {
 BAD_LABELS = {
     "nan": "0 nan 0.5 0.3 0.3", "infinite": "0 inf 0.5 0.3 0.3", "negative size": "0 0.5 0.5 -0.3 0.3",
     "no such class": "2 0.5 0.5 0.3 0.3", "negative class": "-1 0.5 0.5 0.3 0.3", "half a class": "0.5 0.5 0.5 0.3 0.3",
-    "beyond the picture": "0 0.5 0.5 3 3", "a word": "disc 0.5 0.5 0.3 0.3", "too short": "0 0.5 0.5",
+    "beyond the image": "0 0.5 0.5 3 3", "a word": "disc 0.5 0.5 0.3 0.3", "too short": "0 0.5 0.5",
 }  # fmt: skip
-FINE_LABELS = {
+USABLE_LABELS = {
     "duplicates": LABEL * 3,
     "nothing": "",
     "no area": "0 0.5 0.5 0 0\n",
@@ -71,9 +71,9 @@ FINE_LABELS = {
 }
 
 
-def dataset(root: Path, images: dict[str, Callable[[Path], Any]], labels: dict[str, str], sound: int = 4) -> str:
-    """A data set with further training images, each with a label, and further labels, each with an image."""
-    path = write_dataset(root, train=sound)
+def dataset(root: Path, images: dict[str, Callable[[Path], Any]], labels: dict[str, str], intact: int = 4) -> str:
+    """Write a data set and add training images, each with a label, and labels, each with an image."""
+    path = write_dataset(root, train=intact)
     for name, write in images.items():
         write(root / "images" / "train" / name)
         (root / "labels" / "train" / f"{Path(name).stem}.txt").write_text(LABEL)
@@ -83,37 +83,37 @@ def dataset(root: Path, images: dict[str, Callable[[Path], Any]], labels: dict[s
     return str(path)
 
 
-def test_odd_images_and_labels_train_and_broken_ones_are_skipped_with_a_warning(teacher: str, tmp_path: Path) -> None:
-    data = dataset(tmp_path / "d", READ | SKIPPED, BAD_LABELS | FINE_LABELS)
+def test_unusual_files_are_used_and_broken_ones_are_skipped_with_a_warning(teacher: str, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d", USABLE | SKIPPED, BAD_LABELS | USABLE_LABELS)
     broken = len(SKIPPED) + len(BAD_LABELS)
-    given = 4 + len(READ) + broken + len(FINE_LABELS)
+    total = 4 + len(USABLE) + broken + len(USABLE_LABELS)
     before = {p: p.read_bytes() for p in (tmp_path / "d" / "images").rglob("*.*")}
     distiller = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fgd", check_teacher=False)
-    with logged() as lines:
+    with captured_log() as lines:
         distiller.train(**TINY, data=data, epochs=1, project=str(tmp_path / "runs"))
-    assert f"data: {broken} of {given} train images are skipped" in "\n".join(lines)
-    assert len(distiller.trainer.train_loader.dataset) == given - broken
+    assert f"data: {broken} of {total} train images are skipped" in "\n".join(lines)
+    assert len(distiller.trainer.train_loader.dataset) == total - broken
     assert all(p.read_bytes() == content for p, content in before.items())
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_nothing_but_broken_images_is_refused_before_anything_is_written(
+def test_a_data_set_of_broken_images_is_refused_before_anything_is_written(
     name: str, teacher: str, tmp_path: Path
 ) -> None:
-    data = dataset(tmp_path / "d", {name: SKIPPED[name]}, {}, sound=0)
-    refused(teacher, data, tmp_path, "its train split: No valid images found")
+    data = dataset(tmp_path / "d", {name: SKIPPED[name]}, {}, intact=0)
+    assert_refused(teacher, data, tmp_path, "its train split: No valid images found")
 
 
 @pytest.mark.parametrize("name", BAD_LABELS)
-def test_nothing_but_broken_labels_is_refused(name: str, tmp_path: Path) -> None:
-    data = dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, sound=0)
+def test_a_data_set_of_broken_labels_is_refused(name: str, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, intact=0)
     plan = make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"})
     with pytest.raises(UserError, match="No valid images found"):
         check_images(plan.data, plan.args)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_scanning_counts_as_training_will(split: str, tmp_path: Path) -> None:
+def test_check_images_counts_the_images_that_training_uses(split: str, tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "d", train=8)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "test": "images/val"}))
     keys = {"data": str(path), "method": "none", "model": "yolov8n.yaml", "split": split}
@@ -123,26 +123,26 @@ def test_scanning_counts_as_training_will(split: str, tmp_path: Path) -> None:
 
 
 def test_images_without_labels_are_refused(teacher: str, tmp_path: Path) -> None:
-    data = dataset(tmp_path / "d", {}, {"nothing": ""}, sound=0)
-    refused(teacher, data, tmp_path, "its training images have no labels")
+    data = dataset(tmp_path / "d", {}, {"nothing": ""}, intact=0)
+    assert_refused(teacher, data, tmp_path, "its training images have no labels")
 
 
-def test_an_image_that_only_decoding_finds_broken_is_refused(teacher: str, tmp_path: Path) -> None:
+def test_a_truncated_image_that_the_scan_accepts_is_refused(teacher: str, tmp_path: Path) -> None:
     data = dataset(tmp_path / "d", {"half.bmp": lambda p: p.write_bytes(encoded(".bmp")[:3000])}, {})
-    refused(teacher, data, tmp_path, "half.bmp")
+    assert_refused(teacher, data, tmp_path, "half.bmp")
 
 
-def refused(teacher: str, data: str, folder: Path, why: str) -> None:
+def assert_refused(teacher: str, data: str, folder: Path, problem: str) -> None:
     runs = folder / "runs"
     with pytest.raises(UserError) as caught:
         YoloDistiller(teacher=teacher, student="yolov8n.yaml").train(**TINY, data=data, project=str(runs))
-    assert why in str(caught.value)
+    assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not runs.exists()
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "problem"),
     [
         ({"names": {0: "disc", 1: "Disc "}}, "two classes are called 'disc'"),
         ({"nc": 3}, "must match"),
@@ -156,16 +156,16 @@ def refused(teacher: str, data: str, folder: Path, why: str) -> None:
     ],
     ids=str,
 )
-def test_data_files_that_contradict_themselves_are_refused(
-    change: dict[str, Any], why: str, teacher: str, tmp_path: Path
+def test_contradictory_data_files_are_refused(
+    change: dict[str, Any], problem: str, teacher: str, tmp_path: Path
 ) -> None:
     path = write_dataset(tmp_path / "d")
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
-    refused(teacher, str(path), tmp_path, why)
+    assert_refused(teacher, str(path), tmp_path, problem)
 
 
 @pytest.mark.parametrize("download", ["open({written!r}, 'w').close()", "bash -c touch {written}"])
-def test_a_data_file_runs_no_code_of_its_own_without_trust(download: str, tmp_path: Path) -> None:
+def test_code_in_a_data_file_runs_only_with_trust(download: str, tmp_path: Path) -> None:
     path, written = tmp_path / "data.yaml", tmp_path / "written"
     script = download.format(written=str(written))
     path.write_text(yaml.safe_dump({"train": "nowhere", "val": "nowhere", "names": NAMES, "download": script}))
@@ -173,12 +173,12 @@ def test_a_data_file_runs_no_code_of_its_own_without_trust(download: str, tmp_pa
         load_data(str(path))
     assert not written.exists()
     if not download.startswith("bash"):
-        with pytest.raises(UserError, match="no images in its train split"):  # it ran, and brought no images
+        with pytest.raises(UserError, match="no images in its train split"):  # the code ran, and downloaded no images
             load_data(str(path), trust=True)
         assert written.exists()
 
 
-def test_what_ultralytics_ships_may_run_its_own_code(tmp_path: Path) -> None:
+def test_code_in_the_data_files_of_ultralytics_runs_without_trust(tmp_path: Path) -> None:
     from ultralytics.data import utils
     from ultralytics.utils import ROOT
 
@@ -189,64 +189,61 @@ def test_what_ultralytics_ships_may_run_its_own_code(tmp_path: Path) -> None:
     assert "exec" not in vars(utils)
 
 
-def command(*words: str, cwd: Path, **settings: Any) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "yolokd.cli", *words]
-    return subprocess.run(line, cwd=cwd, capture_output=True, text=True, timeout=300, check=False, **settings)
+SHELL_CODE = "größe 数据; touch pwned & $(touch pwned) `touch pwned`"
 
 
-ODD = "größe 数据; touch pwned & $(touch pwned) `touch pwned`"
-
-
-def test_odd_names_of_files_and_classes_are_names_alone(tmp_path: Path) -> None:
-    home = tmp_path / ODD
+def test_shell_code_in_names_of_files_and_classes_does_not_run(tmp_path: Path) -> None:
+    home = tmp_path / SHELL_CODE
     home.mkdir()
     names = {0: "$(touch pwned)", 1: "数据; touch pwned"}
     data = write_dataset(home / "set", names=names)
     teacher = save_checkpoint(random_detector("yolov8s.yaml", names=names, seed=1), home / "teacher ü.pt")
     student = save_checkpoint(random_detector("yolov8n.yaml", names=names, seed=2), home / "student ü.pt")
-    words = [
+    arguments = [
         f"teacher={teacher}",
         f"student={student}",
         f"data={data}",
         f"project={home / 'runs'}",
         "name=run ü;touch pwned",
     ]
-    words += ["epochs=1", "imgsz=64", "batch=4", "device=cpu"]
-    done = command("train", *words, cwd=home)
+    arguments += ["epochs=1", "imgsz=64", "batch=4", "device=cpu"]
+    done = run_yolokd("train", *arguments, cwd=home, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     best = home / "runs" / "run ü;touch pwned" / "weights" / "best.pt"
     assert best.exists()
-    done = command("export", f"model={best}", f"data={data}", "imgsz=64", cwd=home)
+    done = run_yolokd("export", f"model={best}", f"data={data}", "imgsz=64", "device=cpu", cwd=home, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert best.with_suffix(".onnx").exists()
     assert not list(tmp_path.rglob("pwned"))
     assert not Path("pwned").exists()
 
 
-def test_an_apostrophe_which_ultralytics_drops_is_refused(
+def test_a_path_with_an_apostrophe_is_refused(
     teacher: str, data: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    said = tmp_path_factory.mktemp("said")
+    """Ultralytics drops apostrophes from paths, and would read or write elsewhere."""
+    output = tmp_path_factory.mktemp("output")
     home = tmp_path / "Ann's"
     home.mkdir()
     moved = home / "teacher.pt"
     moved.write_bytes(Path(teacher).read_bytes())
-    for words in ([f"teacher={moved}"], [f"teacher={teacher}", f"project={home / 'runs'}"]):
-        done = forked("train", *words, f"data={data}", "epochs=1", "imgsz=64", "batch=4", cwd=tmp_path, into=said)
+    common = [f"data={data}", "epochs=1", "imgsz=64", "batch=4", "device=cpu"]
+    for arguments in ([f"teacher={moved}"], [f"teacher={teacher}", f"project={home / 'runs'}"]):
+        done = run_forked("train", *arguments, *common, cwd=tmp_path, into=output)
         assert done.returncode == 2, done.stderr
         assert "holds an apostrophe, which Ultralytics drops" in done.stderr
     assert [p.name for p in home.iterdir()] == ["teacher.pt"]
 
 
-def test_a_folder_that_cannot_be_written_is_one_line_of_error(
+def test_a_folder_that_cannot_be_written_gives_one_line_of_error(
     teacher: str, data: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     (tmp_path / "file").write_text("")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     for project in (tmp_path / "file" / "runs", Path("/proc/runs") if os.geteuid() == 0 else locked / "runs"):
-        words = [f"teacher={teacher}", f"data={data}", f"project={project}", "epochs=1", "imgsz=64", "batch=4"]
-        done = forked("train", *words, cwd=tmp_path, into=tmp_path_factory.mktemp("said"))
+        arguments = [f"teacher={teacher}", f"data={data}", f"project={project}", "epochs=1", "imgsz=64", "batch=4"]
+        done = run_forked("train", *arguments, "device=cpu", cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
         assert done.returncode == 2, done.stderr
         errors = [line for line in done.stderr.splitlines() if line.startswith("yolokd: error: ")]
         assert len(errors) == 1
@@ -254,15 +251,15 @@ def test_a_folder_that_cannot_be_written_is_one_line_of_error(
         assert str(project) in errors[0]
 
 
-def test_an_image_that_vanishes_stops_the_training_with_a_way_to_go_on(teacher: str, tmp_path: Path) -> None:
+def test_a_missing_image_stops_the_training_with_an_error_that_says_how_to_resume(teacher: str, tmp_path: Path) -> None:
     data = dataset(tmp_path / "d", {}, {})
     distiller = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet", check_teacher=False)
 
-    def vanish(trainer: Any) -> None:
+    def hide_images(trainer: Any) -> None:
         for path in (tmp_path / "d" / "images" / "train").iterdir():
             path.rename(path.with_suffix(".away"))
 
-    distiller.add_callback("on_model_save", vanish)
+    distiller.add_callback("on_model_save", hide_images)
     with pytest.raises(UserError, match=r"Image Not Found .*go on with: yolokd train resume="):
         distiller.train(**TINY, data=data, epochs=2, project=str(tmp_path / "runs"))
     for path in (tmp_path / "d" / "images" / "train").iterdir():

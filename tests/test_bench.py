@@ -1,4 +1,4 @@
-"""`yolokd bench` on tiny models, and SL2 against Ultralytics' own."""
+"""`yolokd bench` on tiny models, and SL2 compared with Ultralytics' distillation loss."""
 
 from __future__ import annotations
 
@@ -11,37 +11,40 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from conftest import attached, random_detector, two_images
+from helpers.data import two_images
+from helpers.models import attach_criterion, random_detector
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 
 from yolokd import UserError
 from yolokd.commands.bench import run_bench
-from yolokd.commands.bench.candidate import BenchSetting, Candidate, Seconds
+from yolokd.commands.bench.candidate import BenchSetting, Candidate, StepSeconds
 from yolokd.commands.bench.memory import peak_mib
 from yolokd.commands.bench.rounds import Rounds
 
+CPU = (("device", "cpu"),)
+
 
 @pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolo26n.yaml"])
-def test_sl2_is_ultralytics_own_loss(cfg: str) -> None:
-    """The whole of it, from images to the loss, with the same projectors."""
+def test_sl2_equals_the_loss_of_ultralytics_distill_model(cfg: str) -> None:
+    """Compare the whole computation, from images to the loss, with the same projectors."""
     teacher, student = random_detector(cfg.replace("n.", "s.")), random_detector(cfg, seed=1)
     student.args = get_cfg(overrides={"imgsz": 64})
     batch = two_images()
     native = DistillationModel(deepcopy(teacher), deepcopy(student)).train()
     _, items = native.loss(batch)
 
-    criterion = attached(teacher, student, method="sl2", **{"sl2.gain": 6.0 * 3})  # three levels
+    criterion = attach_criterion(teacher, student, method="sl2", **{"sl2.gain": 6.0 * 3})  # three levels
     for method, projector in zip(criterion.stage.methods[0], native.projector, strict=True):
         method.project.load_state_dict(projector.state_dict())
     losses, _ = criterion(student(batch["img"]), batch)
     assert float(losses[-1].detach()) / 2 == pytest.approx(float(items["dis_loss"]), rel=1e-3)
 
 
-def test_bench_measures_every_contender(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_measures_every_candidate(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run_bench(
         teacher="yolov8n.yaml,yolov8s.yaml", imgsz=32, batch=2, method="native,dfd+sl2", amp="False,bf16", rounds=2,
-        data=data, project=str(tmp_path), memory=False,
+        data=data, project=str(tmp_path), memory=False, device="cpu",
     )  # fmt: skip
     with open(out / "bench.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
@@ -66,10 +69,11 @@ def test_bench_measures_every_contender(data: str, tmp_path: Path, capsys: pytes
     assert re.search(r"dfd\+sl2: a step that measures gradients takes -?\d+% longer", capsys.readouterr().out)
 
 
-def test_the_peak_memory_is_that_of_a_process_of_its_own(data: str, tmp_path: Path) -> None:
-    ballast = torch.ones(2**28)  # 1 GiB here must not count there
+def test_peak_memory_is_measured_in_a_new_process(data: str, tmp_path: Path) -> None:
+    ballast = torch.ones(2**28)  # 1 GiB in this process must not count
     out = run_bench(
-        imgsz=32, batch=2, method="none", rounds=1, teacher="yolov8n.yaml", data=data, project=str(tmp_path), name=7
+        imgsz=32, batch=2, method="none", rounds=1, teacher="yolov8n.yaml", data=data, project=str(tmp_path), name=7,
+        device="cpu",
     )  # fmt: skip
     assert out == tmp_path / "7"
     with open(out / "bench.csv", encoding="utf-8") as f:
@@ -77,30 +81,31 @@ def test_the_peak_memory_is_that_of_a_process_of_its_own(data: str, tmp_path: Pa
     assert 100 < float(row["peak_mib"]) < ballast.nbytes / 2**20 + 200
 
 
-def test_a_process_that_dies_has_no_peak(data: str, teacher: str, tmp_path: Path) -> None:
-    """Its figure is missing; those that were timed stay."""
+def test_a_process_that_dies_has_no_peak_memory(data: str, teacher: str, tmp_path: Path) -> None:
     file = Path(shutil.copy(teacher, tmp_path / "t.pt"))
-    setting = BenchSetting(str(file), "yolov8n.yaml", imgsz=32, batch=2, data=data, folder=str(tmp_path))
-    contender = Candidate(setting, "fitnet", amp=False)
-    file.unlink()
-    assert peak_mib(setting, contender) is None
-
-
-def test_steps_beyond_the_epochs_have_their_teacher(data: str, teacher: str, tmp_path: Path) -> None:
     setting = BenchSetting(
-        teacher, "yolov8n.yaml", imgsz=32, batch=12, data=data, folder=str(tmp_path)
-    )  # a step an epoch
-    contender = Candidate(setting, "dfd", amp=False)
-    assert all(contender.step().teacher > 0 for _ in range(4))
+        str(file), "yolov8n.yaml", imgsz=32, batch=2, data=data, folder=str(tmp_path), other_keys=CPU
+    )
+    candidate = Candidate(setting, "fitnet", amp=False)
+    file.unlink()
+    assert peak_mib(setting, candidate) is None
 
 
-def test_ratios_pair_the_steps_of_a_round() -> None:
-    """A machine that slows down in one round slows all of it."""
+def test_the_teacher_also_runs_in_steps_beyond_the_last_epoch(data: str, teacher: str, tmp_path: Path) -> None:
+    setting = BenchSetting(
+        teacher, "yolov8n.yaml", imgsz=32, batch=12, data=data, folder=str(tmp_path), other_keys=CPU
+    )  # one step an epoch
+    candidate = Candidate(setting, "dfd", amp=False)
+    assert all(candidate.step().teacher > 0 for _ in range(4))
+
+
+def test_ratios_compare_steps_of_the_same_round() -> None:
+    """A machine that is slow in one round is slow for all candidates of it."""
     rounds = Rounds()
     for slow in (1, 10, 100):
-        rounds.add("a", Seconds(4.0 * slow, 0, 0))
-        rounds.add("b", Seconds(1.0 * slow, 0, 0))
-        rounds.add("c", Seconds(1.0 * slow, 0, 0))
+        rounds.add("a", StepSeconds(4.0 * slow, 0, 0))
+        rounds.add("b", StepSeconds(1.0 * slow, 0, 0))
+        rounds.add("c", StepSeconds(1.0 * slow, 0, 0))
     assert rounds.ratio("a", "b", "c") == 2
     assert rounds.median("a") == 40
 
@@ -118,7 +123,8 @@ def test_ratios_pair_the_steps_of_a_round() -> None:
         {"teacher": "rtdetr-l.yaml"},
     ],
 )
-def test_bad_input_leaves_nothing(keys: dict[str, object], data: str, tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object], data: str, tmp_path: Path) -> None:
+    valid = {"teacher": "yolov8n.yaml", "method": "dfd", "data": data, "project": str(tmp_path / "p"), "device": "cpu"}
     with pytest.raises(UserError):
-        run_bench(**{"teacher": "yolov8n.yaml", "method": "dfd", "data": data, "project": str(tmp_path / "p")} | keys)  # type: ignore[arg-type]
+        run_bench(**valid | keys)  # type: ignore[arg-type]
     assert not (tmp_path / "p").exists()

@@ -1,16 +1,16 @@
-"""Boxes on a grid, and predicted boxes, against slow references."""
+"""Boxes on a grid and predicted boxes, compared with slow references."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
+from helpers import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ultralytics.nn.modules.block import DFL
 
-from yolokd.pyramid.boxes import Labels, decoded, inverse_areas, iou, resize_distances
+from yolokd.pyramid.boxes import Labels, decode_distances, inverse_areas, iou, resize_distances
 
 share = st.floats(-0.5, 1.5, width=32)
 box = st.tuples(st.integers(0, 2), share, share, share, share)
@@ -18,15 +18,17 @@ box = st.tuples(st.integers(0, 2), share, share, share, share)
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(box, max_size=6), st.integers(1, 6), st.integers(1, 6))
-def test_cells_under_boxes_equal_the_reference(boxes: list[tuple[float, ...]], h: int, w: int) -> None:
+def test_inverse_areas_equal_the_reference(boxes: list[tuple[float, ...]], h: int, w: int) -> None:
     image = torch.tensor([int(b[0]) for b in boxes], dtype=torch.long)
     corners = torch.tensor([b[1:] for b in boxes], dtype=torch.float32).view(-1, 4)
     ours = inverse_areas(Labels(image, corners), 3, h, w)
-    theirs = reference.inverse_areas(image.tolist(), corners.numpy(), 3, h, w)  # float32 there too: edges are exact
+    theirs = reference.inverse_areas(
+        image.tolist(), corners.numpy(), 3, h, w
+    )  # float32 in both, so that edges are exact
     assert np.allclose(ours.numpy(), theirs, rtol=1e-6)
 
 
-def test_a_box_counts_once_whatever_its_size() -> None:
+def test_the_weights_of_a_boxs_cells_sum_to_one() -> None:
     labels = Labels.from_centers(
         torch.tensor([[0.0], [1.0]]), torch.tensor([[0.5, 0.5, 0.01, 0.01], [0.4, 0.6, 0.7, 0.5]])
     )
@@ -34,17 +36,17 @@ def test_a_box_counts_once_whatever_its_size() -> None:
 
 
 @pytest.mark.parametrize("cells", [20, 37, 40, 80])
-def test_boxes_on_edges_cover_no_cell_more(cells: int) -> None:
-    """As labels of six digits give them: two cells wide and high, at each place."""
+def test_a_box_whose_edges_lie_on_cell_edges_covers_no_further_cell(cells: int) -> None:
+    """Boxes two cells wide and high, at each place, rounded to six digits like labels."""
     for first in range(cells - 1):
         center = torch.tensor([[(first + 1) / cells] * 2 + [2 / cells] * 2]).mul(1e6).round().div(1e6)
-        found = inverse_areas(Labels.from_centers(torch.zeros(1, 1), center), 1, cells, cells)[0]
+        areas = inverse_areas(Labels.from_centers(torch.zeros(1, 1), center), 1, cells, cells)[0]
         expected = torch.zeros(cells, cells)
         expected[first : first + 2, first : first + 2] = 1 / 4
-        assert torch.equal(found, expected)
+        assert torch.equal(areas, expected)
 
 
-def test_hundreds_of_boxes_give_what_one_by_one_gives() -> None:
+def test_many_boxes_at_once_give_the_same_as_one_after_the_other() -> None:
     g = torch.Generator().manual_seed(0)
     low = torch.rand(900, 2, generator=g)
     labels = Labels(torch.randint(0, 4, (900,), generator=g), torch.cat([low, low + 0.1], 1))
@@ -54,15 +56,15 @@ def test_hundreds_of_boxes_give_what_one_by_one_gives() -> None:
     assert torch.equal(inverse_areas(labels, 4, 20, 20), torch.stack(one_by_one).amax(0))
 
 
-def test_distances_are_decoded_as_ultralytics_does() -> None:
+def test_distances_are_decoded_as_by_ultralytics() -> None:
     raw = torch.randn(2, 64, 3, 5)
     theirs = DFL(16)(raw.flatten(2)).view(2, 4, 3, 5)
-    assert torch.allclose(decoded(raw, 16), theirs, atol=1e-5)
-    assert torch.equal(decoded(raw[:, :4], 1), raw[:, :4])
+    assert torch.allclose(decode_distances(raw, 16), theirs, atol=1e-5)
+    assert torch.equal(decode_distances(raw[:, :4], 1), raw[:, :4])
     with torch.autocast("cpu", torch.bfloat16):
-        found = decoded(raw, 16)
-    assert found.dtype == torch.float32
-    assert torch.allclose(found, theirs, atol=1e-5)
+        under_autocast = decode_distances(raw, 16)
+    assert under_autocast.dtype == torch.float32
+    assert torch.allclose(under_autocast, theirs, atol=1e-5)
 
 
 @settings(max_examples=100, deadline=None)
@@ -73,7 +75,7 @@ def test_iou_equals_the_reference(values: list[float]) -> None:
     assert float(iou(a, b)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_boxes_of_another_image_size_are_counted_in_the_students_cells() -> None:
-    """A teacher at half the size sees each box half as many cells wide."""
+def test_resized_distances_are_in_cells_of_the_new_grid() -> None:
+    """At half the image size, a box is half as many cells wide."""
     small = torch.full((1, 4, 4, 6), 1.5)
     assert torch.allclose(resize_distances(torch.zeros(1, 1, 8, 12), small), torch.full((1, 4, 8, 12), 3.0))

@@ -1,30 +1,21 @@
-"""The command line, as a subprocess: what works, and what bad input gets."""
+"""The command line, run as a process: its commands, and its errors for bad input."""
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import random_detector, save_checkpoint, write_dataset
-from forked import forked
+from helpers.cli import run_forked, run_yolokd
+from helpers.data import write_dataset
+from helpers.models import random_detector, save_checkpoint
 from ultralytics.nn.tasks import ClassificationModel
-
-RUN = [sys.executable, "-m", "yolokd.cli"]
-
-
-def yolokd(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"COLUMNS": "200", "XDG_DATA_HOME": str(cwd / "share")}
-    return subprocess.run([*RUN, *words], cwd=cwd, capture_output=True, text=True, env=environment)
 
 
 def detector_at(layer: int, path: Path) -> str:
-    """A model yaml whose head sits on a single layer of yolov8n's neck."""
+    """Write a model yaml whose head reads a single layer of yolov8n's neck."""
     from ultralytics.utils.checks import check_yaml
 
     content = yaml.safe_load(Path(check_yaml("yolov8.yaml")).read_text())
@@ -46,7 +37,7 @@ class Evil:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the cases below name in braces."""
+    """Make the files that the cases below name in braces."""
     root = tmp_path_factory.mktemp("files")
     teacher = save_checkpoint(random_detector("yolov8s.yaml"), root / "teacher.pt")
     (root / "truncated.pt").write_bytes(teacher.read_bytes()[:50_000])
@@ -75,7 +66,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 OK = "train teacher={teacher} data={data}"
 BAD = {
-    "frobnicate": "frobnicate: unknown verb",
+    "frobnicate": "frobnicate: unknown command",
     "trian": "did you mean train?",
     f"{OK} epoch=3": "epoch: unknown key (did you mean epochs?)",
     f"{OK} epochs=3 epochs=4": "epochs: is given twice",
@@ -115,7 +106,7 @@ BAD = {
     "train data={data} teacher={truncated}": "teacher={truncated}",
     "train data={data} teacher={text}": "teacher={text}",
     "train data={data} teacher={tensor}": "teacher={tensor}",
-    "train data={data} teacher={classifier}": "teacher={classifier}: is no detector",
+    "train data={data} teacher={classifier}": "teacher={classifier}: is not a detector",
     "train data={data} teacher={evil}": "could run code",
     "train data={data} teacher={fine} student={coarse}": "none in common",
     "train teacher={teacher} data=nothere.yaml": "data=nothere.yaml",
@@ -142,11 +133,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_bad_input_gets_one_line_and_status_2(
+def test_bad_input_gets_one_line_of_error_and_status_2(
     line: str, files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    words = (word.format(**files) for word in line.split(" "))
-    done = forked(*words, cwd=tmp_path, into=tmp_path_factory.mktemp("said"))
+    arguments = (argument.format(**files) for argument in line.split(" "))
+    done = run_forked(*arguments, cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
     errors = [e for e in done.stderr.splitlines() if e.startswith("yolokd: error: ")]
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(errors) == 1
@@ -156,21 +147,21 @@ def test_bad_input_gets_one_line_and_status_2(
     assert not Path(files["written"]).exists()
 
 
-def test_method_none_is_plain_training(files: dict[str, str], tmp_path: Path) -> None:
-    done = yolokd("check", "method=none", f"data={files['data']}", "imgsz=64", cwd=tmp_path)
+def test_check_calls_method_none_plain_training(files: dict[str, str], tmp_path: Path) -> None:
+    done = run_yolokd("check", "method=none", f"data={files['data']}", "imgsz=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "plain Ultralytics training" in done.stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = yolokd("train", "method=dfx", "--debug", cwd=tmp_path)
+    done = run_yolokd("train", "method=dfx", "--debug", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
 
 
-def test_trust_loads_what_would_run_code(files: dict[str, str], tmp_path: Path) -> None:
-    """The same file is really dangerous: trusted, it does write."""
-    done = yolokd("check", f"teacher={files['evil']}", f"data={files['data']}", "trust=True", cwd=tmp_path)
+def test_trust_loads_a_checkpoint_that_runs_code(files: dict[str, str], tmp_path: Path) -> None:
+    """With trust=True the file does run its code: the tests above refuse a file that is really harmful."""
+    done = run_yolokd("check", f"teacher={files['evil']}", f"data={files['data']}", "trust=True", cwd=tmp_path)
     try:
         assert done.returncode == 2
         assert Path(files["written"]).exists()
@@ -179,13 +170,13 @@ def test_trust_loads_what_would_run_code(files: dict[str, str], tmp_path: Path) 
 
 
 def test_methods_lists_papers_and_constants(tmp_path: Path) -> None:
-    done = yolokd("methods", cwd=tmp_path)
+    done = run_yolokd("methods", cwd=tmp_path)
     assert done.returncode == 0
     assert all(text in done.stdout for text in ("dfd.alpha=", "pdf.distance=l2", "ICML 2024", "BMVC 2021"))
 
 
-def test_check_pairs_and_writes_nothing(files: dict[str, str], tmp_path: Path) -> None:
-    done = yolokd("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
+def test_check_shows_the_pairing_and_writes_nothing(files: dict[str, str], tmp_path: Path) -> None:
+    done = run_yolokd("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
                   "method=dfd+pdf+sl2", "imgsz=64", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (
@@ -203,11 +194,11 @@ def test_check_pairs_and_writes_nothing(files: dict[str, str], tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_then_val_predict_and_repeat(
+def test_a_trained_student_validates_predicts_and_its_run_repeats(
     files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    common = ["imgsz=64", "batch=4", "epochs=1", "plots=False"]
-    done = yolokd("train", f"teacher={files['teacher']}", "student=yolov8n.yaml", "method=dfd+pdf",
+    common = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
+    done = run_yolokd("train", f"teacher={files['teacher']}", "student=yolov8n.yaml", "method=dfd+pdf",
                   f"data={files['data']}", "dfd.alpha=0.5", "pdf.gain=2", *common, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "distill" / "train"
@@ -215,18 +206,20 @@ def test_train_then_val_predict_and_repeat(
     assert yaml.safe_load((run / "distill.yaml").read_text())["dfd.alpha"] == 0.5
     best = run / "weights" / "best.pt"
 
-    done = yolokd("val", f"model={best}", f"data={files['data']}", "imgsz=64", "plots=False", cwd=tmp_path)
+    done = run_yolokd(
+        "val", f"model={best}", f"data={files['data']}", "imgsz=64", "plots=False", "device=cpu", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     image = next((Path(files["data"]).parent / "images" / "val").glob("*.jpg"))
-    done = yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", "line_thickness=2",
-                  f"project={tmp_path}", cwd=tmp_path)  # fmt: skip
+    done = run_yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", "line_thickness=2",
+                      "device=cpu", f"project={tmp_path}", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob(f"predict*/{image.name}"))
 
-    done = yolokd("train", f"cfg={run / 'distill.yaml'}", "check_teacher=False", cwd=tmp_path)
+    done = run_yolokd("train", f"cfg={run / 'distill.yaml'}", "check_teacher=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs" / "distill").glob("train*/weights/best.pt"))) == 2
 
-    done = forked("train", f"resume={run}", cwd=tmp_path, into=tmp_path_factory.mktemp("said"))
+    done = run_forked("train", f"resume={run}", cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
     assert done.returncode == 2
     assert "finished" in done.stderr

@@ -1,4 +1,4 @@
-"""Comparisons: their statistics, their ledger, and real small ones as a user runs them."""
+"""`yolokd compare`: its statistics, its ledger, and real small comparisons."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY, random_detector, save_checkpoint, write_dataset
 from filelock import FileLock
+from helpers.data import write_dataset
+from helpers.models import random_detector, save_checkpoint
+from helpers.runs import TINY
 from scipy.stats import ttest_1samp
 from ultralytics.utils import SETTINGS
 
 from yolokd.commands.compare import run_compare
-from yolokd.commands.compare.grounds import labelled
+from yolokd.commands.compare.grounds import name_configurations
 from yolokd.commands.compare.ledger import LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.report import report
-from yolokd.commands.compare.show import markdown, picture
+from yolokd.commands.compare.show import draw_plot, markdown
 from yolokd.commands.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
 
@@ -44,16 +46,16 @@ def row(method: str, seed: int, score: float, **changes: Any) -> LedgerRow:
     return LedgerRow(**values | changes)
 
 
-def taught(score: float, **changes: Any) -> LedgerRow:
-    """The row of a teacher's own score."""
+def teacher_row(score: float, **changes: Any) -> LedgerRow:
+    """Return the row of a teacher's score."""
     return row("teacher", 0, score, **{"hash": TEACHER_ROW, "ground": "of the teacher", **changes})
 
 
 def summaries(*rows: LedgerRow, teacher: float = 0.6) -> dict[str, Any]:
-    return {s.method: s for s in summarize(rows, "none", "native", [taught(teacher)])}
+    return {s.method: s for s in summarize(rows, "none", "native", [teacher_row(teacher)])}
 
 
-def test_the_interval_is_students_t() -> None:
+def test_the_interval_is_that_of_students_t_distribution() -> None:
     found = interval([1.0, 2.0, 4.0])
     # t(0.975, 2) = 4.302653 and s = 1.527525, from tables
     half = 4.302653 * 1.527525 / sqrt(3)
@@ -67,10 +69,10 @@ def test_a_method_is_paired_with_the_baselines_seeds() -> None:
     found = summaries(*base, row("dfd", 1, 0.52), row("dfd", 0, 0.42), row("dfd", 7, 0.1))["dfd"]
     assert found.difference.mean == pytest.approx(0.02)
     assert (found.pairs, found.improved) == (2, 2)
-    assert found.share.mean == pytest.approx(0.02 / (0.6 - 0.45))  # over the baseline's mean of those seeds
+    assert found.gap_closed.mean == pytest.approx(0.02 / (0.6 - 0.45))  # over the baseline's mean of those seeds
 
 
-def test_a_method_is_told_against_native() -> None:
+def test_a_method_is_compared_with_native() -> None:
     rows = [row("none", 0, 0.4), row("native", 0, 0.5), row("native", 1, 0.5), row("dfd", 0, 0.51), row("dfd", 1, 0.53)]
     found = summaries(*rows)
     assert found["dfd"].against_native.mean == pytest.approx(0.02)
@@ -78,7 +80,7 @@ def test_a_method_is_told_against_native() -> None:
     assert found["none"].against_native is None
 
 
-def test_no_loss_and_no_noise_becomes_a_win() -> None:
+def test_verdicts_follow_from_the_interval_of_the_difference() -> None:
     base = [row("none", s, 0.4) for s in range(3)]
     noisy = [row("noisy", s, 0.4 + d) for s, d in enumerate((0.05, -0.01, 0.03))]
     worse = [row("worse", s, 0.38 + s / 1000) for s in range(3)]
@@ -93,35 +95,41 @@ def test_no_loss_and_no_noise_becomes_a_win() -> None:
     assert summaries(*base, row("elsewhere", 7, 0.9))["elsewhere"].verdict == "no seed of the baseline's"
 
 
-def test_what_differs_in_its_settings_is_another_method() -> None:
+def test_rows_with_other_settings_get_names_of_their_own() -> None:
     rows = [row("none", 0, 0.4), row("dfd", 0, 0.5, settings="epochs=2 balance=0.3"), row("dfd", 0, 0.6)]
-    common, found = labelled(rows)
+    common, found = name_configurations(rows)
     assert common == "epochs=2 teacher=t.pt"
     assert [r.method for r in found] == ["none", "dfd balance=0.3", "dfd"]
-    common, found = labelled([rows[0], rows[1], row("pdf", 0, 0.5, settings="epochs=2 balance=0.3 pdf.box=1.0")])
+    common, found = name_configurations(
+        [rows[0], rows[1], row("pdf", 0, 0.5, settings="epochs=2 balance=0.3 pdf.box=1.0")]
+    )
     assert common == "epochs=2 teacher=t.pt balance=0.3 pdf.box=1.0"
     assert [r.method for r in found] == ["none", "dfd", "pdf"]
     rows = [row(m, 0, 0.5, settings=f"epochs=2 {m}.schedule=cosine") for m in ("dfd", "pdf")]
-    assert labelled(rows)[0] == "epochs=2 schedule=cosine teacher=t.pt"
-    common, found = labelled([*rows, row("dfd", 0, 0.6, settings="epochs=2 dfd.schedule=linear")])
+    assert name_configurations(rows)[0] == "epochs=2 schedule=cosine teacher=t.pt"
+    common, found = name_configurations([*rows, row("dfd", 0, 0.6, settings="epochs=2 dfd.schedule=linear")])
     assert common == "epochs=2 teacher=t.pt pdf.schedule=cosine"
     assert [r.method for r in found] == ["dfd dfd.schedule=cosine", "pdf", "dfd dfd.schedule=linear"]
-    _, found = labelled([row("none", 0, 0.4, teacher=""), row("dfd", 0, 0.5), row("dfd", 0, 0.6, teacher="w.pt t.pt")])
+    _, found = name_configurations(
+        [row("none", 0, 0.4, teacher=""), row("dfd", 0, 0.5), row("dfd", 0, 0.6, teacher="w.pt t.pt")]
+    )
     assert [r.method for r in found] == ["none", "dfd teacher=t.pt", "dfd teacher=w.pt,t.pt"]
-    _, found = labelled([row("none", 0, 0.4, teacher=""), row("native", 0, 0.5), row("native", 0, 0.6, teacher="u.pt")])
+    _, found = name_configurations(
+        [row("none", 0, 0.4, teacher=""), row("native", 0, 0.5), row("native", 0, 0.6, teacher="u.pt")]
+    )
     assert [r.method for r in found] == ["none", "native teacher=t.pt", "native teacher=u.pt"]
 
 
-def test_a_configuration_told_in_other_words_is_the_same_method() -> None:
-    """A teacher's file was copied, or a default given: their seeds belong to one interval."""
+def test_rows_of_one_configuration_get_one_name() -> None:
+    """A copied teacher file, or a default that was given: their seeds belong to one interval."""
     rows = [
         row("none", 0, 0.4, teacher=""),
         row("dfd", 0, 0.5, config="c", settings="epochs=2 probe=20"),
         row("dfd", 1, 0.5, config="c", teacher="copy.pt"),
         row("dfd", 1, 0.6, config="d", settings="epochs=2 probe=10"),
     ]
-    assert [r.method for r in labelled(rows)[1]] == ["none", "dfd probe=20", "dfd probe=20", "dfd probe=10"]
-    assert [r.method for r in labelled(rows[:3])[1]] == ["none", "dfd", "dfd"]
+    assert [r.method for r in name_configurations(rows)[1]] == ["none", "dfd probe=20", "dfd probe=20", "dfd probe=10"]
+    assert [r.method for r in name_configurations(rows[:3])[1]] == ["none", "dfd", "dfd"]
 
 
 def shown(folder: Path, *rows: LedgerRow) -> dict[str, dict[str, dict[str, str]]]:
@@ -138,11 +146,13 @@ def table(path: Path) -> dict[str, dict[str, str]]:
         return {line["method"]: line for line in csv.DictReader(file)}
 
 
-def test_only_rows_of_one_ground_are_compared(tmp_path: Path) -> None:
-    """Scores on other pictures, or after another training, say nothing about a method."""
-    rows = [row("none", s, 0.9, ground="h") for s in (0, 1)]  # of the same words: another data set of that name, say
+def test_rows_of_different_grounds_are_not_compared(tmp_path: Path) -> None:
+    """Scores on other images, or after another training, say nothing about a method."""
+    rows = [
+        row("none", s, 0.9, ground="h") for s in (0, 1)
+    ]  # equal settings, but for example another data set of that name
     own = [row("none", s, 0.5) for s in (0, 1)] + [row("dfd", s, 0.49 + s / 500) for s in (0, 1)]
-    found = shown(tmp_path, *own, *rows, taught(0.6), taught(0.7, hash="of a test split"))
+    found = shown(tmp_path, *own, *rows, teacher_row(0.6), teacher_row(0.7, hash="of a test split"))
     assert list(found) == ["c-2-summary.csv", "c-summary.csv"]
     first = found["c-summary.csv"]
     assert float(first["dfd"]["difference"]) == pytest.approx(-0.009)
@@ -156,8 +166,8 @@ def test_only_rows_of_one_ground_are_compared(tmp_path: Path) -> None:
     assert (tmp_path / "c-2.png").stat().st_size > 100
 
 
-def test_configurations_of_one_name_are_not_taken_together(tmp_path: Path) -> None:
-    """As of two releases with other defaults."""
+def test_two_configurations_of_one_method_are_not_averaged(tmp_path: Path) -> None:
+    """For example after two releases with different defaults."""
     base = [row("none", s, 0.5) for s in range(4)]
     found = shown(tmp_path, *base, *(row("dfd", s, 0.6, config=("old" if s < 2 else "new")) for s in range(4)))
     assert {name: line["seeds"] for name, line in found["c-summary.csv"].items()} == {
@@ -167,10 +177,10 @@ def test_configurations_of_one_name_are_not_taken_together(tmp_path: Path) -> No
     }
 
 
-def test_each_method_is_told_by_its_own_teacher(tmp_path: Path) -> None:
-    """Whatever the files are called, and whichever teacher was scored last."""
+def test_each_method_is_compared_with_its_own_teacher(tmp_path: Path) -> None:
+    """This holds whatever the files are called, and whichever teacher was scored last."""
     rows = [row("none", 0, 0.4, data="old.yaml"), row("dfd", 0, 0.5), row("dfd", 0, 0.5, config="u", teacher_row="u")]
-    teachers = [taught(0.6), taught(0.8, hash="u"), taught(0.9, hash="nobody's")]
+    teachers = [teacher_row(0.6), teacher_row(0.8, hash="u"), teacher_row(0.9, hash="nobody's")]
     held = [row("none", 0, 0.9, ground="h"), *rows, *teachers]
     report(rows[:2], held, ["none", "dfd"], tmp_path / "c.csv")
     found = table(tmp_path / "c-2-summary.csv")
@@ -179,24 +189,24 @@ def test_each_method_is_told_by_its_own_teacher(tmp_path: Path) -> None:
     assert "| +0.100 | 1 of 1 | 50% (no bounds) |" in (tmp_path / "c-2-summary.md").read_text()
 
 
-def test_what_is_no_method_here_any_more_is_shown_all_the_same(tmp_path: Path) -> None:
+def test_unregistered_methods_are_still_listed(tmp_path: Path) -> None:
     rows = row("dfd", 0, 0.4, settings="epochs=2 dfd.gain=2"), row("mine", 0, 0.5, settings="epochs=2 mine.power=3")
     found = shown(tmp_path, *rows)["c-summary.csv"]
     assert [name for name in found if not name.startswith("teacher")] == ["dfd", "mine"]
 
 
-def test_rows_of_other_versions_are_named(tmp_path: Path) -> None:
+def test_rows_of_different_versions_give_a_warning(tmp_path: Path) -> None:
     shown(tmp_path, row("none", 0, 0.5, ultralytics="8.4.1"), row("dfd", 0, 0.6, ultralytics="8.4.2"))
     assert "different versions: ultralytics 8.4.1 and 8.4.2" in (tmp_path / "c-summary.md").read_text()
 
 
-def test_the_picture_ranks_methods_and_shows_where_they_differ() -> None:
+def test_the_plot_ranks_methods_and_shows_the_range_in_which_they_differ() -> None:
     """A method without the baseline's seeds has a curve and no bar."""
     late = "0 0.01 0.50 0.52"
     rows = [row("none", 0, 0.52, curve=late), row("frs", 0, 0.51, curve="0 0.3 0.49 0.51")]
     rows += [row("pdf", 0, 0.6, curve=late), row("dfd", 7, 0.9, curve=late)]
-    teachers = [taught(0.7)]
-    figure = picture(summarize(rows, "none", None, teachers), teachers, "title")
+    teachers = [teacher_row(0.7)]
+    figure = draw_plot(summarize(rows, "none", None, teachers), teachers, "title")
     curves, bars = figure.axes
     figure.draw_without_rendering()
     assert [label.get_text() for label in bars.get_yticklabels()] == ["pdf\n(one seed)", "frs\n(one seed)"]
@@ -206,7 +216,7 @@ def test_the_picture_ranks_methods_and_shows_where_they_differ() -> None:
     assert len({line.get_color() for line in curves.get_lines()[:4]}) == 4
 
 
-def test_a_share_counts_the_noise_of_the_gap() -> None:
+def test_the_interval_of_the_closed_gap_includes_the_noise_of_the_gap() -> None:
     """Fieller's interval holds those R for which a paired t test of d - R g finds nothing: tried one by one."""
     rng, tried = np.random.default_rng(0), np.linspace(-1, 3, 4001)
     for _ in range(20):
@@ -219,25 +229,25 @@ def test_a_share_counts_the_noise_of_the_gap() -> None:
         assert found.excludes_zero == interval(list(parts)).excludes_zero
 
 
-def test_a_share_of_what_may_be_no_gap_has_no_bounds() -> None:
+def test_the_closed_gap_has_no_bounds_where_the_gap_may_be_zero() -> None:
     found = ratio([0.02, 0.021, 0.022], [0.03, -0.02, 0.01])
     assert (found.low, found.high) == (None, None)
     assert ratio([0.1], [0.2]).low is None
 
 
-def test_without_a_gap_no_share_is_claimed() -> None:
-    assert summaries(row("none", 0, 0.4), row("dfd", 0, 0.5), teacher=0.3)["dfd"].share is None
+def test_without_a_gap_there_is_no_closed_gap() -> None:
+    assert summaries(row("none", 0, 0.4), row("dfd", 0, 0.5), teacher=0.3)["dfd"].gap_closed is None
 
 
-def test_the_ledger_gives_back_what_it_was_given(tmp_path: Path) -> None:
+def test_rows_read_from_a_ledger_equal_those_written(tmp_path: Path) -> None:
     rows = [row("none", 0, 0.4), row("dfd+pdf", 1, 0.5, settings="a, b"), row("teacher", 0, 0.6, curve="", student="")]
     for r in rows:
         append(tmp_path / "new" / "c.csv", r)
     assert list(read(tmp_path / "new" / "c.csv").values()) == rows
 
 
-def test_a_ledger_that_lost_its_last_newline_goes_on(tmp_path: Path) -> None:
-    """As editors leave it."""
+def test_a_row_can_be_appended_after_a_missing_newline(tmp_path: Path) -> None:
+    """Some editors remove the last newline."""
     path, rows = tmp_path / "c.csv", [row("none", 0, 0.4), row("dfd", 0, 0.5)]
     append(path, rows[0])
     path.write_text(path.read_text().rstrip())
@@ -245,13 +255,13 @@ def test_a_ledger_that_lost_its_last_newline_goes_on(tmp_path: Path) -> None:
     assert list(read(path).values()) == rows
 
 
-def test_a_ledger_without_a_training_has_nothing_to_show(tmp_path: Path) -> None:
+def test_a_ledger_without_a_training_is_refused(tmp_path: Path) -> None:
     append(tmp_path / "c.csv", row("teacher", 0, 0.5))
     with pytest.raises(UserError, match="holds no runs"):
         run_compare(csv=str(tmp_path / "c.csv"))
 
 
-def test_a_ledger_that_is_shown_is_shown_whole(tmp_path: Path) -> None:
+def test_showing_a_ledger_takes_no_other_keys(tmp_path: Path) -> None:
     append(tmp_path / "c.csv", row("none", 0, 0.5))
     with pytest.raises(UserError, match="method: chooses what to train"):
         run_compare(csv=str(tmp_path / "c.csv"), method="none")
@@ -271,7 +281,7 @@ def command(keys: dict[str, Any]) -> list[str]:
 
 @pytest.fixture
 def keys(data: str, teacher: str, tmp_path: Path) -> dict[str, Any]:
-    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs")}
+    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs", "device")}
     return {**settings, "data": data, "teacher": teacher, "epochs": 2, "project": tmp_path / "c", "seeds": 0}
 
 
@@ -280,7 +290,7 @@ def training(keys: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in keys.items() if k not in ("method", "seeds", "project")}
 
 
-def test_what_the_csv_holds_is_not_run_again(
+def test_runs_in_the_ledger_are_not_run_again(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys |= {"method": "none,native,dfd", "amp": "bf16"}
@@ -315,7 +325,9 @@ def test_what_the_csv_holds_is_not_run_again(
     assert [run.hash in held for run in plan_runs(["dfd"], 0, "val", tmp_path, other)[0]] == [True, False]
 
 
-def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+def test_of_several_teachers_the_strongest_is_scored_and_used_by_native(
+    keys: dict[str, Any], teacher: str, tmp_path: Path
+) -> None:
     weak = str(save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt"))
     given = training(keys) | {"teacher": [weak, teacher], "stages": [1]}
     runs, _ = plan_runs(["native", "dfmsd"], 0, "val", tmp_path, given)
@@ -326,7 +338,7 @@ def test_several_teachers_are_compared_by_the_strongest(keys: dict[str, Any], te
     }
 
 
-def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_another_comparison_is_training_is_not_started(keys: dict[str, Any], tmp_path: Path) -> None:
     keys |= {"method": "none", "epochs": 1}
     run_compare(**keys)
     (run,) = (tmp_path / "c").glob("none-*")
@@ -343,7 +355,9 @@ def test_what_another_comparison_trains_is_left_to_it(keys: dict[str, Any], tmp_
     assert (run / "weights" / "last.pt").stat().st_mtime_ns == trained
 
 
-def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_runs_hash_depends_on_the_content_of_its_files_not_on_their_paths(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
     def hashes(**changes: Any) -> list[str]:
         return [run.hash for run in plan_runs(["none"], 0, "val", tmp_path, training(keys) | changes)[0]]
 
@@ -358,12 +372,12 @@ def test_a_run_is_known_by_what_its_files_hold(keys: dict[str, Any], tmp_path: P
     student.write_text(student.read_text().replace("0.25", "0.5"))
     assert hashes(student=str(tmp_path / named))[-1] != first[-1]
     by_name = hashes(student="yolov8n.yaml")
-    assert by_name == hashes(student="yolov8n.yaml", device="cpu", workers=1, channels_last=True)
+    assert by_name == hashes(student="yolov8n.yaml", device=None, workers=1, channels_last=True)
     assert by_name != hashes(student="yolov8s.yaml")
 
 
-def test_pretrained_weights_are_known_by_what_they_hold(keys: dict[str, Any], tmp_path: Path) -> None:
-    """Also where a bare name finds them, in Ultralytics' folder of downloads."""
+def test_a_runs_hash_depends_on_the_content_of_pretrained_weights(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Also if Ultralytics finds them by a bare name in its folder of downloads."""
 
     def hashes(pretrained: object) -> list[str]:
         runs, _ = plan_runs(["none"], 0, "val", tmp_path, training(keys) | {"pretrained": pretrained})
@@ -381,7 +395,7 @@ def test_pretrained_weights_are_known_by_what_they_hold(keys: dict[str, Any], tm
         hashes(str(tmp_path / "gone.pt"))
 
 
-def test_a_ground_is_what_methods_have_in_common(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_methods_share_a_ground_and_other_data_or_settings_give_another(keys: dict[str, Any], tmp_path: Path) -> None:
     def grounds(split: str = "val", **changes: Any) -> set[str]:
         runs = plan_runs(["none", "native", "dfd"], (0, 1), split, tmp_path, training(keys) | changes)[0]
         return {run.ground for run in runs if run.method != "teacher"}
@@ -394,7 +408,7 @@ def test_a_ground_is_what_methods_have_in_common(keys: dict[str, Any], tmp_path:
     assert grounds(balance=0.3, teacher=save_checkpoint(random_detector("yolov8n.yaml"), tmp_path / "t.pt")) == found[0]
 
 
-def test_a_test_split_that_comes_later_changes_no_training(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_adding_a_test_split_does_not_change_the_runs(keys: dict[str, Any], tmp_path: Path) -> None:
     card, own = Path(keys["data"]), tmp_path / "d.yaml"
 
     def runs(split: str, text: str) -> list[Any]:
@@ -410,17 +424,17 @@ def test_a_test_split_that_comes_later_changes_no_training(keys: dict[str, Any],
     assert [run.teacher_row for run in tested] == ["", "", tested[0].hash]
 
 
-def test_a_picture_that_the_scan_mends_changes_no_run(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_an_image_that_ultralytics_repairs_does_not_change_the_runs(keys: dict[str, Any], tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "own")
-    picture = next((data.parent / "images" / "train").glob("*.jpg"))
-    picture.write_bytes(picture.read_bytes() + b"\0\0")  # its end marker is not at the end
-    damaged = picture.read_bytes()
+    image = next((data.parent / "images" / "train").glob("*.jpg"))
+    image.write_bytes(image.read_bytes() + b"\0\0")  # its end marker is not at the end
+    damaged = image.read_bytes()
     first, again = (plan_runs(["none"], 0, "val", tmp_path, training(keys) | {"data": str(data)})[0] for _ in range(2))
-    assert picture.read_bytes() != damaged
+    assert image.read_bytes() != damaged
     assert [run.hash for run in first] == [run.hash for run in again]
 
 
-def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_segmentation_teacher_is_not_scored(keys: dict[str, Any], tmp_path: Path) -> None:
     segmenter = save_checkpoint(random_detector("yolov8n-seg.yaml", seed=1), tmp_path / "seg.pt")
     given = training(keys) | {"teacher": segmenter}
     assert [run.method for run in plan_runs(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
@@ -429,8 +443,8 @@ def test_a_teacher_that_does_more_than_detect_has_no_score(keys: dict[str, Any],
 EPOCHS = 12
 
 
-def cut_off(keys: dict[str, Any]) -> str:
-    """Kill a comparison after some epochs; its run's results.csv as they are then, and stay."""
+def run_and_kill(keys: dict[str, Any]) -> str:
+    """Kill a comparison after some epochs; return its run's results.csv, which must not grow afterwards."""
     folder, method = keys["project"], keys["method"]
     with subprocess.Popen(command(keys), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         deadline = time.monotonic() + 200
@@ -439,7 +453,7 @@ def cut_off(keys: dict[str, Any]) -> str:
             if results and len(results[0].read_text().splitlines()) > 3:
                 break
             time.sleep(0.05)
-        process.kill()  # the comparison alone: the run's own process must end with it
+        process.kill()  # only the comparison: the run's own process must end by itself
     time.sleep(2)
     done = results[0].read_text()
     assert 3 < len(done.splitlines()) < EPOCHS
@@ -448,8 +462,8 @@ def cut_off(keys: dict[str, Any]) -> str:
     return done
 
 
-def gone_on(keys: dict[str, Any]) -> tuple[LedgerRow, str]:
-    """The row of a run that is continued, and what it logs."""
+def resume_run(keys: dict[str, Any]) -> tuple[LedgerRow, str]:
+    """Resume a comparison; return the row of its run, and what the run logs."""
     (run,) = keys["project"].glob(f"{keys['method']}-*")
     before = len((run / "log.txt").read_text())
     run_compare(**keys)
@@ -457,16 +471,16 @@ def gone_on(keys: dict[str, Any]) -> tuple[LedgerRow, str]:
     return row, (run / "log.txt").read_text()[before:]
 
 
-def test_what_was_cut_off_goes_on_where_its_files_lie_by_now(
+def test_a_killed_run_resumes_after_its_files_were_moved(
     keys: dict[str, Any], data: str, teacher: str, tmp_path: Path
 ) -> None:
     shutil.copytree(Path(data).parent, tmp_path / "d")
     shutil.copyfile(teacher, tmp_path / "t.pt")
     keys |= {"method": "fitnet", "epochs": EPOCHS, "data": tmp_path / "d" / "data.yaml", "teacher": tmp_path / "t.pt"}
-    cut_off(keys)
+    run_and_kill(keys)
     (tmp_path / "d").rename(tmp_path / "e")
     (tmp_path / "t.pt").rename(tmp_path / "u.pt")
-    row, log = gone_on(keys | {"data": str(tmp_path / "e" / "data.yaml"), "teacher": str(tmp_path / "u.pt")})
+    row, log = resume_run(keys | {"data": str(tmp_path / "e" / "data.yaml"), "teacher": str(tmp_path / "u.pt")})
     assert len(row.epochs) == EPOCHS
     assert "Resuming" in log
 
@@ -476,10 +490,10 @@ def cut_in_half(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[str, Any], tmp_path: Path) -> None:
     """Ultralytics writes last.pt in place, then best.pt, and at the very end takes the teacher out of both."""
     keys |= {"method": "native", "epochs": EPOCHS}
-    done = cut_off(keys)
+    done = run_and_kill(keys)
     copies = [tmp_path / name for name in ("best", "last", "end")]
     for copy in copies:
         shutil.copytree(tmp_path / "c", copy)
@@ -487,18 +501,18 @@ def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_
     weights = [next(copy.glob("native-*/weights")) for copy in copies]
 
     cut_in_half(weights[0] / "best.pt")
-    row, log = gone_on(keys | {"project": copies[0]})
+    row, log = resume_run(keys | {"project": copies[0]})
     assert len(row.epochs) == EPOCHS
     assert "Resuming" in log
 
     cut_in_half(weights[1] / "last.pt")
-    row, log = gone_on(keys | {"project": copies[1]})
+    row, log = resume_run(keys | {"project": copies[1]})
     assert len(row.epochs) == EPOCHS
     assert "Resuming" not in log
 
     checkpoint = torch.load(weights[2] / "last.pt", weights_only=False)
     torch.save(checkpoint | {"epoch": EPOCHS - 1}, weights[2] / "last.pt")
-    row, _ = gone_on(keys | {"project": copies[2]})
+    row, _ = resume_run(keys | {"project": copies[2]})
     assert len(row.epochs) == len(done.splitlines()) - 1
     assert not (tmp_path / "c").exists()
 
@@ -526,7 +540,7 @@ def test_native_runs_go_on_from_what_a_kill_can_leave(keys: dict[str, Any], tmp_
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
+def test_invalid_settings_are_refused_before_anything_is_written(
     keys: dict[str, Any], tmp_path: Path, change: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -535,7 +549,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     assert not (tmp_path / "c").exists()
 
 
-def test_a_split_without_pictures_is_refused_before_anything_is_written(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_a_split_without_images_is_refused_before_anything_is_written(keys: dict[str, Any], tmp_path: Path) -> None:
     card, own = Path(keys["data"]), tmp_path / "d.yaml"
     own.write_text(f"path: {card.parent}\n{card.read_text()}\ntest: images/absent\n")
     with pytest.raises(UserError) as error:
@@ -544,5 +558,5 @@ def test_a_split_without_pictures_is_refused_before_anything_is_written(keys: di
     assert not (tmp_path / "c").exists()
 
 
-def test_markdown_is_a_table() -> None:
+def test_markdown_has_a_cell_for_each_column() -> None:
     assert markdown([("a",) * 11], "t").count("|") == 3 * 12

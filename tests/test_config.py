@@ -1,4 +1,4 @@
-"""The configuration: defaults, overrides, refusals."""
+"""The configuration: defaults, overrides, refused values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yolokd import UserError
-from yolokd.cli import parse_words
+from yolokd.cli import parse_arguments
 from yolokd.config.arguments import parse_value
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.parse import method_names, parse
@@ -21,14 +21,14 @@ from yolokd.runtime.resources import bundled_folder
 T = {"teacher": "t.pt"}
 
 
-def test_defaults_are_those_of_the_yaml_files() -> None:
+def test_defaults_come_from_the_yaml_files() -> None:
     config = parse(T)
     assert config.method == defaults()["method"] == "fitnet+pdf"
     assert config.method_configs[0].gain == method_defaults("fitnet")["gain"]
     assert defaults().keys() - OWN_KEYS == {"student", "data"}
 
 
-def test_a_gain_that_is_set_is_in_force() -> None:
+def test_setting_a_gain_switches_balancing_off() -> None:
     assert parse(T).balance == defaults()["balance"] == 1.0
     assert parse({**T, "method": "dfd", "dfd.alpha": 2.0}).balance == 1.0
     fixed = parse({**T, "method": "dfd+pdf", "pdf.gain": 3.0})
@@ -40,12 +40,12 @@ def test_a_gain_that_is_set_is_in_force() -> None:
 
 
 @pytest.mark.parametrize("name", ["dfd", "pdf"])
-def test_each_yaml_holds_exactly_the_methods_constants(name: str) -> None:
+def test_each_methods_yaml_lists_exactly_its_constants(name: str) -> None:
     content = yaml.safe_load((bundled_folder("cfg") / "methods" / f"{name}.yaml").read_text())
     assert content.keys() == {"gain", *constants_model(registered()[name]).model_fields}
 
 
-def test_flat_keys_parse_back_to_the_same() -> None:
+def test_flat_keys_parse_back_to_the_same_configuration() -> None:
     config = parse({**T, "method": "dfd+pdf", "dfd.alpha": 0.5, "pdf.gain": 3, "level_weights": "uniform"})
     assert parse(config.flat()) == config
 
@@ -89,19 +89,19 @@ def test_flat_keys_parse_back_to_the_same() -> None:
         ({"method": "dfd", "stages": 5}, "stages=[5.0]: must be"),
     ],
 )
-def test_what_cannot_work_is_refused(keys: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused_with_one_line(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as e:
         parse(T | keys)
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
 
-def test_none_needs_no_teacher() -> None:
+def test_method_none_needs_no_teacher() -> None:
     assert parse({"method": "none"}).method_configs == ()
 
 
 @given(st.text(max_size=12))
-def test_any_text_is_a_method_list_or_a_user_error(text: str) -> None:
+def test_any_text_is_a_list_of_methods_or_a_user_error(text: str) -> None:
     try:
         names = method_names(text)
     except UserError as e:
@@ -111,36 +111,36 @@ def test_any_text_is_a_method_list_or_a_user_error(text: str) -> None:
 
 
 @given(st.text(max_size=20))
-def test_any_value_parses(text: str) -> None:
+def test_any_text_parses_as_a_value(text: str) -> None:
     parse_value(text)
 
 
 @given(st.one_of(st.integers(), st.booleans(), st.none(), st.floats(allow_nan=False, allow_infinity=False)))
-def test_python_values_survive_the_command_line(value: Any) -> None:
+def test_python_values_written_as_text_parse_back(value: Any) -> None:
     assert parse_value(str(value)) == value
 
 
 @given(st.lists(st.text(min_size=1, max_size=10), max_size=5))
-def test_any_words_parse_or_are_user_errors(words: list[str]) -> None:
+def test_any_command_line_parses_or_is_a_user_error(words: list[str]) -> None:
     try:
-        keys = parse_words(words)
+        keys = parse_arguments(words)
     except UserError as e:
         assert len(str(e).splitlines()) == 1
     else:
         assert len(keys) == len(words)
 
 
-@pytest.mark.parametrize("given", ["[a b.pt, 'c.pt']", ["a b.pt", "c.pt"]])
-def test_several_teachers_take_over_evenly_or_as_told(given: Any) -> None:
-    config = parse({"method": "dfd", "teacher": given})
+@pytest.mark.parametrize("teachers", ["[a b.pt, 'c.pt']", ["a b.pt", "c.pt"]])
+def test_stages_of_several_teachers_start_at_equal_distances_or_as_given(teachers: Any) -> None:
+    config = parse({"method": "dfd", "teacher": teachers})
     assert config.teachers == ("a b.pt", "c.pt")
     assert config.starts(40) == (0, 20)
-    assert parse({"method": "dfd", "teacher": given, "stages": 7}).starts(40) == (0, 7)
+    assert parse({"method": "dfd", "teacher": teachers, "stages": 7}).starts(40) == (0, 7)
     assert parse(config.flat()) == config
 
 
 @pytest.mark.parametrize("balance", [0.3, "off"])
-def test_the_flat_keys_give_the_same_configuration(balance: Any) -> None:
+def test_flat_keys_of_a_composition_parse_back_to_the_same_configuration(balance: Any) -> None:
     keys = {"teacher": "t.pt", "method": "frs+dfd", "balance": balance, "frs.end": 9.0, "dfd.schedule": "cosine"}
     config = parse(keys)
     assert parse(config.flat()) == config

@@ -1,4 +1,4 @@
-"""export/detect.py against Ultralytics' own predictions, and alone, as on a device."""
+"""export/detect.py: its detections equal those of Ultralytics, and it runs without other packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from conftest import NAMES, SIZE, make_checkpoint, sighted
+from helpers.data import NAMES
+from helpers.models import SIZE, calibrated_detector, save_trained_checkpoint
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
@@ -24,10 +25,10 @@ from ultralytics import YOLO
 from yolokd.runtime.resources import bundled_folder
 
 SCRIPT = bundled_folder("export") / "detect.py"
-# An end-to-end model can't run on fewer anchors than it gives rows: narrow pictures need the larger size.
+# An end-to-end model can't run on fewer anchors than it gives rows: narrow images need the larger size.
 KINDS = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
 SIDES = ((80, 96), (200, 120), (97, 173), (160, 160), (61, 333))  # height, width
-# What a device has not: importing it there fails.
+# Packages that a device does not have: importing one fails there.
 ABSENT = (
     "torch",
     "torchvision",
@@ -58,7 +59,7 @@ def load(path: Path) -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["detect"] = module  # where dataclasses looks for the names in annotations
+    sys.modules["detect"] = module  # dataclasses looks up the names in annotations there
     spec.loader.exec_module(module)
     return module
 
@@ -68,7 +69,7 @@ detect = load(SCRIPT)
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of JPEGs of several shapes, with discs on clouds."""
+    """Write JPEGs of several sizes, with discs on a cloudy background; return their folder."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number, (height, width) in enumerate(SIDES):
         clouds = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -81,7 +82,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(data: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
-    """Pairs of checkpoint and ONNX file, by kind."""
+    """Return (checkpoint, ONNX file) of each kind of export."""
     root = tmp_path_factory.mktemp("models")
     images = [cv2.imread(str(photo)) for photo in sorted(photos.iterdir())]
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,66 +93,77 @@ def models(data: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }
     made = {}
     for kind, (cfg, arguments) in kinds.items():
-        checkpoint = make_checkpoint(sighted(cfg, images, KINDS[kind]), data, root / f"{kind}.pt")
+        checkpoint = save_trained_checkpoint(calibrated_detector(cfg, images, KINDS[kind]), data, root / f"{kind}.pt")
         made[kind] = checkpoint, Path(YOLO(checkpoint).export(format="onnx", **arguments))
     return made
 
 
 def ultralytics(model: Path, source: Path, **arguments: Any) -> list[np.ndarray]:
-    """The predictions of Ultralytics, per picture as rows (n, 6): box, score, class."""
-    settings = {"conf": 0.25, "iou": 0.7, "verbose": False, "save": False}
+    """Return Ultralytics' predictions, for each image (n, 6): box, score, class."""
+    settings = {"conf": 0.25, "iou": 0.7, "verbose": False, "save": False, "device": "cpu"}
     results = YOLO(model, task="detect").predict(source, **settings | arguments)
     return [result.boxes.data.numpy() for result in results]
 
 
-def rows(found: list[Any]) -> np.ndarray:
-    return np.array([[*each.box, each.score, each.class_id] for each in found]).reshape(-1, 6)
+def as_array(detections: list[Any]) -> np.ndarray:
+    """Return detections as (n, 6): box, score, class."""
+    return np.array([[*d.box, d.score, d.class_id] for d in detections]).reshape(-1, 6)
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray, pixels: float = 0.01, score: float = 1e-4) -> None:
+    """Compare rows of detections, best first; two rows may change places if rounding decides which scores higher."""
     assert found.shape == expected.shape
+    assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < score
+    partners = np.abs(found[:, None] - expected[None]).sum(2).argmin(0) if len(found) else np.arange(0)
+    assert sorted(partners) == list(range(len(found)))
+    found = found[partners]
     assert (found[:, 5] == expected[:, 5]).all()
     assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < score
     assert np.abs(found[:, :4] - expected[:, :4]).max(initial=0) < pixels
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_ultralytics_on_the_same_file(kind: str, models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+def test_detections_equal_those_of_ultralytics_on_the_same_file(
+    kind: str, models: dict[str, tuple[Path, Path]], photos: Path
+) -> None:
     path = models[kind][1]
     detector = detect.Detector(path, imgsz=KINDS[kind] if kind in ("dynamic", "end2end") else None)
-    found = [rows(detector(cv2.imread(str(photo)))) for photo in sorted(photos.iterdir())]
+    ours = [as_array(detector(cv2.imread(str(photo)))) for photo in sorted(photos.iterdir())]
     expected = ultralytics(path, photos, imgsz=KINDS[kind])
-    assert sum(map(len, found)) > 10
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_same(ours, theirs)
+    assert sum(map(len, ours)) > 10
+    for one, other in zip(ours, expected, strict=True):
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_ultralytics_on_the_checkpoint(kind: str, models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+def test_detections_equal_those_of_ultralytics_on_the_checkpoint(
+    kind: str, models: dict[str, tuple[Path, Path]], photos: Path
+) -> None:
     checkpoint, path = models[kind]
     detector = detect.Detector(path, imgsz=KINDS[kind] if kind in ("dynamic", "end2end") else None)
-    # A static file sees full padding, also in Ultralytics.
-    how = {"imgsz": list(detector.size), "rect": detector.dynamic} | ({"nms": False} if kind == "end2end" else {})
-    expected = ultralytics(checkpoint, photos, **how)
+    # With a static file, Ultralytics pads images to the full size, too.
+    settings = {"imgsz": list(detector.size), "rect": detector.dynamic} | ({"nms": False} if kind == "end2end" else {})
+    expected = ultralytics(checkpoint, photos, **settings)
     for photo, theirs in zip(sorted(photos.iterdir()), expected, strict=True):
-        assert_same(rows(detector(cv2.imread(str(photo)))), theirs, pixels=0.05, score=1e-3)
+        assert_same(as_array(detector(cv2.imread(str(photo)))), theirs, pixels=0.05, score=1e-3)
 
 
-def test_detections_are_named_and_inside_the_picture(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+def test_detections_have_names_and_lie_inside_the_image(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     detector = detect.Detector(models["dynamic"][1])
     image = cv2.imread(str(photos / "1.jpg"))
-    found = detector(image)
-    assert found
-    for each in found:
-        assert each.name == NAMES[each.class_id]
-        assert 0.25 < each.score <= 1
-        x1, y1, x2, y2 = each.box
+    detections = detector(image)
+    assert detections
+    for detection in detections:
+        assert detection.name == NAMES[detection.class_id]
+        assert 0.25 < detection.score <= 1
+        x1, y1, x2, y2 = detection.box
         assert 0 <= x1 <= x2 <= image.shape[1]
         assert 0 <= y1 <= y2 <= image.shape[0]
-    assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
+    scores = [detection.score for detection in detections]
+    assert scores == sorted(scores, reverse=True)
 
 
-def test_thresholds(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+def test_thresholds_work_as_in_ultralytics(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     detector = detect.Detector(models["dynamic"][1])
     image = cv2.imread(str(photos / "3.jpg"))
     all_boxes, many, few = (detector(image, conf=0.05, iou=iou) for iou in (1.0, 0.7, 0.1))
@@ -160,11 +172,11 @@ def test_thresholds(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
     assert detector(image, max_det=2) == detector(image)[:2]
     for conf, iou in ((0.05, 0.7), (0.05, 0.3), (0.25, 0.5)):
         (expected,) = ultralytics(models["dynamic"][1], photos / "3.jpg", imgsz=SIZE, conf=conf, iou=iou)
-        assert_same(rows(detector(image, conf=conf, iou=iou)), expected)
+        assert_same(as_array(detector(image, conf=conf, iou=iou)), expected)
 
 
-def test_float16_input(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
-    """Such files come from exports on a GPU; there the network takes and gives float16 itself."""
+def test_a_network_with_float16_input_runs(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+    """Exports on a GPU give such files: the network's inputs and outputs are float16."""
     original = onnx.load(models["static"][1])
     graph = float16.convert_float_to_float16(original, keep_io_types=False)
     OnnxModel(graph).topological_sort()
@@ -172,25 +184,29 @@ def test_float16_input(models: dict[str, tuple[Path, Path]], photos: Path, tmp_p
     detector = detect.Detector(tmp_path / "half.onnx")
     assert detector.dtype == np.float16
     (expected,) = ultralytics(tmp_path / "half.onnx", photos / "0.jpg", quantize=16)
-    found = rows(detector(cv2.imread(str(photos / "0.jpg"))))
-    assert len(found) == len(expected) > 0
-    assert np.abs(found - expected).max() < 0.5  # a coordinate's last bit
+    detections = as_array(detector(cv2.imread(str(photos / "0.jpg"))))
+    assert len(detections) == len(expected) > 0
+    assert np.abs(detections - expected).max() < 0.5  # the last bit of a coordinate
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_exif_orientation(orientation: int, models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
-    turned = tmp_path / "turned.jpg"
+def test_images_are_rotated_by_their_exif_orientation(
+    orientation: int, models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path
+) -> None:
+    rotated = tmp_path / "rotated.jpg"
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.open(photos / "1.jpg").save(turned, exif=exif, quality=95)
-    image = detect.read_image(turned)
+    Image.open(photos / "1.jpg").save(rotated, exif=exif, quality=95)
+    image = detect.read_image(rotated)
     assert image.shape[:2] == ((200, 120) if orientation == 3 else (120, 200))
-    (expected,) = ultralytics(models["dynamic"][1], turned, imgsz=SIZE)
+    (expected,) = ultralytics(models["dynamic"][1], rotated, imgsz=SIZE)
     assert len(expected)
-    assert_same(rows(detect.Detector(models["dynamic"][1])(image)), expected)
+    assert_same(as_array(detect.Detector(models["dynamic"][1])(image)), expected)
 
 
-def test_video(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+def test_a_video_gives_detections_of_each_frame(
+    models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path
+) -> None:
     video, path = tmp_path / "clip.avi", models["static"][1]
     frame = cv2.imread(str(photos / "0.jpg"))
     writer = cv2.VideoWriter(str(video), cv2.VideoWriter.fourcc(*"MJPG"), 5, (96, 80))
@@ -202,8 +218,8 @@ def test_video(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Pat
     records = json.loads((tmp_path / "found.json").read_text())
     assert [(record["image"], record["frame"]) for record in records] == [(str(video), number) for number in range(4)]
     for record, expected in zip(records, ultralytics(path, video), strict=True):
-        found = [[*each["box"], each["score"], each["class"]] for each in record["detections"]]
-        assert_same(np.array(found).reshape(-1, 6), expected)
+        ours = [[*d["box"], d["score"], d["class"]] for d in record["detections"]]
+        assert_same(np.array(ours).reshape(-1, 6), expected)
     copy = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert copy.get(cv2.CAP_PROP_FPS) == 5
     frames = 0
@@ -212,21 +228,23 @@ def test_video(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Pat
     assert frames == 4
 
 
-def on_device(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run a Python file where numpy, OpenCV and onnxruntime are all there is."""
-    command = [sys.executable, "-c", ON_DEVICE, *map(str, words)]
+def run_on_device(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a Python file in a process that can import NumPy, OpenCV and onnxruntime, but not the packages in ABSENT."""
+    command = [sys.executable, "-c", ON_DEVICE, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_stands_alone(models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path) -> None:
+def test_the_script_runs_without_torch_ultralytics_and_yolokd(
+    models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path
+) -> None:
     (tmp_path / "probe.py").write_text("import torch")
-    assert "ModuleNotFoundError: torch" in on_device(tmp_path, "probe.py").stderr
+    assert "ModuleNotFoundError: torch" in run_on_device(tmp_path, "probe.py").stderr
     shutil.copy(SCRIPT, tmp_path)
     shutil.copy(models["dynamic"][1], tmp_path / "best.onnx")
     shutil.copytree(photos, tmp_path / "photos")
-    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no picture")
-    (tmp_path / "photos" / "notes.txt").write_text("no picture at all")
-    done = on_device(tmp_path, "detect.py", "best.onnx", "photos", "--out", "runs/out", "--json", "runs/found.json")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"no image")
+    (tmp_path / "photos" / "notes.txt").write_text("no image at all")
+    done = run_on_device(tmp_path, "detect.py", "best.onnx", "photos", "--out", "runs/out", "--json", "runs/found.json")
     assert done.returncode == 0, done.stderr
     assert "broken.jpg: unreadable image, skipped" in done.stderr
     assert done.stdout.startswith("5 images, ")
@@ -234,27 +252,27 @@ def test_stands_alone(models: dict[str, tuple[Path, Path]], photos: Path, tmp_pa
     detector = detect.Detector(models["dynamic"][1])
     assert [record["image"] for record in records] == [str(Path("photos") / f"{n}.jpg") for n in range(5)]
     for record, expected in zip(records, ultralytics(models["dynamic"][1], photos, imgsz=SIZE), strict=True):
-        found = [[*each["box"], each["score"], each["class"]] for each in record["detections"]]
-        assert_same(np.array(found).reshape(-1, 6), expected)
-        assert all(set(each) == {"class", "name", "score", "box"} for each in record["detections"])
+        ours = [[*d["box"], d["score"], d["class"]] for d in record["detections"]]
+        assert_same(np.array(ours).reshape(-1, 6), expected)
+        assert all(set(d) == {"class", "name", "score", "box"} for d in record["detections"])
         original, copy = (
             cv2.imread(str(folder / Path(record["image"]).name)).astype(int)
             for folder in (tmp_path / "photos", tmp_path / "runs" / "out")
         )
         drawn = detect.draw(original.astype(np.uint8), detector(original.astype(np.uint8)))
-        if record["detections"]:  # the rest is a JPEG's artefacts
+        if record["detections"]:  # apart from JPEG artefacts, the copy is the drawn image
             assert np.abs(copy - drawn).mean() < np.abs(copy - original).mean() / 2
     assert sum(len(record["detections"]) for record in records) > 10
 
 
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_give_one_line_of_error(
     models: dict[str, tuple[Path, Path]], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     static, dynamic = (str(models[kind][1]) for kind in ("static", "dynamic"))
     photo, empty, garbage = str(photos / "0.jpg"), tmp_path / "empty", tmp_path / "garbage.onnx"
     empty.mkdir()
     garbage.write_bytes(b"no model")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     out = ["--out", str(tmp_path / "out")]
     cases: list[tuple[list[str], str]] = [
@@ -268,21 +286,23 @@ def test_mistakes_are_told_in_one_line(
         ([dynamic, photo, "--imgsz", "1", "2", "3"], "height and width"),
         ([dynamic, photo, "--out", str(photos)], "holds the source"),
     ]
-    for words, message in cases:
-        assert detect.main([*words[:2], *out, *words[2:]]) == 2, words
+    for arguments, message in cases:
+        assert detect.main([*arguments[:2], *out, *arguments[2:]]) == 2, arguments
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("detect.py: ")
         assert message in error
     assert sorted(path.name for path in photos.iterdir()) == [f"{number}.jpg" for number in range(5)]
 
 
-def test_a_size_too_small_for_an_end_to_end_model(models: dict[str, tuple[Path, Path]], photos: Path) -> None:
+def test_a_size_too_small_for_an_end_to_end_model_is_an_error(
+    models: dict[str, tuple[Path, Path]], photos: Path
+) -> None:
     detector = detect.Detector(models["end2end"][1], imgsz=32)
     with pytest.raises(detect.DetectError, match=r"does not run at 32x32: .*try another imgsz"):
         detector(cv2.imread(str(photos / "0.jpg")))
 
 
-def test_other_networks_are_refused(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+def test_networks_that_are_no_detectors_are_refused(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     graph = onnx.load(models["static"][1])
     (names,) = (entry for entry in graph.metadata_props if entry.key == "names")
     names.value = "{0: 'one class too few'}"
@@ -291,9 +311,9 @@ def test_other_networks_are_refused(models: dict[str, tuple[Path, Path]], tmp_pa
         detect.Detector(tmp_path / "other.onnx")
 
 
-def test_pictures_are_checked(models: dict[str, tuple[Path, Path]]) -> None:
+def test_arrays_that_are_no_bgr_images_are_refused(models: dict[str, tuple[Path, Path]]) -> None:
     detector = detect.Detector(models["static"][1])
-    for picture in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)):
+    for array in (np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)):
         with pytest.raises(detect.DetectError, match="BGR"):
-            detector(picture)
+            detector(array)
     assert detector(np.zeros((1, 900, 3), np.uint8), conf=0.9) == []

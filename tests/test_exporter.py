@@ -1,4 +1,4 @@
-"""Export and its parity check, on small random detectors and real JPEGs."""
+"""Export and its parity check, on small random detectors and JPEG images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from conftest import NAMES, SIZE, make_checkpoint, save_checkpoint, sighted
+from helpers.data import NAMES
+from helpers.models import SIZE, calibrated_detector, save_checkpoint, save_trained_checkpoint
 from onnx import numpy_helper
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
@@ -33,23 +34,23 @@ PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pd
 @pytest.fixture(scope="session")
 def checkpoints(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, images = tmp_path_factory.mktemp("checkpoints"), validation_images(data)
-    distilled = sighted("yolov8n.yaml", images, SIZE)
+    distilled = calibrated_detector("yolov8n.yaml", images, SIZE)
     distilled.yolokd = PROVENANCE
     return {
-        "v8": make_checkpoint(distilled, data, root / "v8.pt"),
-        "v26": make_checkpoint(sighted("yolo26n.yaml", images, SIZE), data, root / "v26.pt"),
+        "v8": save_trained_checkpoint(distilled, data, root / "v8.pt"),
+        "v26": save_trained_checkpoint(calibrated_detector("yolo26n.yaml", images, SIZE), data, root / "v26.pt"),
     }
 
 
 @pytest.fixture(scope="session")
 def plain(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
-    """The static float32 export of yolov8n."""
+    """Export yolov8n as a static float32 file."""
     return export(shutil.copy(checkpoints["v8"], tmp_path_factory.mktemp("plain") / "best.pt"))
 
 
 @pytest.fixture
 def copied(plain: ExportReport, tmp_path: Path) -> Path:
-    """A copy of that ONNX file, to be spoilt."""
+    """Copy that ONNX file, so that a test can change it."""
     return Path(shutil.copy(plain.path, tmp_path / "best.onnx"))
 
 
@@ -66,7 +67,7 @@ def sizes(report: ExportReport) -> list[tuple[int, int, int]]:
     return [(row.batch, row.height, row.width) for row in report.rows]
 
 
-def test_static(plain: ExportReport) -> None:
+def test_a_static_export_passes_at_its_own_size(plain: ExportReport) -> None:
     assert plain.passed
     assert sizes(plain) == [(1, SIZE, SIZE)]
     (row,) = plain.rows
@@ -75,7 +76,7 @@ def test_static(plain: ExportReport) -> None:
     assert row.torch_detections == row.onnx_detections > 20
 
 
-def test_table_is_written_beside_the_file(plain: ExportReport) -> None:
+def test_the_parity_table_is_written_beside_the_file(plain: ExportReport) -> None:
     assert plain.parity == plain.path.with_name("best.parity.json")
     record = json.loads(plain.parity.read_text())
     assert record["passed"] is True
@@ -86,7 +87,7 @@ def test_table_is_written_beside_the_file(plain: ExportReport) -> None:
     assert sorted(path.name for path in plain.path.parent.iterdir()) == ["best.onnx", "best.parity.json", "best.pt"]
 
 
-def test_metadata_and_provenance(plain: ExportReport) -> None:
+def test_the_file_holds_ultralytics_metadata_and_provenance(plain: ExportReport) -> None:
     meta = metadata(plain.path)
     assert meta["names"] == str(NAMES)
     assert meta["stride"] == "32"
@@ -95,22 +96,24 @@ def test_metadata_and_provenance(plain: ExportReport) -> None:
     assert json.loads(meta["yolokd"]) == PROVENANCE
 
 
-def test_dynamic_is_tried_at_two_batches_and_two_sizes(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_dynamic_export_is_checked_at_two_batch_sizes_and_two_image_sizes(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     report = export(shutil.copy(checkpoints["v8"], tmp_path), dynamic=True)
     assert report.passed
     assert sizes(report) == [(1, 160, 160), (3, 160, 160), (1, 96, 160), (3, 96, 160)]
     assert all(row.torch_detections for row in report.rows)
 
 
-def test_static_batch_is_filled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_the_batches_of_a_static_export_are_filled_up(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     report = export(shutil.copy(checkpoints["v8"], tmp_path), batch=4, imgsz=[64, 96])
     assert report.passed
     assert sizes(report) == [(4, 64, 96)]
-    assert report.rows[0].images == 8  # of six, two are seen again
+    assert report.rows[0].images == 8  # two of the six are used twice
 
 
 @pytest.mark.parametrize(
-    ("family", "arguments", "end2end", "tried"),
+    ("family", "arguments", "end2end", "checked_sizes"),
     [
         ("v26", {"nms": False, "dynamic": True}, "True", [(1, 160, 160), (3, 160, 160), (1, 96, 160), (3, 96, 160)]),
         ("v26", {"imgsz": 96}, "False", [(1, 96, 96)]),
@@ -122,29 +125,34 @@ def test_static_batch_is_filled(checkpoints: dict[str, Path], tmp_path: Path) ->
         ),
     ],
 )
-def test_models_that_choose_their_boxes(
-    family: str, arguments: dict[str, Any], end2end: str, tried: list[Any], checkpoints: dict[str, Path], tmp_path: Path
+def test_models_that_choose_their_boxes_themselves_pass(
+    family: str,
+    arguments: dict[str, Any],
+    end2end: str,
+    checked_sizes: list[Any],
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
 ) -> None:
     report = export(shutil.copy(checkpoints[family], tmp_path), **arguments)
     assert report.passed
-    assert sizes(report) == tried
+    assert sizes(report) == checked_sizes
     assert all(row.torch_detections == row.onnx_detections > 20 for row in report.rows)
     assert metadata(report.path)["end2end"] == end2end
     if family == "v26":
         assert not {"teacher", "method", "yolokd"} & metadata(report.path).keys()
 
 
-def test_end_to_end_is_not_tried_with_fewer_anchors_than_rows(
+def test_an_end_to_end_model_is_not_checked_with_fewer_anchors_than_rows(
     checkpoints: dict[str, Path], data: str, tmp_path: Path
 ) -> None:
     report = export(shutil.copy(checkpoints["v26"], tmp_path), nms=False, dynamic=True, imgsz=64, simplify=False)
     assert report.passed
     assert {row.height for row in report.rows} == {64, 96}
-    spoil(report.path, "model.9.cv2.conv.weight", lambda weight: weight * np.float32(1.01))
+    change_weight(report.path, "model.9.cv2.conv.weight", lambda weight: weight * np.float32(1.01))
     assert not any(row.passed for row in check(report.path, checkpoints["v26"], data).rows)
 
 
-def test_float16_is_valid_and_has_limits_of_its_own(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_float16_export_is_valid_and_has_wider_limits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     report = export(shutil.copy(checkpoints["v8"], tmp_path), half=True)
     assert report.parity
     assert report.passed
@@ -153,13 +161,15 @@ def test_float16_is_valid_and_has_limits_of_its_own(checkpoints: dict[str, Path]
     onnx.checker.check_model(onnx.load(report.path), full_check=True)
 
 
-def test_other_formats_are_left_to_ultralytics(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_other_formats_are_exported_by_ultralytics_without_a_check(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     report = export(shutil.copy(checkpoints["v8"], tmp_path / "m.pt"), format="torchscript", imgsz=64)
     assert report == ExportReport(path=tmp_path / "m.torchscript")
     assert torch.jit.load(report.path)(torch.zeros(1, 3, 64, 64)).shape == (1, 6, 84)
 
 
-def spoil(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+def change_weight(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     graph = onnx.load(path)
     (weight,) = (tensor for tensor in graph.graph.initializer if tensor.name.endswith(name))
     weight.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weight)), weight.name))
@@ -167,8 +177,8 @@ def spoil(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 @pytest.mark.parametrize("factor", [1.01, -1.0, np.nan])
-def test_a_changed_weight_fails(factor: float, copied: Path, checkpoints: dict[str, Path], data: str) -> None:
-    spoil(copied, "model.9.cv2.conv.weight", lambda weight: weight * np.float32(factor))
+def test_a_changed_weight_fails_the_check(factor: float, copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    change_weight(copied, "model.9.cv2.conv.weight", lambda weight: weight * np.float32(factor))
     report = check(copied, checkpoints["v8"], data)
     assert not report.passed
     assert not any(row.passed for row in report.rows)
@@ -176,17 +186,17 @@ def test_a_changed_weight_fails(factor: float, copied: Path, checkpoints: dict[s
     assert json.loads(report.parity.read_text())["passed"] is False
 
 
-def test_slightly_wrong_scores_fail(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
-    spoil(copied, "cv3.0.2.bias", lambda bias: bias + np.float32(0.002))
+def test_slightly_wrong_scores_fail_the_check(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+    change_weight(copied, "cv3.0.2.bias", lambda bias: bias + np.float32(0.002))
     report = check(copied, checkpoints["v8"], data)
-    assert report.rows[0].raw < 1e-4  # the boxes, hundreds of pixels wide, drown it
+    assert report.rows[0].raw < 1e-4  # too small beside boxes that are hundreds of pixels wide
     assert report.rows[0].scores > 1e-4
     assert not report.passed
 
 
-def test_a_wrong_class_fails(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+def test_wrong_classes_fail_the_check(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
     for level in range(3):
-        spoil(copied, f"cv3.{level}.2.weight", lambda weight: weight[::-1].copy())
+        change_weight(copied, f"cv3.{level}.2.weight", lambda weight: weight[::-1].copy())
     (row,) = check(copied, checkpoints["v8"], data).rows
     assert row.torch_detections > 0
     assert row.worst_iou == 0
@@ -194,14 +204,16 @@ def test_a_wrong_class_fails(copied: Path, checkpoints: dict[str, Path], data: s
 
 
 @pytest.mark.parametrize("length", [0, 1000, 100_000])
-def test_a_broken_onnx_file_fails(length: int, copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+def test_a_truncated_onnx_file_fails_the_check(
+    length: int, copied: Path, checkpoints: dict[str, Path], data: str
+) -> None:
     copied.write_bytes(copied.read_bytes()[:length])
     report = check(copied, checkpoints["v8"], data)
     assert not report.passed
     assert report.problem
 
 
-def test_wrong_names_fail(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
+def test_wrong_class_names_fail_the_check(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
     graph = onnx.load(copied)
     onnx.helper.set_model_props(graph, metadata(copied) | {"names": "{0: 'cat', 1: 'dog'}"})
     onnx.save(graph, copied)
@@ -210,7 +222,7 @@ def test_wrong_names_fail(copied: Path, checkpoints: dict[str, Path], data: str)
     assert "names" in str(report.problem)
 
 
-def test_export_reports_failure_and_does_not_raise(
+def test_export_reports_a_failed_check_and_does_not_raise(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = Limits(raw=0, scores=0, iou=1, margin=1e-3, ties=False)
@@ -232,7 +244,7 @@ def test_export_reports_failure_and_does_not_raise(
         ({"data": "nowhere.yaml"}, ["data=nowhere.yaml", "existing"]),
     ],
 )
-def test_bad_arguments(
+def test_bad_arguments_are_refused_with_one_line(
     arguments: dict[str, Any], words: list[str], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
@@ -243,7 +255,7 @@ def test_bad_arguments(
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
-def test_missing_and_broken_models(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_and_broken_models_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model=.*none\.pt"):
         export(tmp_path / "none.pt")
     broken = tmp_path / "broken.pt"
@@ -253,13 +265,15 @@ def test_missing_and_broken_models(checkpoints: dict[str, Path], tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["broken.pt"]
 
 
-def test_only_detectors(data: str, tmp_path: Path) -> None:
+def test_models_other_than_detectors_are_refused(data: str, tmp_path: Path) -> None:
     model = save_checkpoint(ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False), tmp_path / "cls.pt")
-    with pytest.raises(UserError, match="no YOLO detector but ClassificationModel"):
+    with pytest.raises(UserError, match="not a YOLO detector but a ClassificationModel"):
         export(model, data=data)
 
 
-def test_a_data_set_that_is_gone(checkpoints: dict[str, Path], data: str, tmp_path: Path) -> None:
+def test_a_missing_data_set_is_an_error_unless_another_is_given(
+    checkpoints: dict[str, Path], data: str, tmp_path: Path
+) -> None:
     content = torch.load(checkpoints["v8"], weights_only=False)
     gone = tmp_path / "gone.pt"
     torch.save(content | {"train_args": {"data": str(tmp_path / "gone.yaml"), "imgsz": 64}}, gone)
@@ -271,11 +285,11 @@ def test_a_data_set_that_is_gone(checkpoints: dict[str, Path], data: str, tmp_pa
     assert export(gone, data=data).passed
 
 
-def test_validation_images_of_folders_and_lists(data: str, tmp_path: Path) -> None:
+def test_validation_images_come_from_folders_and_lists(data: str, tmp_path: Path) -> None:
     root = Path(data).parent
     for name in ("a.jpg", "b.PNG"):
         cv2.imwrite(str(tmp_path / name), np.full((20, 30, 3), 7, np.uint8))
-    (tmp_path / "notes.md").write_text("no picture")
+    (tmp_path / "notes.md").write_text("no image")
     (tmp_path / "list.txt").write_text(f"./a.jpg\n{tmp_path / 'b.PNG'}\n\n")
     folder, as_list = str(root / "images" / "val"), str(tmp_path / "list.txt")
     for val, count in ((folder, 6), (as_list, 2), ([folder, as_list], 8), (str(root / "images" / "train"), 8)):
@@ -284,8 +298,8 @@ def test_validation_images_of_folders_and_lists(data: str, tmp_path: Path) -> No
         assert len(validation_images(str(config))) == count
 
 
-def test_linked_folders_are_looked_into(data: str, tmp_path: Path) -> None:
-    """As Ultralytics does: a split may be links to where pictures lie."""
+def test_validation_images_in_linked_folders_are_used(data: str, tmp_path: Path) -> None:
+    """Ultralytics follows links in a split's folder, too."""
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "site").symlink_to(Path(data).parent / "images" / "val", target_is_directory=True)
     config = tmp_path / "data.yaml"
@@ -294,24 +308,24 @@ def test_linked_folders_are_looked_into(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels(channels: int, tmp_path: Path) -> None:
+def test_a_model_with_another_number_of_channels_passes(channels: int, tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     rng = np.random.default_rng(0)
     for i in range(3):
-        picture = rng.integers(0, 255, (40, 60, channels), np.uint8)
-        cv2.imwrite(str(tmp_path / "val" / f"{i}.png"), picture)
+        image = rng.integers(0, 255, (40, 60, channels), np.uint8)
+        cv2.imwrite(str(tmp_path / "val" / f"{i}.png"), image)
     config = tmp_path / "data.yaml"
     config.write_text(yaml.safe_dump({"train": "val", "val": "val", "names": NAMES, "channels": channels}))
     torch.manual_seed(0)
     model = DetectionModel("yolov8n.yaml", ch=channels, nc=len(NAMES), verbose=False)
-    report = export(make_checkpoint(model, str(config), tmp_path / "best.pt"))
+    report = export(save_trained_checkpoint(model, str(config), tmp_path / "best.pt"))
     assert report.passed
     assert report.rows[0].images == 3
 
 
-def test_unreadable_validation_images(tmp_path: Path) -> None:
+def test_a_split_without_a_readable_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
-    (tmp_path / "val" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "val" / "a.jpg").write_bytes(b"no image")
     config = tmp_path / "data.yaml"
     config.write_text(yaml.safe_dump({"train": "val", "val": "val", "names": NAMES}))
     with pytest.raises(UserError, match="no readable validation image"):

@@ -1,4 +1,4 @@
-"""Methods against slow references, on random and adversarial maps, and their gradients."""
+"""The losses of all methods, on random and awkward maps: slow references, gradients and properties."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
+from helpers import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from yolokd.config.defaults import method_defaults
-from yolokd.config.parse import SETTINGS, parse
+from yolokd.config.parse import parse
+from yolokd.config.schema import METHOD_SETTINGS
 from yolokd.distillation.stage import build_methods
 from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention
 from yolokd.methods.dfd import high_disparity
-from yolokd.methods.pdf import disagree, disagree_on_boxes, position_weights
+from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape
 
@@ -31,7 +32,7 @@ HARD = ["most25", "most50", "least25", "least50"]
 
 
 def build(name: str, **constants: Any) -> Method:
-    values = {k: v for k, v in method_defaults(name).items() if k not in SETTINGS} | constants
+    values = {k: v for k, v in method_defaults(name).items() if k not in METHOD_SETTINGS} | constants
     torch.manual_seed(0)
     return registered()[name](LevelShape(8, CS, CT), **values).double()
 
@@ -62,7 +63,7 @@ def no_labels(level: Level) -> None:
 
 
 def awkward_labels(level: Level) -> None:
-    """No area, not a number, beyond the picture, all of it, twice the same."""
+    """Boxes with no area, of NaN, beyond the image, over all of it, and twice the same."""
     corners = [
         [0.5, 0.5, 0.5, 0.9],
         [math.nan] * 4,
@@ -123,9 +124,9 @@ def inverse_of(level: Level) -> np.ndarray[Any, Any]:
 
 
 def parameters(module: nn.Module) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    """Weight and bias of each layer, in order."""
-    found = [p.detach().numpy() for p in module.parameters()]
-    return list(zip(found[::2], found[1::2], strict=True))
+    """Return weight and bias of each layer, in order."""
+    arrays = [p.detach().numpy() for p in module.parameters()]
+    return list(zip(arrays[::2], arrays[1::2], strict=True))
 
 
 def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
@@ -189,7 +190,7 @@ def close(expected: float) -> Any:
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
-class TestEqualsTheReference:
+class TestLossEqualsTheReference:
     def test_fitnet(self, level: Level) -> None:
         method = build("fitnet")
         assert loss(method, level) == close(reference.fitnet(level.teacher.numpy(), adapted(method, level)))
@@ -201,7 +202,7 @@ class TestEqualsTheReference:
     @pytest.mark.parametrize("tau", [1.0, 4.0])
     def test_cwd(self, level: Level, tau: float) -> None:
         method = build("cwd", tau=tau)
-        # probabilities near 1e-40 leave float32
+        # float32 cannot hold probabilities near 1e-40
         assert loss(method, level) == pytest.approx(
             reference.cwd(level.teacher.numpy(), adapted(method, level), tau), rel=1e-4, abs=1e-5
         )
@@ -209,7 +210,7 @@ class TestEqualsTheReference:
     @pytest.mark.parametrize("masked", [0.0, 0.65])
     def test_mgd(self, level: Level, masked: float) -> None:
         method: Any = build("mgd", lambda_=masked)
-        kept = method.kept(level)
+        kept = method.draw_mask(level)
         assert masked > 0 or kept.all()
         rebuilt = reference.generator(adapted(method, level) * kept.numpy(), *parameters(method.generate))
         assert loss(method, level) == close(reference.fitnet(level.teacher.numpy(), rebuilt))
@@ -227,7 +228,7 @@ class TestEqualsTheReference:
         method: Any = build("fgd", temperature=0.5, **{k: float(v) for k, v in zip(names, weights, strict=True)})
         student = adapted(method, level)
         assert torch.equal(method.context(level.teacher), level.teacher)
-        with torch.no_grad():  # as it would be once trained
+        with torch.no_grad():  # as after some training
             for parameter in method.context.parameters():
                 parameter.normal_()
         key, narrow, norm, wide = parameters(method.context)
@@ -239,7 +240,7 @@ class TestEqualsTheReference:
 
     @pytest.mark.parametrize("stage", [0, 1, 30])
     def test_dfmsd(self, level: Level, stage: int) -> None:
-        values = {k: v for k, v in method_defaults("dfmsd").items() if k not in SETTINGS}
+        values = {k: v for k, v in method_defaults("dfmsd").items() if k not in METHOD_SETTINGS}
         torch.manual_seed(0)
         method: Any = registered()["dfmsd"](LevelShape(8, CS, CT, stage), **values).double()
         with torch.no_grad():
@@ -285,55 +286,55 @@ def test_pkd_is_one_minus_pearsons_correlation() -> None:
     assert loss(method, level) == pytest.approx(1 - np.mean(pearson), rel=1e-4)
 
 
-def test_masks_are_drawn_anew_each_step_and_the_same_again_for_the_same_step() -> None:
+def test_mgds_masks_depend_on_the_steps_seed_alone() -> None:
     method: Any = build("mgd")
-    first, again, other = (method.kept(replace(random_level(4, 8, 8), seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (method.draw_mask(replace(random_level(4, 8, 8), seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first[0], first[1])
     before = torch.get_rng_state()
     method(random_level(2, 4, 4))
-    assert torch.equal(before, torch.get_rng_state())  # the augmentations' stream
+    assert torch.equal(before, torch.get_rng_state())  # augmentations draw from this stream
 
 
-def test_mgd_masks_the_share_that_it_says() -> None:
-    kept = build("mgd", lambda_=0.65).kept(random_level(4, 40, 40))  # type: ignore[operator]
+def test_mgd_masks_the_chosen_fraction_of_positions() -> None:
+    kept = build("mgd", lambda_=0.65).draw_mask(random_level(4, 40, 40))  # type: ignore[operator]
     assert float(kept.float().mean()) == pytest.approx(0.35, abs=0.02)
 
 
-def test_frs_teaches_class_scores_too() -> None:
+def test_frs_also_trains_the_class_scores() -> None:
     level = random_level(2, 4, 4)
     level.student_logits.requires_grad_()
     build("frs", alpha=0.0)(level).backward()
     assert level.student_logits.grad.abs().sum() > 0
 
 
-def test_near_agreement_leaves_no_weight_below_zero() -> None:
-    """Where float32 cancels."""
+def test_disagreement_is_not_negative_where_scores_are_almost_equal() -> None:
+    """Float32 cancels there."""
     g = torch.Generator().manual_seed(0)
     teacher = torch.randn(1, 2, 8, 8, generator=g)
-    found = disagree(teacher, teacher + 1e-4 * torch.randn(1, 2, 8, 8, generator=g), "kl")
-    assert float(found.min()) >= 0
+    weights = class_disagreement(teacher, teacher + 1e-4 * torch.randn(1, 2, 8, 8, generator=g), "kl")
+    assert float(weights.min()) >= 0
 
 
-def test_boxes_weigh_only_where_the_teacher_sees_something() -> None:
+def test_pdfs_box_disagreement_is_zero_where_the_teacher_detects_nothing() -> None:
     level = random_level(1, 3, 3)
     level.teacher_logits.fill_(-60.0)
-    assert float(disagree_on_boxes(level).max()) < 1e-20
+    assert float(box_disagreement(level).max()) < 1e-20
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_zero_maps_give_finite_losses_and_gradients(name: str) -> None:
     level, method = edited(fill(0.0)), build(name)
     level.student.requires_grad_()
-    found = method(level)
-    found.backward()
-    assert torch.isfinite(found)
+    result = method(level)
+    result.backward()
+    assert torch.isfinite(result)
     assert level.student.grad is None or torch.isfinite(level.student.grad).all()
 
 
 @pytest.mark.parametrize("composition", ["dfd+mgd", "dfd+pkd", "+".join(NAMES)])
-def test_any_composition_gives_what_its_parts_give(composition: str) -> None:
+def test_a_methods_loss_is_the_same_alone_and_in_a_composition(composition: str) -> None:
     parts = parse({"teacher": "t", "method": composition}).method_configs
     level = like(random_level(2, 4, 4), Tensor.float)
     methods = [per_level[0] for per_level in build_methods(parts, [LevelShape(8, CS, CT)], 0)]
@@ -343,18 +344,18 @@ def test_any_composition_gives_what_its_parts_give(composition: str) -> None:
 
 @pytest.mark.parametrize("case", ["all zero", "constant", "one hot", "saturated"])
 @pytest.mark.parametrize("weighting", HARD)
-def test_hard_pdf_takes_the_right_number_of_tied_positions(case: str, weighting: Any) -> None:
+def test_hard_pdf_selects_the_right_number_of_positions_among_equal_ones(case: str, weighting: Any) -> None:
     level = LEVELS[case]
-    d = disagree(level.teacher_logits, level.student_logits, "l2")
+    d = class_disagreement(level.teacher_logits, level.student_logits, "l2")
     weights = position_weights(d, weighting)
-    share = 0.25 if weighting.endswith("25") else 0.5
-    assert ((weights > 0).sum((1, 2)) == round(share * d[0].numel())).all()
+    fraction = 0.25 if weighting.endswith("25") else 0.5
+    assert ((weights > 0).sum((1, 2)) == round(fraction * d[0].numel())).all()
     assert torch.allclose(weights.mean((1, 2)), torch.ones(len(d)))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gradcheck in float64; the methods' float32 casts are lifted to float64 for it."""
+def test_gradients_equal_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gradcheck needs float64: the methods' casts to float32 become casts to float64."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     level, method = random_level(2, 3, 2, seed=4), build(name)
 
@@ -365,16 +366,16 @@ def test_gradients_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None
             (replace(level, student=student, student_logits=student_logits if reads_logits else level.student_logits),),
         )
 
-    reads_logits = name == "frs"  # others only weigh by them, without gradient
+    reads_logits = name == "frs"  # other methods use them as weights, without gradient
     names = [n for n, _ in method.named_parameters()]
-    # Off their first values: behind a layer of zeros every gradient would be 0.
+    # Away from their initial values: behind a layer of zeros every gradient would be 0.
     parameters = [p.detach() + 0.1 * torch.randn_like(p) for p in method.parameters()]
     inputs = [level.student.clone(), level.student_logits.clone(), *parameters]
     assert torch.autograd.gradcheck(loss, [i.requires_grad_() for i in inputs])
 
 
-def test_weights_carry_no_gradient() -> None:
-    """PDF's loss pulls at the maps alone, never at the class scores that weight them."""
+def test_pdfs_weights_carry_no_gradient() -> None:
+    """PDF's loss trains the maps, not the class scores and boxes that weight them."""
     level = random_level(2, 4, 4)
     level.student.requires_grad_()
     level.student_logits.requires_grad_()
@@ -386,8 +387,8 @@ def test_weights_carry_no_gradient() -> None:
     assert level.student_boxes.grad is None
 
 
-def test_the_split_carries_no_gradient() -> None:
-    """DFD's gradient is that of its two errors under a fixed split."""
+def test_dfds_split_carries_no_gradient() -> None:
+    """DFD's gradient equals that of its two errors with the split held constant."""
     level, method = random_level(2, 4, 4), build("dfd", alpha=0.7, beta=1.3)
     level.student.requires_grad_()
     (ours,) = torch.autograd.grad(method(level), level.student)
@@ -400,7 +401,7 @@ def test_the_split_carries_no_gradient() -> None:
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_inputs_stay_unchanged() -> None:
+def test_losses_leave_their_inputs_unchanged() -> None:
     for name in NAMES:
         level = random_level(2, 4, 4)
         before = level.teacher.clone(), level.teacher_logits.clone(), level.student.clone()
@@ -411,13 +412,13 @@ def test_inputs_stay_unchanged() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_losses_are_means(name: str) -> None:
-    """Repeating the images of a batch leaves a loss as it is."""
+def test_losses_are_means_over_the_batch(name: str) -> None:
+    """Repeating the images of a batch does not change a loss."""
     level: Level = random_level(2, 4, 4)
     method: Any = build(name)
     labels = Labels(torch.cat([level.labels.image, level.labels.image + 2]), level.labels.corners.repeat(2, 1))
-    if name == "mgd":  # whose masks are drawn for each image
-        method.kept = lambda level: torch.ones_like(level.student[:, :1]) > 0
+    if name == "mgd":  # its masks differ between images
+        method.draw_mask = lambda level: torch.ones_like(level.student[:, :1]) > 0
     twice = like(level, lambda t: torch.cat([t, t]), labels)
     assert float(method(twice)) == pytest.approx(float(method(level)), rel=1e-6)
 
@@ -447,14 +448,13 @@ def test_attention_is_a_distribution_of_mean_one(b: int, c: int, h: int, w: int,
 def test_disagreement_is_finite_on_any_logits(logits: list[float]) -> None:
     t = torch.tensor(logits).view(1, 1, 1, -1)
     for distance in ("l2", "euclidean", "l1", "kl"):
-        d = disagree(t, -t, distance)  # type: ignore[arg-type]
+        d = class_disagreement(t, -t, distance)  # type: ignore[arg-type]
         assert torch.isfinite(d).all()
         assert (d >= 0).all()
         assert torch.isfinite(position_weights(d, "soft")).all()
 
 
-def test_identical_models_have_no_pdf_loss() -> None:
-    """At equal maps through an identity adapter the loss is zero, and so is its gradient."""
+def test_pdf_is_zero_for_identical_models() -> None:
     level = random_level(1, 3, 3)
     method: Any = build("pdf")
     method.adapt = nn.Identity()
@@ -462,13 +462,13 @@ def test_identical_models_have_no_pdf_loss() -> None:
     assert float(method(same)) == 0
 
 
-def counted(module: nn.Module) -> list[int]:
+def record_calls(module: nn.Module) -> list[int]:
     calls: list[int] = []
     module.register_forward_hook(lambda *_: calls.append(1))
     return calls
 
 
-def test_composed_methods_share_one_adapter_and_run_it_once() -> None:
+def test_composed_methods_use_one_adapter_and_run_it_once() -> None:
     shape = LevelShape(8, CS, CT)
     dfd, pdf, sl2 = (
         p[0] for p in build_methods(parse({"teacher": "t", "method": "dfd+pdf+sl2"}).method_configs, [shape], 0)
@@ -476,14 +476,14 @@ def test_composed_methods_share_one_adapter_and_run_it_once() -> None:
     assert dfd.adapt is pdf.adapt
     level = random_level(2, 4, 4)
     single = like(level, Tensor.float)
-    calls = counted(dfd.adapt)
+    calls = record_calls(dfd.adapt)
     together = [float(m(single).detach()) for m in (dfd, pdf, sl2)]
     assert len(calls) == 1
     apart = [float(m(like(single, lambda t: t)).detach()) for m in (dfd, pdf, sl2)]
     assert together == apart
 
 
-def test_adapters_of_one_method_stay_its_own() -> None:
+def test_two_adapters_of_one_method_are_not_merged() -> None:
     class Two(Method):
         def __init__(self, shape: LevelShape) -> None:
             super().__init__()

@@ -1,9 +1,8 @@
-"""Runs that are killed and resumed end as those that never were; what cannot be resumed is refused."""
+"""A killed and resumed run ends as one that was not killed; runs that cannot be resumed are refused."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import random
@@ -20,69 +19,69 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, logged, random_detector, save_checkpoint, states_equal, write_dataset
-from results import cut, rows
+from helpers.data import write_dataset
+from helpers.models import random_detector, save_checkpoint
+from helpers.results import repeatable_rows, rows, saved_weights, states_equal
+from helpers.runs import TINY, captured_log, train_and_stop, train_one_epoch
 from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
-from yolokd.distiller import _resumed
+from yolokd.distiller import _resume_overrides
 from yolokd.runtime.files import AtomicPath, atomic_path
 from yolokd.runtime.rng import random_state, set_random_state
 from yolokd.runtime.signals import Interrupted, handle_signals
 from yolokd.training.sidecar import sidecars
-from yolokd.training.state import capture, restore
+from yolokd.training.state import capture_state, restore_state
 
 EPOCHS = 5
-KILLED = Path(__file__).with_name("killed.py")
+PROGRAM = Path(__file__).with_name("helpers") / "programs" / "killed_training.py"
 
 
 def settings(data: str, teacher: str, student: str, folder: Path) -> dict[str, Any]:
-    """Batches whose gradients wait from one epoch to the next, mosaic that closes, gains that balance."""
+    """Return settings with much state: gradients accumulated across epochs, mosaic that ends, balanced gains."""
     method = {"method": "dfd+mgd", "balance": 0.3} if student == "yolov8n.yaml" else {"method": "pdf"}
-    own = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "probe": 2}
+    distillation = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "probe": 2}
     length = {"epochs": EPOCHS, "close_mosaic": 2, "nbs": 8, "warmup_epochs": 1.0, "deterministic": True}
-    return {**TINY, **own, **method, **length, "data": data, "student": student, "save_dir": str(folder)}
+    return {**TINY, **distillation, **method, **length, "data": data, "student": student, "save_dir": str(folder)}
 
 
-def outcome(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, torch.Tensor]]]:
-    with open(folder / "results.csv") as f:
-        rows = [{k: v for k, v in row.items() if k.strip() != "time"} for row in csv.DictReader(f)]
-    files = [folder / "weights" / name for name in ("last.pt", "best.pt")]
-    return rows, [torch.load(f, weights_only=False)["model"].state_dict() for f in files]
+def outcome(folder: Path) -> tuple[list[dict[str, float]], list[dict[str, torch.Tensor]]]:
+    """Return the rows of results.csv, and the weights of last.pt and best.pt."""
+    return repeatable_rows(folder), [saved_weights(folder / "weights" / name) for name in ("last.pt", "best.pt")]
 
 
 @pytest.fixture(scope="module")
-def whole(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A student's run that was never cut off, in a process of its own."""
+def uninterrupted(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that gives a student's uninterrupted run, trained in a process of its own."""
 
     @cache
     def folder_of(student: str) -> Path:
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        assert kill(settings(data, teacher, student, folder), "never", 1).returncode == 0
+        folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+        assert run_until(settings(data, teacher, student, folder), "never", 1).returncode == 0
         return folder
 
     return folder_of
 
 
-def kill(keys: dict[str, Any], operation: str, number: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(KILLED), operation, str(number), json.dumps(keys)]
+def run_until(keys: dict[str, Any], operation: str, number: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(PROGRAM), operation, str(number), json.dumps(keys)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def check_kill(keys: dict[str, Any], at: tuple[str, int], whole: Path) -> None:
+def check_kill(keys: dict[str, Any], at: tuple[str, int], uninterrupted: Path) -> None:
     folder = Path(keys["save_dir"])
-    killed = kill(keys, *at)
+    killed = run_until(keys, *at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     weights = folder / "weights"
-    if (weights / "last.pt").exists():  # then it is whole, and its sidecar with it
+    if (weights / "last.pt").exists():  # then it is complete, and has its sidecar
         epoch = torch.load(weights / "last.pt", weights_only=False)["epoch"]
-        found = sidecars(weights / "last.pt")
-        assert epoch < 0 or any(torch.load(s, weights_only=True)["epoch"] == epoch for s in found)
-    assert kill({"resume": str(folder)}, "never", 1).returncode == 0
-    rows, states = outcome(folder)
-    expected_rows, expected_states = outcome(whole)
-    assert rows == expected_rows
-    assert all(states_equal(a, b) for a, b in zip(states, expected_states, strict=True))
+        states = [torch.load(s, weights_only=True) for s in sidecars(weights / "last.pt")]
+        assert epoch < 0 or any(state["epoch"] == epoch for state in states)
+    assert run_until({"resume": str(folder)}, "never", 1).returncode == 0
+    resumed_rows, resumed_weights = outcome(folder)
+    expected_rows, expected_weights = outcome(uninterrupted)
+    assert resumed_rows == expected_rows
+    assert all(states_equal(a, b) for a, b in zip(resumed_weights, expected_weights, strict=True))
     assert not sidecars(weights / "last.pt")
     assert not list(weights.glob(".*.tmp"))
 
@@ -99,50 +98,44 @@ RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)
 
 
 @pytest.mark.parametrize("at", FAST, ids=str)
-def test_a_killed_run_ends_as_one_that_was_not(
-    at: tuple[str, int], whole: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
+def test_a_run_that_is_killed_and_resumed_ends_as_an_uninterrupted_one(
+    at: tuple[str, int], uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
-    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, whole("yolov8n.yaml"))
+    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, uninterrupted("yolov8n.yaml"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("student", ["yolov8n.yaml", "yolo26n.yaml"])
 @pytest.mark.parametrize("at", [*SLOW, *RANDOM], ids=str)
-def test_a_run_killed_anywhere_ends_as_one_that_was_not(
-    at: tuple[str, int], student: str, whole: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
+def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
+    at: tuple[str, int], student: str, uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
-    check_kill(settings(data, teacher, student, tmp_path / "run"), at, whole(student))
+    check_kill(settings(data, teacher, student, tmp_path / "run"), at, uninterrupted(student))
 
 
 def test_a_run_killed_in_its_first_epoch_has_nothing_to_resume(data: str, teacher: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert kill(settings(data, teacher, "yolov8n.yaml", folder), "batch", 2).returncode == -signal.SIGKILL
+    assert run_until(settings(data, teacher, "yolov8n.yaml", folder), "batch", 2).returncode == -signal.SIGKILL
     with pytest.raises(UserError, match="no checkpoint there"):
         YoloDistiller().train(resume=str(folder))
 
 
-def cut_off(tiny: dict[str, Any], teacher: str | None, method: str = "fitnet") -> Path:
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method=method)
-    cut(d, {"teacher_precision": "fp32"} | tiny)
-    return Path(d.trainer.save_dir)
-
-
 def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
-    folder = cut_off(tiny, teacher)
+    folder = train_one_epoch(tiny, teacher)
     other = str(save_checkpoint(random_detector("yolov8s.yaml", seed=9), tmp_path / "other.pt"))
     with pytest.raises(UserError, match="teacher: is another than the run began with"):
         YoloDistiller().train(resume=str(folder), teacher=other)
     YoloDistiller().train(resume=str(folder), teacher=other, force=True)
 
 
-def test_another_method_goes_on_where_forced(tiny: dict[str, Any], teacher: str) -> None:
-    folder = cut_off(tiny, teacher)
-    falling = {"method": "dfd", "balance": "off", "dfd.gain": 1.0, "dfd.schedule": "linear"}
-    with logged() as lines:
+def test_another_method_resumes_if_forced(tiny: dict[str, Any], teacher: str) -> None:
+    folder = train_one_epoch(tiny, teacher)
+    settings_with_falling_gain = {"method": "dfd", "balance": "off", "dfd.gain": 1.0, "dfd.schedule": "linear"}
+    with captured_log() as lines:
         d = YoloDistiller()
-        d.train(resume=str(folder), force=True, **falling)
+        d.train(resume=str(folder), force=True, **settings_with_falling_gain)
     (row,) = rows(d.trainer)
-    assert 0 < row["train/dfd_gain"] <= 1 / d.trainer.epochs  # the schedule goes on as well
+    assert 0 < row["train/dfd_gain"] <= 1 / d.trainer.epochs  # the schedule continues, too
     assert "fitnet_gain" in (folder / "results-to-1.csv").read_text()
     assert d.trainer.plan.config.method == "dfd"
     assert d.trainer.start_epoch == 1
@@ -150,23 +143,25 @@ def test_another_method_goes_on_where_forced(tiny: dict[str, Any], teacher: str)
 
 
 def test_other_classes_are_refused(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
-    folder = cut_off(tiny, teacher)
+    folder = train_one_epoch(tiny, teacher)
     other = write_dataset(tmp_path / "other", names={0: "disc", 1: "crate"})
     with pytest.raises(UserError, match="data: has other classes"):
         YoloDistiller().train(resume=str(folder), data=str(other))
 
 
 def test_a_teacher_for_a_run_without_one_is_refused(tiny: dict[str, Any], teacher: str) -> None:
-    folder = cut_off(tiny, None, method="none")
+    folder = train_one_epoch(tiny, None, method="none")
     with pytest.raises(UserError, match="teacher: would not teach"):
         YoloDistiller(teacher=teacher).train(resume=str(folder))
 
 
 @pytest.mark.parametrize("method", [None, "fitnet"])
-def test_a_checkpoint_of_plain_ultralytics_goes_on(method: str | None, tiny: dict[str, Any], teacher: str) -> None:
+def test_a_run_of_plain_ultralytics_resumes_with_a_warning(
+    method: str | None, tiny: dict[str, Any], teacher: str
+) -> None:
     model = YOLO("yolov8n.yaml")
-    cut(model, {k: v for k, v in tiny.items() if k != "check_teacher"} | {"name": "plain"})
-    with logged() as lines:
+    train_and_stop(model, {k: v for k, v in tiny.items() if k != "check_teacher"} | {"name": "plain"})
+    with captured_log() as lines:
         d = YoloDistiller(teacher=teacher, method=method)
         d.train(resume=str(model.trainer.last))
     assert d.trainer.start_epoch == 1
@@ -175,42 +170,42 @@ def test_a_checkpoint_of_plain_ultralytics_goes_on(method: str | None, tiny: dic
     assert [row["epoch"] for row in rows(d.trainer)] == [2]
 
 
-def test_what_a_resume_may_change_is_changed(tiny: dict[str, Any], teacher: str) -> None:
-    """Another batch, after the warm-up, gathers as many images a step; patience and freeze are the new ones."""
-    folder = cut_off(tiny | {"nbs": 16, "warmup_epochs": 0, "epochs": 3}, teacher)
+def test_a_resume_applies_a_new_batch_size_patience_and_freeze(tiny: dict[str, Any], teacher: str) -> None:
+    """With another batch size, a step after the warm-up still gathers as many images."""
+    folder = train_one_epoch(tiny | {"nbs": 16, "warmup_epochs": 0, "epochs": 3}, teacher)
     seen: dict[str, Any] = {}
 
-    def look(trainer: Any) -> None:
+    def record(trainer: Any) -> None:
         seen["accumulate"] = int(trainer.accumulate)
         frozen = [p for name, p in trainer.model.named_parameters() if name.startswith("model.0.")]
         seen["frozen"] = [p.grad is None and not p.requires_grad for p in frozen]
 
     d = YoloDistiller()
-    d.add_callback("on_train_batch_start", look)
+    d.add_callback("on_train_batch_start", record)
     d.train(resume=str(folder), batch=2, patience=0, freeze=1)
     assert seen == {"accumulate": 8, "frozen": [True] * 3}
-    assert d.trainer.stopper.patience == float("inf")  # as Ultralytics takes 0
+    assert d.trainer.stopper.patience == float("inf")  # Ultralytics' meaning of 0
 
 
-def test_a_run_begun_without_a_scaler_goes_on_with_one(tiny: dict[str, Any]) -> None:
-    """On a CPU it is off, on a GPU it would be on."""
+def test_a_run_without_a_gradient_scaler_resumes_with_one(tiny: dict[str, Any]) -> None:
+    """The scaler is off on a CPU, and may be on when the run resumes on a GPU."""
     d = YoloDistiller(method="none")
-    cut(d, tiny)
-    state = capture(d.trainer)
+    train_and_stop(d, tiny)
+    state = capture_state(d.trainer)
     d.trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    restore(d.trainer, state)
+    restore_state(d.trainer, state)
     assert d.trainer.scaler.get_scale() == 8.0
 
 
-def test_random_streams_come_back() -> None:
+def test_a_restored_random_state_gives_the_same_draws() -> None:
     state = random_state()
     draws = [(random.random(), np.random.rand(), float(torch.rand(1))) for _ in range(2)]
     set_random_state(state)
     assert [(random.random(), np.random.rand(), float(torch.rand(1))) for _ in range(2)] == draws
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
-    """As far as one process can fill it: a limit on the size of its files."""
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    """A limit on the size of this process's files stands for a full disk."""
     path = AtomicPath(tmp_path / "last.pt")
     path.write_bytes(b"good")
     child = os.fork()
@@ -227,7 +222,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_text("good")
     with contextlib.suppress(KeyError), atomic_path(path) as temporary:
@@ -238,12 +233,12 @@ def test_a_failed_block_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str, tmp_path: Path) -> None:
+def test_a_signal_stops_the_run_at_the_end_of_a_step(number: int, status: int, data: str, tmp_path: Path) -> None:
     folder = tmp_path / "a run"
-    words = {**TINY, "data": data, "epochs": 1000, "method": "none", "save_dir": folder}
-    command = [sys.executable, "-m", "yolokd.cli", "train", *(f"{k}={v}" for k, v in words.items())]
+    settings = {**TINY, "data": data, "epochs": 1000, "method": "none", "save_dir": folder}
+    command = [sys.executable, "-m", "yolokd.cli", "train", *(f"{k}={v}" for k, v in settings.items())]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, preexec_fn=listen, **pipes) as process:
+    with subprocess.Popen(command, preexec_fn=reset_ctrl_c, **pipes) as process:
         wait_for(lambda: epochs_of(folder) >= 2)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
@@ -256,25 +251,25 @@ def test_a_signal_stops_at_the_end_of_a_step(number: int, status: int, data: str
 
 
 @pytest.mark.usefixtures("_default_signals")
-def test_a_signal_after_the_last_step_is_not_lost(
+def test_a_signal_after_the_last_step_ends_the_finished_run(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     d = YoloDistiller(method="none")
     d.add_callback("on_train_end", lambda _: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(Interrupted, match="the training is finished"), logged() as lines:
+    with pytest.raises(Interrupted, match="the training is finished"), captured_log() as lines:
         d.train(**{k: v for k, v in tiny.items() if k != "project"} | {"epochs": 1})
     assert d.trainer.best == tmp_path / "runs" / "distill" / "train" / "weights" / "best.pt"
     assert d.trainer.best.exists()
-    assert d.trainer.args.project is None  # a name of the user's to loggers
+    assert d.trainer.args.project is None  # loggers take it for a name that the user chose
     stripped = [line for line in lines if "Optimizer stripped" in line]
     assert len(stripped) == 2
     assert all(f"saved as {d.trainer.wdir}" in line and ".tmp" not in line for line in stripped)
 
 
 @pytest.mark.usefixtures("_default_signals")
-def test_a_data_worker_that_died_of_the_same_signal_is_no_failure(tiny: dict[str, Any]) -> None:
-    """As torch tells of it, in a process group that was told to end."""
+def test_a_data_worker_killed_by_the_same_signal_is_no_error(tiny: dict[str, Any]) -> None:
+    """torch raises this error if a signal went to the whole process group."""
 
     def end(_trainer: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
@@ -288,17 +283,19 @@ def test_a_data_worker_that_died_of_the_same_signal_is_no_failure(tiny: dict[str
 
 
 @pytest.mark.usefixtures("_default_signals")
-def test_the_run_that_lay_there_is_not_what_goes_on(tiny: dict[str, Any]) -> None:
-    folder = cut_off(tiny, None, method="none")
-    time.sleep(1.1)  # of a file system that tells whole seconds
+def test_a_run_without_a_finished_epoch_does_not_offer_an_older_runs_checkpoint(tiny: dict[str, Any]) -> None:
+    folder = train_one_epoch(tiny, None, method="none")
+    time.sleep(1.1)  # some file systems store times in whole seconds
     d = YoloDistiller(method="none")
     d.add_callback("on_train_batch_start", lambda _: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="no finished epoch"):
         d.train(**tiny | {"save_dir": str(folder)})
 
 
-def test_a_named_checkpoint_is_what_resume_true_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ultralytics documents it so; the latest run is another."""
+def test_resume_true_means_the_named_checkpoint_or_else_the_latest_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ultralytics documents resume=True with model=CHECKPOINT."""
     monkeypatch.chdir(tmp_path)
     runs = [tmp_path / "runs" / "distill" / name / "weights" / "last.pt" for name in ("train", "train-2")]
     for last in runs:
@@ -306,14 +303,14 @@ def test_a_named_checkpoint_is_what_resume_true_means(tmp_path: Path, monkeypatc
         last.touch()
         time.sleep(0.02)
     named = runs[0].relative_to(tmp_path)
-    assert _resumed({"resume": True})["resume"] == str(runs[1])
-    assert _resumed({"resume": True, "model": str(named)})["resume"] == str(runs[0])
-    assert _resumed({"resume": True, "student": str(named)})["resume"] == str(runs[0])
-    assert _resumed({"resume": True, "student": "yolov8n.pt"})["resume"] == str(runs[1])
+    assert _resume_overrides({"resume": True})["resume"] == str(runs[1])
+    assert _resume_overrides({"resume": True, "model": str(named)})["resume"] == str(runs[0])
+    assert _resume_overrides({"resume": True, "student": str(named)})["resume"] == str(runs[0])
+    assert _resume_overrides({"resume": True, "student": "yolov8n.pt"})["resume"] == str(runs[1])
 
 
-def listen() -> None:
-    """Tests that run in the background begin with Ctrl-C ignored."""
+def reset_ctrl_c() -> None:
+    """Restore the default action of SIGINT, which processes in the background ignore."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""The teacher as an engine: precisions, image sizes, branches of its head."""
+"""How the teacher runs: precisions, image sizes, branches of its head."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_detector
+from helpers.models import random_detector
 from torch import Tensor, nn
 
 from yolokd.data.dataset import sample_batch
 from yolokd.models import precision
-from yolokd.models.precision import FASTER, LIMIT, attempt, choose_precision
-from yolokd.models.teacher import InferenceSettings, Teacher
+from yolokd.models.precision import MAX_ERROR, MIN_SPEEDUP, choose_precision, measure_precision
+from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 
 
 @pytest.fixture
@@ -30,38 +30,41 @@ def images() -> Tensor:
     return torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected).norm() / expected.norm())
+def relative_error(maps: Tensor, expected: Tensor) -> float:
+    return float((maps.float() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(
-    "engine",
+    "settings",
     [
         InferenceSettings(channels_last=True),
         InferenceSettings(torch.bfloat16),
         InferenceSettings(torch.bfloat16, channels_last=True),
     ],
 )
-def test_every_engine_sees_what_float32_sees(teacher: Teacher, images: Tensor, engine: InferenceSettings) -> None:
-    plain, fast = teacher(images, logits=True), teacher.with_settings(engine)(images, logits=True)
-    limit = LIMIT if engine.dtype == torch.bfloat16 else 1e-5
+def test_every_inference_setting_gives_nearly_the_maps_of_float32(
+    teacher: Teacher, images: Tensor, settings: InferenceSettings
+) -> None:
+    requested = RequestedOutputs(logits=True)
+    plain, fast = teacher(images, requested), teacher.with_settings(settings)(images, requested)
+    limit = MAX_ERROR if settings.dtype == torch.bfloat16 else 1e-5
     for stride, expected in plain.maps.items():
-        assert fast.maps[stride].dtype == engine.dtype
+        assert fast.maps[stride].dtype == settings.dtype
         assert fast.maps[stride].shape == expected.shape
-        assert relative(fast.maps[stride], expected) < limit
-        assert relative(fast.logits[stride], plain.logits[stride]) < 3 * limit
+        assert relative_error(fast.maps[stride], expected) < limit
+        assert relative_error(fast.logits[stride], plain.logits[stride]) < 3 * limit
     assert all(v.dtype == torch.float32 for v in teacher.state_dict().values() if v.is_floating_point())
 
 
 @pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
-def test_boxes_are_those_that_ultralytics_decodes(name: str, images: Tensor) -> None:
+def test_boxes_equal_those_that_ultralytics_decodes(name: str, images: Tensor) -> None:
     model = random_detector(name)
-    found = Teacher(model)(images, boxes=True).boxes
-    model.end2end = False  # its own output is then of the branch that is distilled
+    distances_by_stride = Teacher(model)(images, RequestedOutputs(boxes=True)).boxes
+    model.end2end = False  # it then decodes the branch that is distilled
     with torch.no_grad():
         theirs = model.eval()(images)[0][:, :4]  # centers and sizes in pixels
     ours = []
-    for stride, distances in found.items():
+    for stride, distances in distances_by_stride.items():
         b, _, h, w = distances.shape
         y, x = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
         left, top, right, bottom = distances.unbind(1)
@@ -70,65 +73,65 @@ def test_boxes_are_those_that_ultralytics_decodes(name: str, images: Tensor) -> 
     assert torch.allclose(torch.cat(ours, 2), theirs, atol=1e-3)
 
 
-def test_a_students_autocast_leaves_the_teacher_alone(teacher: Teacher, images: Tensor) -> None:
+def test_autocast_for_the_student_does_not_change_the_teacher(teacher: Teacher, images: Tensor) -> None:
     plain = teacher(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(m, plain.maps[s]) for s, m in teacher(images).maps.items())
 
 
 @pytest.mark.parametrize(("side", "seen"), [(192, (128, 192)), (48, (32, 64)), (100, (64, 96))])
-def test_images_of_another_size_are_seen_at_that_size(
+def test_a_teachers_image_size_resizes_the_images(
     teacher: Teacher, images: Tensor, side: int, seen: tuple[int, int]
 ) -> None:
-    """The longest side in pixels, each side stretched to a multiple of the coarsest stride."""
+    """imgsz is the longest side in pixels; each side is stretched to a multiple of the coarsest stride."""
     resized = F.interpolate(images, size=seen, mode="bilinear", antialias=side < 96)
-    expected, found = teacher(resized).maps, teacher.with_settings(InferenceSettings(imgsz=side))(images).maps
-    assert all(torch.allclose(found[s], expected[s], atol=1e-5) for s in expected)
+    expected, maps = teacher(resized).maps, teacher.with_settings(InferenceSettings(imgsz=side))(images).maps
+    assert all(torch.allclose(maps[s], expected[s], atol=1e-5) for s in expected)
 
 
-def test_auto_takes_only_what_is_faithful_and_fast(
+def test_auto_chooses_a_precision_only_if_it_is_accurate_and_fast(
     teacher: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "FASTER", 0.0)
+    monkeypatch.setattr(precision, "MIN_SPEEDUP", 0.0)
     fast, notes = choose_precision(teacher, images, "auto", False, None)
     assert fast.settings.dtype == torch.bfloat16
     assert "taken" in notes[0]
-    monkeypatch.setattr(precision, "LIMIT", 1e-6)
+    monkeypatch.setattr(precision, "MAX_ERROR", 1e-6)
     fallen, notes = choose_precision(teacher, images, "auto", False, None)
     assert fallen.settings.dtype == torch.float32
     assert "not taken" in notes[0]
     asked, notes = choose_precision(teacher, images, "bf16", False, None)
     assert asked.settings.dtype == torch.bfloat16
     assert "more than" in notes[0]
-    monkeypatch.setattr(precision, "LIMIT", LIMIT)
-    monkeypatch.setattr(precision, "FASTER", float("inf"))
+    monkeypatch.setattr(precision, "MAX_ERROR", MAX_ERROR)
+    monkeypatch.setattr(precision, "MIN_SPEEDUP", float("inf"))
     assert choose_precision(teacher, images, "auto", False, None)[0].settings.dtype == torch.float32
-    assert FASTER > 1
+    assert MIN_SPEEDUP > 1
 
 
-def test_maps_that_overflow_are_not_faithful(images: Tensor) -> None:
+def test_a_precision_whose_maps_overflow_is_not_accurate(images: Tensor) -> None:
     model = random_detector()
     with torch.no_grad():
         next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight.fill_(1e30)
     loud = Teacher(model)
-    assert not attempt(
+    assert not measure_precision(
         "fp16", loud, loud.with_settings(InferenceSettings(torch.float16)), images[:, :, :32, :32]
     ).faithful
 
 
-def test_the_mean_of_an_end_to_end_teachers_branches(images: Tensor) -> None:
+def test_mean_logits_are_the_mean_of_an_end_to_end_teachers_branches(images: Tensor) -> None:
     model = random_detector("yolo26n.yaml")
     head = model.model[-1]
     with torch.no_grad():
         head.one2one_cv3[0][-1].bias.add_(1)
-        output = Teacher(model)(images, logits=True, mean_logits=True)
+        output = Teacher(model)(images, RequestedOutputs(logits=True, mean_logits=True))
         for stride, many, one in zip(output.maps, head.cv3, head.one2one_cv3, strict=True):
             feature = output.maps[stride]
             assert torch.allclose(output.logits[stride], many(feature), rtol=1e-3, atol=1e-3)
             mean = (many(feature) + one(feature)) / 2
             assert torch.allclose(output.mean_logits[stride], mean, rtol=1e-3, atol=1e-3)
     assert not output.mean_logits[8].equal(output.logits[8])
-    single = Teacher(random_detector())(images, logits=True, mean_logits=True)
+    single = Teacher(random_detector())(images, RequestedOutputs(logits=True, mean_logits=True))
     assert single.mean_logits[8].equal(single.logits[8])
 
 
@@ -139,10 +142,10 @@ def test_a_compiled_teacher_equals_the_plain_one(teacher: Teacher, images: Tenso
     assert notes[-1] == "compiled"
     assert fast.settings.compiled
     for stride, expected in teacher(images).maps.items():
-        assert relative(fast(images).maps[stride], expected) < 1e-4
+        assert relative_error(fast(images).maps[stride], expected) < 1e-4
 
 
-def test_a_teacher_that_does_not_compile_runs_uncompiled(
+def test_a_teacher_that_fails_to_compile_runs_uncompiled(
     teacher: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(_model: nn.Module) -> Any:
@@ -154,10 +157,10 @@ def test_a_teacher_that_does_not_compile_runs_uncompiled(
     monkeypatch.setattr("yolokd.models.teacher._compiled", broken)
     plain, notes = choose_precision(teacher, images, "fp32", True, None)
     assert notes[-1] == "teacher_compile: RuntimeError: no compiler here; runs uncompiled"
-    assert relative(plain(images).maps[8], teacher(images).maps[8]) < 1e-5
+    assert relative_error(plain(images).maps[8], teacher(images).maps[8]) < 1e-5
 
 
-def test_sample_batches_are_letterboxed_rgb_photographs(tmp_path: Path) -> None:
+def test_sample_batches_are_letterboxed_rgb_images(tmp_path: Path) -> None:
     red = np.zeros((40, 80, 3), np.uint8)
     red[..., 2] = 255  # BGR
     cv2.imwrite(str(tmp_path / "red.png"), red)
@@ -169,12 +172,12 @@ def test_sample_batches_are_letterboxed_rgb_photographs(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="overlap needs a CUDA device")
-def test_the_overlapped_teacher_equals_the_serial_one(teacher: Teacher, images: Tensor) -> None:
+def test_a_teacher_that_runs_ahead_on_a_gpu_gives_the_same_maps(teacher: Teacher, images: Tensor) -> None:
     images, on_gpu = images.cuda(), teacher.to(torch.device("cuda"))
-    serial = on_gpu(images, logits=True)
+    serial = on_gpu(images, RequestedOutputs(logits=True))
     for _ in range(20):
-        on_gpu.start(images, logits=True)
+        on_gpu.start(images, RequestedOutputs(logits=True))
         noise = [torch.rand_like(images) @ torch.rand_like(images).transpose(2, 3) for _ in range(8)]  # reuses memory
-        overlapped = on_gpu(images, logits=True)
+        overlapped = on_gpu(images, RequestedOutputs(logits=True))
         assert all(torch.equal(m, serial.maps[s]) for s, m in overlapped.maps.items())
         del noise, overlapped

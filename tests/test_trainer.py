@@ -1,4 +1,4 @@
-"""The trainer, on real small trainings."""
+"""The trainer, in short real trainings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ import cv2
 import pytest
 import torch
 import yaml
-from conftest import TINY, logged, random_detector, save_checkpoint, sighted, states_equal, write_dataset
-from results import cut, rows, weights
+from helpers.data import write_dataset
+from helpers.models import calibrated_detector, random_detector, save_checkpoint
+from helpers.results import rows, states_equal, weights
+from helpers.runs import TINY, captured_log, distil, train_and_stop, train_plainly
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn.tasks import RTDETRDetectionModel, SegmentationModel
@@ -26,72 +28,55 @@ from yolokd.commands.check import print_check
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods import Method
 from yolokd.models import precision
-from yolokd.runtime.threads import training_threads
 from yolokd.training.sidecar import sidecar_path, sidecars
 
 STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
-# Where end-to-end heads, which Ultralytics treats apart, are the harder case.
-EASIER_SLOW = (pytest.param("yolov8n.yaml", marks=pytest.mark.slow), "yolo26n.yaml")
+# Every time for an end-to-end head, which Ultralytics handles separately; for the simpler one among the slow tests.
+SIMPLER_SLOW = (pytest.param("yolov8n.yaml", marks=pytest.mark.slow), "yolo26n.yaml")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _settle(data: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Older Ultralytics draws differently in the first training of a process than in all later ones."""
+def _first_training(data: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Train once: in older Ultralytics, a process's first training draws other random numbers than later ones."""
     root = tmp_path_factory.mktemp("first")
     YOLO("yolov8n.yaml").train(**TINY, data=data, epochs=1, project=str(root))
-
-
-def plain(student: str, tiny: dict[str, Any], **more: Any) -> Any:
-    """Ultralytics' own training with the same settings, on as many cores: sums of floats depend on it."""
-    model = YOLO(student)
-    model.add_callback("on_train_start", lambda _: torch.set_num_threads(training_threads()))
-    model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, name="plain", **more)
-    return model.trainer
-
-
-def distil(teacher: str | Path, student: str, tiny: dict[str, Any], **more: Any) -> YoloDistiller:
-    d = YoloDistiller(teacher=teacher, student=student, method=more.pop("method", "dfd+pdf"))
-    d.train(**{"teacher_precision": "fp32"} | tiny | more)  # auto depends on how busy the machine is
-    return d
 
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -> None:
     ours = YoloDistiller(student=student, method="none")
     ours.train(**tiny)
-    theirs = plain(student, tiny)
+    theirs = train_plainly(student, tiny)
     assert states_equal(weights(ours.trainer), weights(theirs))
     assert states_equal(ours.trainer.ema.ema.state_dict(), theirs.ema.ema.state_dict())
 
 
-def test_batches_are_gathered_as_in_plain_training(tiny: dict[str, Any]) -> None:
-    """More images a step than a batch holds, also in the warm-up and across the ends of epochs."""
+def test_gradients_are_accumulated_as_in_plain_training(tiny: dict[str, Any]) -> None:
+    """A step takes more images than a batch has, also in the warm-up and across the ends of epochs."""
     tiny |= {"nbs": 20, "epochs": 4, "warmup_epochs": 2.0}
     ours = YoloDistiller(student="yolov8n.yaml", method="none")
     ours.train(**tiny)
-    assert states_equal(weights(ours.trainer), weights(plain("yolov8n.yaml", tiny)))
+    assert states_equal(weights(ours.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-def test_gain_zero_leaves_the_students_weights_as_in_plain_training(
-    student: str, tiny: dict[str, Any], teacher: str
-) -> None:
+def test_gains_of_zero_give_the_weights_of_plain_training(student: str, tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, student, tiny | {"check_teacher": True}, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
-    assert states_equal(weights(d.trainer), weights(plain(student, tiny)))
+    assert states_equal(weights(d.trainer), weights(train_plainly(student, tiny)))
 
 
-def test_a_gain_changes_the_student(tiny: dict[str, Any], teacher: str) -> None:
+def test_a_gain_above_zero_changes_the_student(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny)
-    assert not states_equal(weights(d.trainer), weights(plain("yolov8n.yaml", tiny)))
+    assert not states_equal(weights(d.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
 
 
-def test_class_weights_keep_working(tiny: dict[str, Any], teacher: str) -> None:
+def test_class_weights_work_as_in_plain_training(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny, cls_pw=0.7, **{"dfd.gain": 0, "pdf.gain": 0})
     assert d.trainer.criterion.base.class_weights is not None
-    assert states_equal(weights(d.trainer), weights(plain("yolov8n.yaml", tiny, cls_pw=0.7)))
+    assert states_equal(weights(d.trainer), weights(train_plainly("yolov8n.yaml", tiny, cls_pw=0.7)))
 
 
-def test_end_to_end_losses_keep_changing_their_mix(tiny: dict[str, Any], teacher: str) -> None:
+def test_end_to_end_losses_change_their_mix_each_epoch(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 3})
     base = d.trainer.criterion.base
     assert base.updates == 3
@@ -113,7 +98,7 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
     assert states_equal(seen["loaded"], seen["model"].state_dict())
 
 
-def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, Any], teacher: str) -> None:
+def test_results_csv_holds_losses_gains_and_gradients_of_levels(tiny: dict[str, Any], teacher: str) -> None:
     fixed = {"pdf.gain": 0.5, "pdf.schedule": "constant"}
     d = distil(teacher, "yolov8n.yaml", tiny, probe=3, **fixed)  # one measurement an epoch
     results = rows(d.trainer)
@@ -132,21 +117,21 @@ def test_results_carry_losses_gains_and_the_balance_of_levels(tiny: dict[str, An
         assert "val/dfd_loss" not in row
 
 
-def test_loggers_are_told_the_students_own_size(tiny: dict[str, Any], teacher: str) -> None:
-    told: list[float] = []
+def test_loggers_get_the_students_size_without_adapters(tiny: dict[str, Any], teacher: str) -> None:
+    sizes: list[float] = []
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="mgd")
-    d.add_callback("on_fit_epoch_end", lambda t: told.append(model_info_for_loggers(t)["model/parameters"]))
+    d.add_callback("on_fit_epoch_end", lambda t: sizes.append(model_info_for_loggers(t)["model/parameters"]))
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
-    assert set(told) == {get_num_params(d.trainer.ema.ema)}
+    assert set(sizes) == {get_num_params(d.trainer.ema.ema)}
 
 
-def test_validation_off_keeps_the_columns(tiny: dict[str, Any], teacher: str) -> None:
+def test_without_validation_results_csv_keeps_its_columns(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"val": False})
-    assert len(rows(d.trainer)) == 2  # it raises where a row has more or fewer cells than columns
+    assert len(rows(d.trainer)) == 2  # fails if a row has more or fewer cells than columns
 
 
-def test_adapters_are_clipped_apart_from_the_student(tiny: dict[str, Any], teacher: str) -> None:
-    """With adapters in the joint norm, their huge gradients would shrink the student's."""
+def test_gradients_of_adapters_are_clipped_separately(tiny: dict[str, Any], teacher: str) -> None:
+    """In one norm with the student's, the huge gradient of this adapter would shrink the student's."""
 
     @register("loud")
     class Loud(Method):
@@ -158,7 +143,7 @@ def test_adapters_are_clipped_apart_from_the_student(tiny: dict[str, Any], teach
             return self.weight * 1e8 + 0 * level.student.sum()
 
     d = distil(teacher, "yolov8n.yaml", tiny, method="loud")
-    assert states_equal(weights(d.trainer), weights(plain("yolov8n.yaml", tiny)))
+    assert states_equal(weights(d.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
 
 
 CHECK_PLAIN = """
@@ -185,13 +170,15 @@ for path in paths:
              'batch_idx': torch.arange(2.)}
     loss, items = y.model.loss(batch)
     assert torch.isfinite(loss).all() and set(items) <= {'box_loss', 'cls_loss', 'dfl_loss', 'l1_loss'}, items
-    YOLO(path).train(data=data, epochs=1, imgsz=64, batch=4, plots=False, project=project, name='again')
+    YOLO(path).train(data=data, epochs=1, imgsz=64, batch=4, plots=False, project=project, name='again', device='cpu')
 print('plain')
 """
 
 
-@pytest.mark.parametrize("student", EASIER_SLOW)
-def test_checkpoints_are_plain_without_yolokd(student: str, tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
+def test_checkpoints_work_in_ultralytics_without_yolokd(
+    student: str, tiny: dict[str, Any], teacher: str, tmp_path: Path
+) -> None:
     d = YoloDistiller(teacher=teacher, student=student, method="dfd+pdf")
     mid_run = tmp_path / "mid-run.pt"
     d.add_callback("on_model_save", lambda t: mid_run.write_bytes(t.last.read_bytes()))
@@ -202,7 +189,7 @@ def test_checkpoints_are_plain_without_yolokd(student: str, tiny: dict[str, Any]
     assert done.stdout.endswith("plain\n"), done.stderr
 
 
-def test_provenance_is_inside(tiny: dict[str, Any], teacher: str) -> None:
+def test_checkpoints_hold_their_provenance(tiny: dict[str, Any], teacher: str) -> None:
     import hashlib
 
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, teacher_precision="bf16", **{"pdf.gain": 2})
@@ -213,12 +200,12 @@ def test_provenance_is_inside(tiny: dict[str, Any], teacher: str) -> None:
     assert {"yolokd", "ultralytics", "torch"} <= origin["versions"].keys()
 
 
-@pytest.mark.parametrize("student", EASIER_SLOW)
-def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any], teacher: str) -> None:
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
+def test_a_resume_restores_adapters_and_finishes_the_run(student: str, tiny: dict[str, Any], teacher: str) -> None:
     tiny = tiny | {"epochs": 3}
     d = YoloDistiller(teacher=teacher, student=student, method="dfd+pdf", **{"dfd.gain": 2})
-    cut(d, tiny, epoch=1)
-    held = d.trainer.criterion.private_state()
+    train_and_stop(d, tiny, epoch=1)
+    saved = d.trainer.criterion.private_state()
     folder = d.trainer.save_dir
     assert sidecars(d.trainer.last)
 
@@ -227,7 +214,7 @@ def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any]
     again.add_callback("on_train_start", lambda t: restored.update(deepcopy(t.criterion.private_state())))
     named = {"resume": str(folder)} if student == "yolov8n.yaml" else {"resume": True, "project": tiny["project"]}
     again.train(**named)
-    assert states_equal(held, restored)
+    assert states_equal(saved, restored)
     assert again.trainer.start_epoch == 2
     assert again.trainer.plan.config.method_configs[0].gain == 2
     assert isinstance(again.trainer.criterion, DistillationCriterion)
@@ -241,15 +228,15 @@ def test_resume_restores_adapters_and_goes_on(student: str, tiny: dict[str, Any]
         YoloDistiller().train(resume=str(folder))
 
 
-def test_resume_refuses_another_method(tiny: dict[str, Any], teacher: str) -> None:
+def test_a_resume_with_another_method_is_refused(tiny: dict[str, Any], teacher: str) -> None:
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd")
 
-    cut(d, tiny)
+    train_and_stop(d, tiny)
     with pytest.raises(UserError, match="method: cannot change"):
         YoloDistiller(method="pdf").train(resume=str(d.trainer.save_dir))
 
 
-@pytest.mark.parametrize("student", EASIER_SLOW)
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
 def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str, Any], teacher: str) -> None:
     d = YoloDistiller(teacher=teacher, student=student, method="dfd+pdf")
     seen: dict[str, Any] = {"recovered": 0}
@@ -281,7 +268,7 @@ def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str
     assert len(rows(d.trainer)) == 3
 
 
-def test_the_run_folder_repeats_the_run(tiny: dict[str, Any], teacher: str) -> None:
+def test_distill_yaml_repeats_the_run(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny, **{"dfd.alpha": 0.5})
     cfg = yaml.safe_load((d.trainer.save_dir / "distill.yaml").read_text())
     assert cfg["dfd.alpha"] == 0.5
@@ -292,7 +279,7 @@ def test_the_run_folder_repeats_the_run(tiny: dict[str, Any], teacher: str) -> N
     assert states_equal(weights(again.trainer), weights(d.trainer))
 
 
-def test_three_faces_share_one_path(tiny: dict[str, Any], teacher: str) -> None:
+def test_the_trainer_for_yolo_train_gives_the_same_weights_as_the_distiller(tiny: dict[str, Any], teacher: str) -> None:
     ours = distil(teacher, "yolov8n.yaml", tiny, method="dfd")
     trainer = distillation_trainer(teacher=teacher, method="dfd", check_teacher=False, teacher_precision="fp32")
     model = YOLO("yolov8n.yaml")
@@ -300,7 +287,9 @@ def test_three_faces_share_one_path(tiny: dict[str, Any], teacher: str) -> None:
     assert states_equal(weights(ours.trainer), weights(model.trainer))
 
 
-def test_models_may_be_objects(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teacher_and_student_may_be_model_objects(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
     save_checkpoint(random_detector("yolov8s.yaml", seed=1), tmp_path / "t.pt")
     student = random_detector(seed=5)
@@ -310,7 +299,7 @@ def test_models_may_be_objects(tiny: dict[str, Any], tmp_path: Path, monkeypatch
     assert Path(d.trainer.args.teacher).is_file()
 
 
-def test_a_methods_own_in_ten_lines(tiny: dict[str, Any], teacher: str) -> None:
+def test_a_registered_method_trains_and_its_constants_are_checked(tiny: dict[str, Any], teacher: str) -> None:
     @register("half")
     class Half(Method):
         def __init__(self, shape: Any, *, power: float = 2.0) -> None:
@@ -327,9 +316,9 @@ def test_a_methods_own_in_ten_lines(tiny: dict[str, Any], teacher: str) -> None:
         distil(teacher, "yolov8n.yaml", tiny, method="half", **{"half.power": "much"})
 
 
-def test_other_classes_fall_back_to_objectness(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_teacher_without_a_shared_class_teaches_objectness(tiny: dict[str, Any], tmp_path: Path) -> None:
     other = save_checkpoint(random_detector("yolov8s.yaml", {0: "cat", 1: "dog", 2: "cow"}), tmp_path / "other.pt")
-    with logged() as lines:
+    with captured_log() as lines:
         d = distil(str(other), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
     assert any("knows none of the data set's classes (disc, box)" in line for line in lines)
     assert any("one objectness" in line for line in lines)
@@ -337,45 +326,45 @@ def test_other_classes_fall_back_to_objectness(tiny: dict[str, Any], tmp_path: P
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
 
 
-def test_a_useless_teacher_is_warned_of(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_teacher_with_a_low_score_gives_a_warning(tiny: dict[str, Any], tmp_path: Path) -> None:
     path = save_checkpoint(random_detector("yolov8s.yaml", {0: "disc", 1: "cow"}), tmp_path / "half.pt")
-    with logged() as lines:
+    with captured_log() as lines:
         d = distil(str(path), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
     assert d.trainer.teacher_score < 0.05
     assert any("useless on this validation set" in line for line in lines)
     assert any("does not know box" in line for line in lines)
-    assert any(line.startswith("gradients, distillation/task: pdf P3 ") for line in lines)
+    assert any(line.startswith("distillation gradient as a multiple of the YOLO loss's: pdf P3 ") for line in lines)
 
 
-def test_the_python_face_validates_predicts_and_exports(tiny: dict[str, Any], teacher: str) -> None:
+def test_the_distiller_validates_predicts_and_exports(tiny: dict[str, Any], teacher: str) -> None:
     untrained = YoloDistiller(teacher=teacher)
     with pytest.raises(UserError, match="nothing is trained"):
         untrained.export()
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, method="dfd")
-    assert d.val(data=tiny["data"], imgsz=64, plots=False, project=tiny["project"]).box.map >= 0
+    assert d.val(data=tiny["data"], imgsz=64, plots=False, device="cpu", project=tiny["project"]).box.map >= 0
     image = next((Path(tiny["data"]).parent / "images" / "val").glob("*.jpg"))
-    assert len(d.predict(image, imgsz=64, project=tiny["project"])) == 1
+    assert len(d.predict(image, imgsz=64, device="cpu", project=tiny["project"])) == 1
     path = d.export(imgsz=64)
     assert path == d.trainer.best.with_suffix(".onnx")
     assert path.with_suffix(".parity.json").is_file()
 
 
-def label_by(model: nn.Module, data: Path, size: int, path: Path) -> None:
-    """Make what a detector finds the labels of the validation set, so that it is a good one without any training."""
-    keys = {"imgsz": size, "conf": 0.3, "plots": False, "project": path.parent}
-    found = YOLO(save_checkpoint(model, path)).val(data=data, save_txt=True, **keys).save_dir / "labels"
+def label_with(model: nn.Module, data: Path, size: int, path: Path) -> None:
+    """Replace the labels of the validation set by a detector's predictions, so that it scores well without training."""
+    keys = {"imgsz": size, "conf": 0.3, "plots": False, "project": path.parent, "device": "cpu"}
+    predictions = YOLO(save_checkpoint(model, path)).val(data=data, save_txt=True, **keys).save_dir / "labels"
     for label in (data.parent / "labels" / "val").glob("*.txt"):
-        mine = found / label.name
-        label.write_text(mine.read_text() if mine.exists() else "")
+        predicted = predictions / label.name
+        label.write_text(predicted.read_text() if predicted.exists() else "")
 
 
-def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """A teacher that orders the classes differently, and knows more, scores as the same teacher in the data's order."""
+def test_a_teachers_score_does_not_depend_on_the_order_of_its_classes(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A teacher with more classes in another order scores the same as the teacher that has the data set's classes."""
     data = write_dataset(tmp_path / "d", val=12)
-    pictures = [cv2.imread(str(p)) for p in (data.parent / "images" / "val").glob("*.jpg")]
-    size = 192  # boxes mostly fit into pictures of this size: labels are clipped to them, predictions are not
-    known = sighted("yolov8s.yaml", pictures, size)
-    label_by(known, data, size, tmp_path / "known.pt")
+    images = [cv2.imread(str(p)) for p in (data.parent / "images" / "val").glob("*.jpg")]
+    size = 192  # most boxes lie inside images of this size: labels are clipped to the image, predictions are not
+    known = calibrated_detector("yolov8s.yaml", images, size)
+    label_with(known, data, size, tmp_path / "known.pt")
     permuted = deepcopy(known)
     permuted.names = {0: "cat", 1: "box", 2: "disc"}
     head = permuted.model[-1]
@@ -398,7 +387,7 @@ def test_check_teacher_pairs_classes_by_name(tiny: dict[str, Any], tmp_path: Pat
     assert second == pytest.approx(first, abs=1e-3)
 
 
-def test_an_rtdetr_teacher_teaches_by_its_maps(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_an_rtdetr_teaches_methods_that_need_no_class_scores(tiny: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = RTDETRDetectionModel("rtdetr-l.yaml", nc=3, verbose=False)
     model.names = {0: "cat", 1: "box", 2: "disc"}
@@ -410,22 +399,22 @@ def test_an_rtdetr_teacher_teaches_by_its_maps(tiny: dict[str, Any], tmp_path: P
         distil(str(path), "yolov8n.yaml", tiny, method="pdf")
 
 
-def test_unequal_pyramids_pair_where_they_can(tiny: dict[str, Any], teacher: str) -> None:
+def test_levels_that_only_the_student_has_are_left_out(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n-p2.yaml", tiny | {"epochs": 1})
     row = rows(d.trainer)[0]
     assert "level/P3/dfd_ratio" in row
     assert not any("P2" in key for key in row)
 
 
-def test_coarser_teachers_see_padded_images(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """A P6 teacher needs multiples of 64 pixels, where the student trains at 96."""
+def test_a_teacher_with_a_coarser_stride_gets_padded_images(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """A P6 teacher needs multiples of 64 pixels; the student trains at 96."""
     path = save_checkpoint(random_detector("yolov8n-p6.yaml", seed=2), tmp_path / "p6.pt")
-    d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "imgsz": 96})
+    d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "imgsz": 96, "device": "cpu"})
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
-    print_check({"teacher": str(path), "data": tiny["data"], "imgsz": 96})
+    print_check({"teacher": str(path), "data": tiny["data"], "imgsz": 96, "device": "cpu"})
 
 
-def test_a_segmentation_teacher_teaches_unscored(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_segmentation_model_teaches_and_is_not_scored(tiny: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = SegmentationModel("yolov8n-seg.yaml", nc=2, verbose=False)
     model.names = {0: "disc", 1: "box"}
@@ -439,7 +428,7 @@ def test_a_segmentation_teacher_teaches_unscored(tiny: dict[str, Any], tmp_path:
     "settings", [{"freeze": 22}, {"freeze": 16}, {"multi_scale": 0.5}, {"rect": True}, {"single_cls": True, "cls": 0.3},
                  {"save_period": 1, "fraction": 0.5}, {"imgsz": [64, 32], "label_smoothing": 0.0}]
 )  # fmt: skip
-def test_ultralytics_settings_pass_through(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
+def test_settings_of_ultralytics_work(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1} | settings)
     row = rows(d.trainer)[0]
     assert row["train/dfd_loss"] > 0
@@ -447,7 +436,7 @@ def test_ultralytics_settings_pass_through(settings: dict[str, Any], tiny: dict[
         assert row["level/P3/dfd_grad"] == 0
 
 
-def test_a_run_repeats_from_its_file_in_python_too(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+def test_the_distiller_reads_settings_from_a_file(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     cfg = tmp_path / "run.yaml"
     keys = {"teacher": teacher, "method": "pdf", "epochs": 1, "pdf.gain": 0.25, "pdf.schedule": "constant"}
     cfg.write_text(yaml.safe_dump(tiny | keys))
@@ -456,14 +445,14 @@ def test_a_run_repeats_from_its_file_in_python_too(tiny: dict[str, Any], teacher
     assert rows(d.trainer)[0]["train/pdf_gain"] == 0.25
 
 
-def test_amp_bf16_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
+def test_bfloat16_training_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1, "amp": "bf16"})
     losses = [v for k, v in rows(d.trainer)[0].items() if k.startswith("train/") and k.endswith("_loss")]
     assert all(math.isfinite(v) and v > 0 for v in losses)
     assert all(v.dtype == torch.float32 for v in weights(d.trainer).values() if v.is_floating_point())
 
 
-def test_channels_last_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
+def test_channels_last_training_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1, "channels_last": True})
     convolutions = [p for p in d.trainer.model.model.parameters() if p.ndim == 4 and p.shape[2] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
@@ -477,21 +466,21 @@ def test_channels_last_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None
     [{"teacher_imgsz": 96}, {"teacher_precision": "bf16"}, {"method": "sl2"}, {"method": "pdf", "pdf.box": 1.0}],
     ids=str,
 )
-def test_teacher_settings_train(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
+def test_settings_of_the_teacher_reach_it(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 1}, **keys)
     assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(("dfd_loss", "pdf_loss", "sl2_loss")))
-    engine = d.trainer.criterion.stage.teacher.settings
-    assert engine.imgsz == keys.get("teacher_imgsz")
-    assert "teacher_precision" not in keys or engine.dtype == torch.bfloat16
+    in_force = d.trainer.criterion.stage.teacher.settings
+    assert in_force.imgsz == keys.get("teacher_imgsz")
+    assert "teacher_precision" not in keys or in_force.dtype == torch.bfloat16
 
 
 def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any], teacher: str) -> None:
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd", teacher_precision="auto")
-    cut(d, tiny)
+    train_and_stop(d, tiny)
     sidecar = sidecar_path(d.trainer.last, 0)
     state = torch.load(sidecar, weights_only=True)
     assert state["precisions"][0] in {"fp32", "bf16"}
-    other = {"fp32": "bf16", "bf16": "fp32"}[state["precisions"][0]]  # as if another machine had chosen
+    other = {"fp32": "bf16", "bf16": "fp32"}[state["precisions"][0]]  # stands for the choice of another machine
     torch.save(state | {"precisions": [other]}, sidecar)
     resumed = YoloDistiller()
     resumed.train(resume=str(d.trainer.save_dir))
@@ -499,8 +488,8 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any],
 
 
 @pytest.mark.parametrize("first", ["from yolokd import YoloDistiller", "from ultralytics import YOLO"])
-def test_all_cores_train_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
-    """Ultralytics sets OMP_NUM_THREADS=1 on import, which torch heeds if it comes after."""
+def test_trainings_use_all_cores_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
+    """Ultralytics sets OMP_NUM_THREADS=1 on import, and torch obeys it if it is imported later."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     code = f"{first}\nfrom yolokd.runtime.threads import training_threads\nprint(training_threads())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)

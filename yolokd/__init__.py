@@ -9,16 +9,15 @@ from yolokd.version import __version__
 __all__ = ["Method", "UserError", "YoloDistiller", "__version__", "distillation_trainer", "register"]
 
 if TYPE_CHECKING:
-    from yolokd.distiller import YoloDistiller
+    from yolokd.distiller import YoloDistiller, distillation_trainer
     from yolokd.errors import UserError
     from yolokd.methods import Method, register
-    from yolokd.training.trainer import distillation_trainer
 
 _HOMES = {
     "Method": "yolokd.methods",
     "UserError": "yolokd.errors",
     "YoloDistiller": "yolokd.distiller",
-    "distillation_trainer": "yolokd.training.trainer",
+    "distillation_trainer": "yolokd.distiller",
     "register": "yolokd.methods",
 }
 

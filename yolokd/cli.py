@@ -1,4 +1,4 @@
-"""yolokd VERB key=value …: the command line, thin over YoloDistiller."""
+"""The command line, `yolokd COMMAND key=value …`; each command imports what it needs, so that errors come fast."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HELP = """yolokd distils a large Ultralytics YOLO into a small one.
 
   yolokd train teacher=yolov8l.pt student=yolov8n.yaml method=dfd data=coco8.yaml epochs=100 imgsz=640
   yolokd train cfg=runs/distill/train/distill.yaml   # repeat a run
-  yolokd train resume=runs/distill/train             # or resume=True: the latest
-  yolokd check teacher=… student=… method=… data=…   # a dry run: what would be paired, and what refused
+  yolokd train resume=runs/distill/train             # resume=True: the latest run
+  yolokd check teacher=… student=… method=… data=…   # a dry run: what is paired, and what is refused
   yolokd val|predict model=runs/distill/train/weights/best.pt …
   yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True
-  yolokd methods                                     # the methods and their constants
+  yolokd methods                                     # list the methods and their constants
   yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,sl2,dfd,pdf
   yolokd compare teacher=… student=… data=… method=none,native,dfd,pdf seeds=0,1,2 epochs=60
-  yolokd demo                                        # the whole story, at most ten minutes on two CPU cores
+  yolokd demo                                        # train, distil, export, detect: up to ten minutes on two cores
 
 Every key of `yolo train` passes through. --debug shows tracebacks."""
 
@@ -32,14 +32,15 @@ Keys = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 something in the command cannot work."""
-    os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # Ultralytics reads it on import: nothing installs at run time
-    words = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(status_of(lambda: run([w for w in words if w != "--debug"]), "--debug" in words))
+    """Run one command and exit with status 0 (done), 1 (failed) or 2 (the user gave something that cannot work)."""
+    # Ultralytics reads this on import; without it, it would install packages at run time.
+    os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(status_of(lambda: run([a for a in arguments if a != "--debug"]), "--debug" in arguments))
 
 
 def status_of(command: Callable[[], int], debug: bool = False) -> int:
-    """Run a command, say in one line why it fails, and return the exit status."""
+    """Run a command and return the exit status; if it fails, print why in one line, with `debug` also a traceback."""
     try:
         return command()
     except UserError as e:
@@ -57,54 +58,59 @@ def status_of(command: Callable[[], int], debug: bool = False) -> int:
         return 1
 
 
-def run(words: Sequence[str]) -> int:
-    """Dispatch `VERB key=value …`; returns the exit status."""
-    verb = words[0] if words else "help"
-    if verb in {"help", "-h", "--help"}:
+def run(arguments: Sequence[str]) -> int:
+    """Run `COMMAND key=value …` and return the exit status.
+
+    Raises UserError for an unknown command and for arguments that cannot work.
+    """
+    name = arguments[0] if arguments else "help"
+    if name in {"help", "-h", "--help"}:
         print(HELP)
         return 0
-    if verb in {"version", "--version"}:
+    if name in {"version", "--version"}:
         from yolokd.version import __version__
 
         print(__version__)
         return 0
-    if verb not in VERBS:
-        raise UserError(verb, "unknown verb", did_you_mean(verb, VERBS) or f"one of: {', '.join(VERBS)}")
-    return VERBS[verb](parse_words(words[1:])) or 0
+    if name not in COMMANDS:
+        raise UserError(name, "unknown command", did_you_mean(name, COMMANDS) or f"one of: {', '.join(COMMANDS)}")
+    return COMMANDS[name](parse_arguments(arguments[1:])) or 0
 
 
-def parse_words(words: Sequence[str]) -> Keys:
-    """`key=value` words as a dict; a bare word stands for word=True, as in Ultralytics.
+def parse_arguments(arguments: Sequence[str]) -> Keys:
+    """Convert `key=value` arguments to a dict; `key` alone means key=True, as in Ultralytics.
 
-    >>> parse_words(["epochs=3", "resume", "data=a=b.yaml"])
+    Raises UserError for an argument without a key or value, and for a key that is given twice.
+
+    >>> parse_arguments(["epochs=3", "resume", "data=a=b.yaml"])
     {'epochs': 3, 'resume': True, 'data': 'a=b.yaml'}
     """
     keys: Keys = {}
-    for word in words:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if not key:
-            raise UserError(word, "is no key=value", "for example epochs=100")
+            raise UserError(argument, "has no key before =", "write key=value, for example epochs=100")
         if equals and not value:
-            raise UserError(word, "is empty", f"give a value, or drop {key}")
+            raise UserError(argument, "is empty", f"give a value, or drop {key}")
         if key in keys:
             raise UserError(key, "is given twice", "give it once")
-        keys[key] = _value(key, value) if equals else True
+        keys[key] = _parse_value(key, value) if equals else True
     return keys
 
 
-def _value(key: str, text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     return text if key == "method" else parse_value(text)  # method=none is a name, not Python's None
 
 
 def train(keys: Keys) -> None:
-    """Distil, or train plainly with method=none."""
+    """Distil a teacher into a student, or train without a teacher (method=none)."""
     from yolokd.distiller import YoloDistiller
 
     YoloDistiller().train(**keys)
 
 
 def check(keys: Keys) -> None:
-    """Print what `train` with the same keys would do."""
+    """Print what `train` would do with the same keys."""
     from yolokd.commands.check import print_check
     from yolokd.config.parse import merge_cfg_file
 
@@ -112,23 +118,23 @@ def check(keys: Keys) -> None:
 
 
 def val(keys: Keys) -> None:
-    """Ultralytics' validation."""
+    """Validate a checkpoint with Ultralytics."""
     from yolokd.data.dataset import with_data_file
     from yolokd.patches.safe_loading import safe_loading
 
-    with _bad_input("val"), safe_loading(bool(keys.get("trust", False))):
-        _model(keys).val(**with_data_file(keys))
+    with _errors_as_user_errors("val"), safe_loading(bool(keys.get("trust", False))):
+        _pop_model(keys).val(**with_data_file(keys))
 
 
 def predict(keys: Keys) -> None:
-    """Ultralytics' prediction."""
-    with _bad_input("predict"):
-        for _ in _model(keys).predict(**{"save": True} | keys | {"stream": True}):  # as `yolo predict` saves
+    """Predict with Ultralytics, and save the results as `yolo predict` does."""
+    with _errors_as_user_errors("predict"):
+        for _ in _pop_model(keys).predict(**{"save": True} | keys | {"stream": True}):
             pass
 
 
 def export(keys: Keys) -> int:
-    """Export, and check that the exported model equals the torch model."""
+    """Export a checkpoint and compare an ONNX file with it; return 1 if their results differ."""
     from yolokd.exporter.export_model import export as run_export
 
     if "model" not in keys:
@@ -137,7 +143,7 @@ def export(keys: Keys) -> int:
 
 
 def methods(keys: Keys) -> None:
-    """Print the methods."""
+    """List the methods and their constants."""
     from yolokd.commands.list_methods import list_methods
     from yolokd.config.parse import check_keys
 
@@ -146,33 +152,36 @@ def methods(keys: Keys) -> None:
 
 
 def bench(keys: Keys) -> None:
-    """Measure training steps."""
+    """Measure what a training step costs with each method."""
     from yolokd.commands.bench import run_bench
 
     run_bench(**keys)
 
 
 def compare(keys: Keys) -> None:
-    """Train methods and seeds side by side."""
+    """Train with several methods and seeds, and compare the scores."""
     from yolokd.commands.compare import run_compare
 
     run_compare(**keys)
 
 
 def demo(keys: Keys) -> None:
-    """The embedded default: teacher, student, distilled student, export, parity, detection."""
+    """Train, distil, export and detect on a small data set that is drawn."""
     from yolokd.commands.demo import run_demo
 
     run_demo(**keys)
 
 
-VERBS: dict[str, Callable[[Keys], int | None]] = {
+COMMANDS: dict[str, Callable[[Keys], int | None]] = {
     f.__name__: f for f in (train, check, val, predict, export, methods, bench, compare, demo)
 }
 
 
-def _model(keys: Keys) -> Any:
-    """The Ultralytics object of `model=`, removed from the keys with `trust=`."""
+def _pop_model(keys: Keys) -> Any:
+    """Return the `YOLO` object of `model=`; remove `model` and `trust` from the keys.
+
+    Raises UserError for an unknown key, and for a model that is missing or cannot be loaded.
+    """
     from yolokd.config.ultralytics_keys import KNOWN_KEYS
     from yolokd.distiller import load_yolo
 
@@ -184,14 +193,14 @@ def _model(keys: Keys) -> Any:
 
 
 @contextmanager
-def _bad_input(verb: str) -> Iterator[None]:
-    """What Ultralytics raises for settings and files that it cannot take is the user's to mend."""
+def _errors_as_user_errors(command: str) -> Iterator[None]:
+    """Turn errors that Ultralytics raises for settings and files inside the block into UserError."""
     try:
         yield
     except UserError:
         raise
     except (SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
-        raise UserError(verb, first_line(e), "see Ultralytics' settings") from e
+        raise UserError(command, first_line(e), "see Ultralytics' settings") from e
 
 
 if __name__ == "__main__":

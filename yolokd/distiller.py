@@ -1,4 +1,4 @@
-"""YoloDistiller, the Python face."""
+"""The Python interface: YoloDistiller, and a trainer for Ultralytics' own `YOLO.train`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics import YOLO
-from ultralytics.utils import SETTINGS, callbacks
+from ultralytics.utils import DEFAULT_CFG, SETTINGS, callbacks
 
 from yolokd.config.parse import merge_cfg_file
 from yolokd.data.dataset import with_data_file
@@ -17,14 +17,14 @@ from yolokd.patches.safe_loading import safe_loading
 from yolokd.training.settings import training_keys
 from yolokd.training.trainer import DistillationTrainer
 
-HOME = Path("runs/distill")  # of runs that are given no other
+DEFAULT_PROJECT = Path("runs/distill")  # the folder of runs whose keys name none
 
 
 class YoloDistiller:
-    """Distils a teacher into a student, with the verbs of Ultralytics' `YOLO`.
+    """Distils a teacher into a student, with the methods of Ultralytics' `YOLO`: train, val, predict, export.
 
-    Teacher and student are paths, loaded `YOLO`/`RTDETR` objects, or modules; several teachers take turns in stages,
-    weakest first. Further keys are yolokd's own.
+    teacher, student: paths, loaded `YOLO`/`RTDETR` objects, or modules. With a list of teachers, weakest first, each
+    teaches for a part of the training. keys: defaults for `train`.
 
     >>> d = YoloDistiller(teacher="yolov8l.pt", student="yolov8n.yaml", method="dfd", **{"dfd.alpha": 0.5})
     >>> metrics = d.train(data="coco8.yaml", epochs=100)  # doctest: +SKIP
@@ -38,26 +38,29 @@ class YoloDistiller:
         method: str | None = None,
         **keys: Any,
     ) -> None:
-        given = {"teacher": as_paths(teacher, "teacher"), "student": as_path(student, "student"), "method": method}
-        self.keys = keys | {k: v for k, v in given.items() if v is not None}
+        named = {"teacher": as_paths(teacher, "teacher"), "student": as_path(student, "student"), "method": method}
+        self.keys = keys | {k: v for k, v in named.items() if v is not None}
         self.trainer: DistillationTrainer | None = None
         self._callbacks = callbacks.get_default_callbacks()
         self._model: YOLO | None = None
 
     def add_callback(self, event: str, function: Callable[[Any], None]) -> None:
-        """Call `function(trainer)` at one of Ultralytics' events."""
+        """Call `function(trainer)` at an event of Ultralytics' training, for example `on_train_epoch_end`."""
         self._callbacks[event].append(function)
 
     def train(self, **kwargs: Any) -> Any:
-        """Train, and return Ultralytics' metrics object; keys are those of `yolo train` and yolokd's own.
+        """Train, and return Ultralytics' metrics object.
 
-        Raises UserError, before anything is written, for what cannot work.
+        kwargs: keys of `yolo train` and of yolokd; they override those of the constructor. Raises UserError for what
+        cannot work, before anything is written.
         """
         keys = merge_cfg_file({**self.keys, **kwargs})
-        overrides = _resumed(keys) if keys.get("resume") else _fresh(keys)
+        overrides = _resume_overrides(keys) if keys.get("resume") else _new_run_overrides(keys)
         self.trainer = DistillationTrainer(overrides=overrides, _callbacks=self._callbacks)
-        if overrides.get("project") == str(HOME.absolute()):
-            self.trainer.args.project = None  # not the user's: loggers would name projects by it, or begin to upload
+        if overrides.get("project") == str(DEFAULT_PROJECT.absolute()):
+            self.trainer.args.project = (
+                None  # the user gave no project, and loggers would name theirs by it, or upload the run
+            )
         self.trainer.train()
         best = self.trainer.best if self.trainer.best.exists() else self.trainer.last
         self._model = load_yolo(best, self.trainer.plan.config.trust)
@@ -66,74 +69,94 @@ class YoloDistiller:
 
     @property
     def model(self) -> YOLO:
-        """The distilled student, as Ultralytics' own object.
+        """Return the trained student as an Ultralytics `YOLO` object.
 
-        Raises UserError before training.
+        Raises UserError if nothing is trained yet.
         """
         if self._model is None:
             raise UserError("model", "nothing is trained yet", "call .train() first")
         return self._model
 
     def val(self, **kwargs: Any) -> Any:
-        """Ultralytics' validation of the student."""
+        """Validate the student with Ultralytics, and return its metrics object; keys are those of `yolo val`."""
         with safe_loading(self.trainer is not None and self.trainer.plan.config.trust):
             return self.model.val(**with_data_file(kwargs))
 
     def predict(self, source: Any = None, **kwargs: Any) -> Any:
-        """Ultralytics' predictions of the student."""
+        """Return Ultralytics' predictions of the student; keys are those of `yolo predict`."""
         return self.model.predict(source, **kwargs)
 
     def export(self, **kwargs: Any) -> Path:
-        """Export the student (ONNX unless `format=` says otherwise), check parity, and return the file's path.
+        """Export the student, compare an ONNX file with the checkpoint, and return the file's path.
 
-        Raises RuntimeError where the exported model and torch disagree.
+        kwargs: keys of `yolo export`; the default is format="onnx". Raises RuntimeError if the file's results differ
+        from the checkpoint's, and UserError as `yolokd.exporter.export` does.
         """
         from yolokd.exporter.export_model import export
 
         trust = self.trainer is not None and self.trainer.plan.config.trust
         report = export(str(self.model.ckpt_path), **{"trust": trust} | kwargs)
         if not report.passed:
-            raise RuntimeError(f"{report.path} does not equal the torch model; see {report.parity}")
+            raise RuntimeError(f"{report.path}: its results differ from the checkpoint's; see {report.parity}")
         return report.path
 
 
+def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
+    """Return a trainer for Ultralytics' extension point, `YOLO(...).train(trainer=...)`, with yolokd's keys bound.
+
+    >>> from ultralytics import YOLO
+    >>> trainer = distillation_trainer(teacher="yolov8l.pt", method="dfd")
+    >>> YOLO("yolov8n.yaml").train(data="coco8.yaml", trainer=trainer)  # doctest: +SKIP
+    """
+
+    def build(
+        cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
+    ) -> DistillationTrainer:
+        return DistillationTrainer(cfg, {**(overrides or {}), **keys}, _callbacks)
+
+    return build
+
+
 def load_yolo(path: str | Path, trust: bool = False) -> YOLO:
-    """Ultralytics' `YOLO` object of a checkpoint, loaded under restriction."""
+    """Return the `YOLO` object of a model file; trust=True allows a checkpoint that could run code.
+
+    Raises UserError for a .pt that is missing, broken or not trusted.
+    """
     if str(path).endswith(".pt"):
         load_model(path, "model", trust)
     with safe_loading(trust):
         return YOLO(str(path))
 
 
-def _fresh(keys: dict[str, Any]) -> dict[str, Any]:
-    """Overrides of a new run, which lands in runs/distill unless the keys say otherwise."""
-    placed = {} if keys.get("project") or keys.get("save_dir") else {"project": str(HOME.absolute())}
-    return {"name": "train"} | placed | training_keys(keys)
+def _new_run_overrides(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's overrides for a new run, by default in runs/distill."""
+    project = {} if keys.get("project") or keys.get("save_dir") else {"project": str(DEFAULT_PROJECT.absolute())}
+    return {"name": "train"} | project | training_keys(keys)
 
 
-def _resumed(keys: dict[str, Any]) -> dict[str, Any]:
-    """Overrides of a resumed run: everything else is in its checkpoint."""
-    resume, named = keys.pop("resume"), Path(str(keys.get("model") or keys.get("student")))
-    if resume is True and named.parts[-2:] == ("weights", "last.pt"):  # as in `yolo train resume=True model=…`
-        resume = named
+def _resume_overrides(keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the trainer's overrides for a resumed run; all other settings are in its checkpoint."""
+    resume, model = keys.pop("resume"), Path(str(keys.get("model") or keys.get("student")))
+    if resume is True and model.parts[-2:] == ("weights", "last.pt"):  # as in `yolo train resume=True model=…`
+        resume = model
     last = last_checkpoint(resume, keys.get("project"))
-    given = {k: v for k, v in keys.items() if k not in {"student", "model"}}
-    moved = {"save_dir": str(last.parent.parent)} if last.parent.name == "weights" else {}
-    return given | moved | {"resume": str(last), "model": str(last)}
+    settings = {k: v for k, v in keys.items() if k not in {"student", "model"}}
+    save_dir = {"save_dir": str(last.parent.parent)} if last.parent.name == "weights" else {}
+    return settings | save_dir | {"resume": str(last), "model": str(last)}
 
 
 def last_checkpoint(resume: object, project: str | None = None) -> Path:
-    """last.pt of a run folder, of a checkpoint's own path, or (True) of the latest run.
+    """Return the absolute path of the last.pt to resume from.
 
-    Raises UserError where there is none.
+    resume: a run folder, a checkpoint, or True for the latest run in `project`. Raises UserError if there is none.
     """
     if resume is True:
-        # Ultralytics puts a relative project there
-        root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else HOME
-        found = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime)
-        if not found:
+        # Ultralytics puts a relative project into runs/detect.
+        root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else DEFAULT_PROJECT
+        checkpoints = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime)
+        if not checkpoints:
             raise UserError("resume=True", f"no run with a checkpoint in {root}", "give resume=path/to/run")
-        return found[-1].absolute()
+        return checkpoints[-1].absolute()
     path = Path(str(resume))
     last = path / "weights" / "last.pt" if path.is_dir() else path
     if not last.is_file():

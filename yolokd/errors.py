@@ -1,10 +1,10 @@
-"""The one error that users are meant to see."""
+"""The error that reports a user's mistake."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: names the argument, the problem and the cure in one line.
+    """A mistake in the user's input; the message names argument, problem and cure in one line.
 
     The CLI prints it without a traceback and exits with status 2.
 
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, without Ultralytics' decoration; its type where it has no text.
+    """Return the first line of an error's message without Ultralytics' prefix, or its type if it has no message.
 
     >>> first_line(ValueError("no such thing\\nand a long story"))
     'no such thing'

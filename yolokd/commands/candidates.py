@@ -1,4 +1,4 @@
-"""What `bench` and `compare` set side by side: methods, plain training, and Ultralytics' own distillation."""
+"""The candidates that `bench` and `compare` set side by side: methods, plain training, Ultralytics' distillation."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ from yolokd.config.arguments import as_list
 from yolokd.config.parse import is_yolokd_key, method_names
 from yolokd.errors import UserError
 
-PLAIN = "none"
+PLAIN = "none"  # training without a teacher
 NATIVE = "native"  # Ultralytics' own `distill_model`, in its own trainer
 DEFAULT_METHODS = "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf"  # set side by side unless `method=` says otherwise
 
 
 def parse_candidates(method: object, keys: Iterable[str]) -> list[str]:
-    """The contenders of `a,b+c,native`, in their order.
+    """Return the candidates in `a,b+c,native`, in their order.
 
-    Raises UserError for an unknown method, and for a key that is a constant of none of them.
+    keys: the command's other keys. Raises UserError for an unknown method, and for a key that sets a constant of a
+    method that is not among the candidates.
+
+    >>> parse_candidates("none,dfd+pdf,native", ["dfd.alpha", "epochs"])
+    ['none', 'dfd+pdf', 'native']
     """
-    asked = [str(m) for m in as_list(method)]
+    candidates = [str(m) for m in as_list(method)]
     try:
-        names = [name for m in asked if m != NATIVE for name in method_names(m)]
+        names = [name for candidate in candidates if candidate != NATIVE for name in method_names(candidate)]
     except UserError as e:
         raise UserError(e.argument, e.problem, f"{NATIVE}, or {e.cure}") from e
     for key in keys:
         if "." in key and key.partition(".")[0] not in names:
             raise UserError(key, "sets a constant of no method here", f"methods: {', '.join(names) or PLAIN}")
-    return asked
+    return candidates
 
 
 def setting_applies(key: str, method: str) -> bool:
-    """Whether a setting is one that a method has: plain training and Ultralytics' own have none of yolokd's."""
+    """Return whether a method uses a setting: plain training and Ultralytics' distillation use none of yolokd's.
+
+    >>> [setting_applies(key, "none") for key in ("epochs", "balance")]
+    [True, False]
+    """
     return not is_yolokd_key(key) if method in (PLAIN, NATIVE) else constant_applies(key, method)
 
 
 def constant_applies(key: str, method: str) -> bool:
-    """Whether a key may go to a method: a constant only to those that have it."""
+    """Return whether a key may be passed to a method; a method's constant may not be passed to another method.
+
+    >>> [constant_applies(key, "dfd+pdf") for key in ("dfd.alpha", "mgd.ratio", "balance")]
+    [True, False, True]
+    """
     return "." not in key or key.partition(".")[0] in method.split("+")

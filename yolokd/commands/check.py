@@ -1,4 +1,4 @@
-"""Tables for people: `yolokd methods` and `yolokd check`."""
+"""`yolokd check`: prints what a training would do, without training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import get_num_params, parse_device, select_d
 
 from yolokd.data.dataset import check_images, sample_batch
 from yolokd.distillation.stage import build_methods
-from yolokd.models.precision import choose_precision
+from yolokd.models.precision import choose_precision, name_of
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape, level_name
 from yolokd.runtime.console import CONSOLE, print_table
@@ -25,46 +25,65 @@ from yolokd.training.settings import training_keys
 
 
 def print_check(keys: Mapping[str, Any]) -> None:
-    """Print what training with these keys would pair, cost and weigh; raises UserError for what it would refuse."""
+    """Print how a training with these keys would pair teacher and student, what it would cost, and its settings.
+
+    Trains nothing. Raises UserError for what the training would refuse.
+    """
     plan = make_plan(training_keys(keys))
     check_images(plan.data, plan.args)
     imgsz = training_imgsz(plan.args.imgsz, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.teachers:
-        CONSOLE.print("method=none: plain Ultralytics training")
-        return
-    at = select_device(parse_device(plan.args.device), verbose=False)
-    use_all_cores(at)
-    images = sample_batch(plan.data, imgsz).to(at)
+        CONSOLE.print("method=none: plain Ultralytics training, without a teacher")
+    else:
+        _print_teachers(plan, imgsz)
+        _print_methods(plan)
+    CONSOLE.print("check passed: `yolokd train` accepts these settings; nothing was trained")
+
+
+def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
+    device = select_device(parse_device(plan.args.device), verbose=False)
+    use_all_cores(device)
+    images = sample_batch(plan.data, imgsz).to(device)
     starts = plan.config.starts(plan.args.epochs)
     for paired, start in zip(plan.teachers, starts, strict=True):
         name = Path(paired.file).name
-        print_table(_levels_table(paired.pairing.levels, imgsz, f"levels paired with {name}, from epoch {start:g}"))
+        title = f"pyramid levels paired with teacher {name}, which teaches from epoch {start:g}"
+        print_table(_levels_table(paired.pairing.levels, imgsz, title))
         CONSOLE.print(paired.pairing.classes.describe(plan.data["names"]))
-        for note in _teacher_notes(plan, paired, images):
-            CONSOLE.print(f"teacher {name}: {note}")
-    balance = plan.config.balance
-    for part in plan.config.method_configs:
-        settings = " ".join(f"{k}={v}" for k, v in part.flat(balance != "off").items())
-        gains = "" if balance == "off" else f"gains for {balance} of the task's gradient at each level, "
-        CONSOLE.print(f"{part.name}: {gains}{settings}, levels by {plan.config.level_weights}")
-    CONSOLE.print("nothing to refuse; nothing was trained")
+        for line in _describe_precision(plan, paired, images):
+            CONSOLE.print(f"teacher {name}: {line}")
 
 
-def _teacher_notes(plan: TrainPlan, paired: PairedTeacher, images: Tensor) -> list[str]:
-    """How a teacher would run on these images' device. images: (B, C, H, W), float in 0..1."""
+def _describe_precision(plan: TrainPlan, paired: PairedTeacher, images: Tensor) -> list[str]:
+    """Return lines on the precision in which a teacher would run on the device of `images`.
+
+    images: (B, C, H, W), float in 0..1.
+    """
     config = plan.config
     settings = config.teacher_precision, config.teacher_compile, config.teacher_imgsz
-    _, notes = choose_precision(paired.teacher.to(images.device), images, *settings)
-    return notes or ["fp32"]
+    teacher, notes = choose_precision(paired.teacher.to(images.device), images, *settings)
+    return [*notes, f"runs in {name_of(teacher.settings.dtype)} on {images.device}"]
+
+
+def _print_methods(plan: TrainPlan) -> None:
+    balance, level_weights = plan.config.balance, plan.config.level_weights
+    for method in plan.config.method_configs:
+        if balance == "off":
+            gains = "fixed gain"
+        else:
+            gains = f"gains keep its gradient at {balance:g} times the YOLO loss's, on average over the levels"
+        settings = " ".join(f"{k}={v}" for k, v in method.flat(balance != "off").items())
+        CONSOLE.print(f"method {method.name}: {gains}; level_weights={level_weights} {settings}")
 
 
 def _models_table(plan: TrainPlan, imgsz: int) -> Table:
-    table = Table("model", "parameters", "GFLOPs", title=f"per image of {imgsz}x{imgsz}")
-    rows: list[tuple[str, Any, int]] = [("student", plan.student, 1)]
-    rows += [(f"teacher {Path(each.file).name}", each.model, max(each.teacher.pyramid)) for each in plan.teachers]
-    for name, model, stride in rows:
-        side = ceil(imgsz / stride) * stride  # a coarser teacher sees padded images
+    """Return a table of parameters and GFLOPs: of the student, of each teacher, and of the adapters to it."""
+    table = Table("model", "parameters", "GFLOPs", title=f"forward pass of one {imgsz}x{imgsz} image")
+    models: list[tuple[str, Any, int]] = [("student", plan.student, 1)]
+    models += [(f"teacher {Path(p.file).name}", p.model, max(p.teacher.pyramid)) for p in plan.teachers]
+    for name, model, stride in models:
+        side = ceil(imgsz / stride) * stride  # a teacher with a larger stride sees padded images
         image = torch.zeros(1, plan.data["channels"], side, side)
         table.add_row(name, f"{get_num_params(model):,}", f"{_gflops(model.eval(), image):.2f}")
     for paired in plan.teachers:
@@ -72,11 +91,13 @@ def _models_table(plan: TrainPlan, imgsz: int) -> Table:
         classes = len(paired.pairing.classes.student) or 1
         levels = [_random_level(shape, imgsz, classes) for shape in paired.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)
-        table.add_row(f"adapters to {Path(paired.file).name}", f"{get_num_params(methods):,}", f"{flops:.2f}")
+        name = f"adapters to teacher {Path(paired.file).name} (in training only)"
+        table.add_row(name, f"{get_num_params(methods):,}", f"{flops:.2f}")
     return table
 
 
 def _random_level(shape: LevelShape, imgsz: int, classes: int) -> Level:
+    """Return a level of one image with random maps, class scores and boxes, on which to count FLOPs."""
     grid = imgsz // shape.stride
     student, teacher = (torch.rand(1, c, grid, grid) for c in (shape.student_channels, shape.teacher_channels))
     scores, boxes = (torch.rand(1, c, grid, grid) for c in (classes, 4))
@@ -84,17 +105,16 @@ def _random_level(shape: LevelShape, imgsz: int, classes: int) -> Level:
     return Level(shape.stride, student, teacher, scores, scores, scores, boxes, boxes, labels)
 
 
-def _gflops(model: nn.Module, x: Any) -> float:
+def _gflops(model: nn.Module, inputs: Any) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
+        model(inputs)
     return float(counter.get_total_flops()) / 1e9
 
 
 def _levels_table(levels: tuple[LevelShape, ...], imgsz: int, title: str) -> Table:
-    table = Table("level", "stride", "student channels", "teacher channels", "grid", title=title)
-    for s in levels:
-        grid = imgsz // s.stride
-        table.add_row(
-            level_name(s.stride), str(s.stride), str(s.student_channels), str(s.teacher_channels), f"{grid}x{grid}"
-        )
+    table = Table("level", "stride", "student channels", "teacher channels", "student grid", title=title)
+    for shape in levels:
+        stride, cells = shape.stride, imgsz // shape.stride
+        channels = str(shape.student_channels), str(shape.teacher_channels)
+        table.add_row(level_name(stride), str(stride), *channels, f"{cells}x{cells}")
     return table

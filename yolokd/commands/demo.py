@@ -1,4 +1,4 @@
-"""`yolokd demo`: the whole story on the embedded data set, on CPUs, with no network."""
+"""`yolokd demo`: training, distillation, export and detection on the drawn data set, on CPUs and without a network."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import polars
+from pydantic import NonNegativeInt
 from rich.table import Table
 from ultralytics.utils.files import increment_path
 
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import method_names
+from yolokd.config.validate import validate
 from yolokd.data import shapes
-from yolokd.distiller import HOME, YoloDistiller
+from yolokd.distiller import DEFAULT_PROJECT, YoloDistiller
 from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE
 from yolokd.runtime.resources import bundled_folder
 
-# Ours, found by trial on the embedded data set: so few steps want AdamW and mild augmentation.
+# Ours, found by experiment on the drawn data set: with so few steps, AdamW and mild augmentation work best.
 SETTINGS: Mapping[str, Any] = {
     "imgsz": 128, "batch": 16, "nbs": 16, "optimizer": "AdamW", "momentum": 0.9, "warmup_bias_lr": 0.0,
     "mosaic": 0.0, "close_mosaic": 0, "scale": 0.1, "translate": 0.05, "hsv_s": 0.2, "hsv_v": 0.2, "amp": False,
@@ -32,7 +34,7 @@ SETTINGS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Training:
-    """One model of Ultralytics', with its epochs and learning rate."""
+    """One Ultralytics model, and how long and at what learning rate it trains."""
 
     model: str
     epochs: int
@@ -41,7 +43,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the demo trains; found by trial, as SETTINGS. The student alone and distilled share one recipe."""
+    """The models that the demo trains, and the number of images in each split.
+
+    Found by experiment, like SETTINGS. The student trains with the same settings alone and distilled.
+    """
 
     teacher: Training = Training("yolov8s.yaml", epochs=25, lr0=0.0015)
     student: Training = Training("yolov8n.yaml", epochs=14, lr0=0.002)
@@ -59,65 +64,65 @@ class DemoRun:
 
     name: str
     epochs: int
-    trained: YoloDistiller
+    distiller: YoloDistiller
     seconds: float
 
     @property
     def weights(self) -> Path:
-        """Where best.pt and its exports lie."""
-        return Path(str(self.trained.model.ckpt_path)).parent
+        """Return the folder that holds best.pt and its exports."""
+        return Path(str(self.distiller.model.ckpt_path)).parent
 
     @property
-    def curve(self) -> list[float]:
-        """Validation mAP50-95 by epoch."""
+    def map_by_epoch(self) -> list[float]:
+        """Return mAP50-95 on the validation set after each epoch."""
         table = polars.read_csv(self.weights.parent / "results.csv")
         return [float(v) for v in table["metrics/mAP50-95(B)"]]
 
     @property
     def score(self) -> float:
-        """mAP50-95 of best.pt on the validation set."""
-        return max(self.curve)
+        """Return mAP50-95 of best.pt on the validation set."""
+        return max(self.map_by_epoch)
 
 
 def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown: Any) -> None:
-    """Train teacher, student alone and student distilled; score, export, check and detect.
+    """Train a teacher, a student alone and a distilled student; score, export and check the last, and detect with it.
 
-    `short=True` goes through the same motions on a few pictures, to try an installation.
-    Raises UserError for unknown keys, methods and seeds, and RuntimeError where the export fails its check.
+    short=True does all this on a few images in one epoch each, to try an installation.
+    Raises UserError for an unknown key or method and for an invalid seed, and RuntimeError if the export fails its
+    check.
     """
     for key in unknown:
         raise UserError(key, "unknown key", did_you_mean(key, ("short", "seed", "method")) or "short, seed or method")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"seed={seed}", "must be a whole number of at least 0", "for example seed=0")
+    validate("seed", seed, NonNegativeInt, "must be a whole number of at least 0", "for example seed=0")
     if not method_names(method):
-        raise UserError("method=none", "leaves nothing to show", "for example method=dfd")
+        raise UserError("method=none", "the demo needs a method to distil with", "for example method=dfd")
     started = time.time()
     recipe = SHORT if short else Recipe()
     data = shapes.ensure(counts=recipe.counts)
     runs = _train_all(recipe, str(data), seed, method)
     distilled = runs[-1]
     CONSOLE.rule("export and detection")
-    onnx = distilled.trained.export(imgsz=SETTINGS["imgsz"], dynamic=True)
-    pictures = _detect(onnx, data.parent / "images" / "test", distilled.weights.parent / "detections")
-    chart = draw_curves(runs, distilled.weights.parent / "demo.png")
-    CONSOLE.print(_scores(runs, seed))
-    CONSOLE.print(_verdict(*(run.score for run in runs)))
-    CONSOLE.print(f"{time.time() - started:.0f} s in all")
+    onnx = distilled.distiller.export(imgsz=SETTINGS["imgsz"], dynamic=True)
+    annotated = _detect(onnx, data.parent / "images" / "test", distilled.weights.parent / "detections")
+    plot = plot_map(runs, distilled.weights.parent / "demo.png")
+    CONSOLE.print(_scores_table(runs, seed))
+    CONSOLE.print(_summarize(*(run.score for run in runs)))
+    CONSOLE.print(f"total time: {time.time() - started:.0f} s")
     CONSOLE.print("the distilled model:", distilled.weights / "best.pt", onnx, sep="\n  ")
-    CONSOLE.print("pictures to open:", chart, *pictures, sep="\n  ")
+    CONSOLE.print("images to open:", plot, *annotated, sep="\n  ")
 
 
 def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[DemoRun]:
-    """Teacher, student alone, student distilled."""
-    home = (HOME / "demo").absolute()
+    """Train the teacher, the student alone and the distilled student, and return the runs in this order."""
+    project = (DEFAULT_PROJECT / "demo").absolute()
 
     def train(name: str, training: Training, **keys: Any) -> DemoRun:
         CONSOLE.rule(f"{name}: {training.model}, {training.epochs} epochs, seed {seed}")
-        begun = time.time()
+        started = time.time()
         distiller = YoloDistiller(student=training.model, **keys)
-        own = {"data": data, "save_dir": str(increment_path(home / name)), "seed": seed}
-        distiller.train(**SETTINGS, **own, epochs=training.epochs, lr0=training.lr0)
-        return DemoRun(name, training.epochs, distiller, time.time() - begun)
+        settings = {**SETTINGS, "data": data, "save_dir": str(increment_path(project / name)), "seed": seed}
+        distiller.train(**settings, epochs=training.epochs, lr0=training.lr0)
+        return DemoRun(name, training.epochs, distiller, time.time() - started)
 
     teacher = train("teacher", recipe.teacher, method="none")
     alone = train("student-alone", recipe.student, method="none")
@@ -126,40 +131,43 @@ def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[DemoRu
 
 
 def _detect(onnx: Path, images: Path, out: Path) -> list[Path]:
-    """DemoRun the torch-free detector, as a device would, on a few pictures."""
-    few = out / "input"
-    few.mkdir(parents=True, exist_ok=True)
+    """Run export/detect.py on four test images, as on a device without torch; return the annotated copies."""
+    inputs = out / "input"
+    inputs.mkdir(parents=True, exist_ok=True)
     for image in sorted(images.glob("*.jpg"))[:4]:
-        (few / image.name).write_bytes(image.read_bytes())
-    script, record = bundled_folder("export") / "detect.py", out / "detections.json"
-    subprocess.run([sys.executable, script, onnx, few, "--out", out, "--json", record], check=True)
+        (inputs / image.name).write_bytes(image.read_bytes())
+    script, json_file = bundled_folder("export") / "detect.py", out / "detections.json"
+    subprocess.run([sys.executable, script, onnx, inputs, "--out", out, "--json", json_file], check=True)
     return sorted(out.glob("*.jpg"))
 
 
-def draw_curves(runs: Sequence[DemoRun], path: Path) -> Path:
-    """Validation mAP over epochs of each run, as a PNG."""
+def plot_map(runs: Sequence[DemoRun], path: Path) -> Path:
+    """Plot each run's validation mAP50-95 over the epochs, save it as a PNG, and return its path."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for run in runs:
-        axes.plot(range(1, len(run.curve) + 1), run.curve, marker=".", label=f"{run.name}: {run.score:.3f}")
-    axes.set(xlabel="epoch", ylabel="mAP50-95 (validation)", title="yolokd demo, embedded data set")
+        axes.plot(
+            range(1, len(run.map_by_epoch) + 1), run.map_by_epoch, marker=".", label=f"{run.name}: {run.score:.3f}"
+        )
+    axes.set(xlabel="epoch", ylabel="mAP50-95 (validation)", title="yolokd demo, drawn data set")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     return path
 
 
-def _scores(runs: Sequence[DemoRun], seed: int) -> Table:
+def _scores_table(runs: Sequence[DemoRun], seed: int) -> Table:
     table = Table("run", "epochs", "seed", "mAP50-95", "seconds", title="validation scores")
     for run in runs:
         table.add_row(run.name, str(run.epochs), str(seed), f"{run.score:.3f}", f"{run.seconds:.0f}")
     return table
 
 
-def _verdict(teacher: float, alone: float, distilled: float) -> str:
+def _summarize(teacher: float, alone: float, distilled: float) -> str:
     return (
-        f"distilled - alone: {distilled - alone:+.3f} of a gap of {teacher - alone:.3f} to the teacher, which is "
-        "larger and trained longer; one seed each, so this shows how it works, not how much it helps"
+        f"distillation changed the student's mAP50-95 by {distilled - alone:+.3f}; the teacher, which is larger and "
+        f"trained longer, scores {teacher - alone:.3f} above the student alone. This is one seed each: it shows how "
+        "distillation works, not how much it helps"
     )

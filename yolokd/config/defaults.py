@@ -13,12 +13,12 @@ from yolokd.runtime.resources import bundled_folder
 
 @cache
 def defaults() -> dict[str, Any]:
-    """The content of cfg/default.yaml."""
+    """Return the content of cfg/default.yaml."""
     return _read("default.yaml")
 
 
 def method_defaults(name: str) -> dict[str, Any]:
-    """A method's gain and constants: from cfg/methods/NAME.yaml, else (a user's own method) from its signature."""
+    """Return a method's gain and constants: from cfg/methods/NAME.yaml, or from a user's own class."""
     if (bundled_folder("cfg") / "methods" / f"{name}.yaml").is_file():
         return _read(f"methods/{name}.yaml")
     fields = constants_model(registered()[name]).model_fields

@@ -1,9 +1,9 @@
-"""cfg/*.yaml and the user's overrides -> one validated configuration."""
+"""Turns a user's keys, over the defaults in cfg/, into one validated configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -11,51 +11,76 @@ from pydantic import ValidationError
 from yolokd.config.arguments import as_list, did_you_mean
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.schedule import Schedule
-from yolokd.config.schema import OWN_KEYS, SETTINGS, DistillationConfig, MethodConfig, normalize_teachers
+from yolokd.config.schema import METHOD_SETTINGS, OWN_KEYS, DistillationConfig, MethodConfig, normalize_teachers
 from yolokd.errors import UserError
 from yolokd.methods import constants_model, registered
 
 
+class Keys(NamedTuple):
+    """Flat keys of a run, told apart: yolokd's own, with the constants of methods (`dfd.alpha`), and Ultralytics'."""
+
+    distillation: dict[str, Any]
+    ultralytics: dict[str, Any]
+
+
+def split_keys(keys: Mapping[str, Any]) -> Keys:
+    """Tell yolokd's keys from Ultralytics'.
+
+    >>> split_keys({"method": "dfd", "dfd.alpha": 0.5, "epochs": 3})
+    Keys(distillation={'method': 'dfd', 'dfd.alpha': 0.5}, ultralytics={'epochs': 3})
+    """
+    distillation = {key: value for key, value in keys.items() if is_yolokd_key(key)}
+    return Keys(distillation, {key: value for key, value in keys.items() if key not in distillation})
+
+
 def is_yolokd_key(key: str) -> bool:
-    """Whether a key is yolokd's (or a method's constant), not Ultralytics'."""
+    """Return whether a key is yolokd's own or a constant of a method."""
     return key in OWN_KEYS or "." in key
 
 
 def parse(keys: Mapping[str, Any]) -> DistillationConfig:
-    """Validate yolokd's own keys over their defaults.
+    """Return the validated configuration: yolokd's keys among `keys`, over their defaults.
 
     Raises UserError for an unknown method or constant, and for a value of the wrong type or range.
 
     >>> parse({"teacher": "t.pt", "method": "dfd+pdf", "dfd.alpha": 0.5}).method_configs[0].constants["alpha"]
     0.5
     """
-    own = {k: v for k, v in keys.items() if k in OWN_KEYS}
-    dotted = {k: v for k, v in keys.items() if "." in k}
-    merged = {k: v for k, v in defaults().items() if k in OWN_KEYS} | own
-    merged["teacher"] = normalize_teachers(merged["teacher"])
-    if merged["balance"] is False:  # YAML's reading of a bare off
-        merged["balance"] = "off"
-    if isinstance(merged["stages"], int | float | list):
-        merged["stages"] = tuple(map(_number, as_list(merged["stages"])))
-    names = method_names(merged["method"])
-    if "balance" not in own and any(key.endswith(".gain") for key in dotted):
-        merged["balance"] = "off"  # who sets a gain wants it in force
-    for key in dotted:
-        _check_prefix(key, names)
-        if key.endswith(".gain") and merged["balance"] != "off":
-            why = f"has no effect: balance={merged['balance']} sets the gains"
-            raise UserError(key, why, "give balance=off, or drop it")
-    parts = tuple(
-        _part(name, {k.partition(".")[2]: v for k, v in dotted.items() if k.startswith(f"{name}.")}) for name in names
-    )
-    if names and not merged["teacher"]:
+    given = {k: v for k, v in keys.items() if k in OWN_KEYS}
+    constants = {k: v for k, v in keys.items() if "." in k}
+    values = {k: v for k, v in defaults().items() if k in OWN_KEYS} | given
+    values["teacher"] = normalize_teachers(values["teacher"])
+    if values["balance"] is False:  # YAML reads a bare `off` so
+        values["balance"] = "off"
+    if isinstance(values["stages"], int | float | list):
+        values["stages"] = tuple(map(_as_float, as_list(values["stages"])))
+    if "balance" not in given and any(key.endswith(".gain") for key in constants):
+        values["balance"] = "off"  # a user who sets a gain wants it to be used
+    names = method_names(values["method"])
+    _check_constants(constants, names, values["balance"])
+    methods = tuple(_method_config(name, constants) for name in names)
+    if names and not values["teacher"]:
         raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, or method=none for plain training")
     try:
-        config = DistillationConfig(**merged, method_configs=parts)
+        config = DistillationConfig(**values, method_configs=methods)
     except ValidationError as e:
-        raise _as_user_error(e, merged) from e
+        raise _as_user_error(e, values) from e
     _check_stages(config)
     return config
+
+
+def _as_float(value: object) -> object:
+    """Return an integer as a float, which pydantic's strict mode asks for; anything else as it is."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _check_constants(constants: Mapping[str, Any], names: tuple[str, ...], balance: object) -> None:
+    """Raise UserError for `NAME.constant` of a method that is not used, and for a gain that the balance replaces."""
+    for key in constants:
+        _check_prefix(key, names)
+        if key.endswith(".gain") and balance != "off":
+            why = f"has no effect: balance={balance} sets the gains"
+            raise UserError(key, why, "give balance=off, or drop it")
 
 
 def _check_stages(config: DistillationConfig) -> None:
@@ -70,14 +95,10 @@ def _check_stages(config: DistillationConfig) -> None:
         )
 
 
-def _number(value: object) -> object:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def method_names(method: object) -> tuple[str, ...]:
-    """The names in `a+b`; () for none.
+    """Return the names in `a+b`; an empty tuple for `none`.
 
-    Raises UserError where the text is no such composition.
+    Raises UserError if the text is not a list of methods joined by +.
 
     >>> method_names("dfd+pdf")
     ('dfd', 'pdf')
@@ -91,16 +112,13 @@ def method_names(method: object) -> tuple[str, ...]:
     names = tuple(method.split("+"))
     for name in names:
         if not name or name == "none":
-            raise UserError(argument, "is no list of methods joined by single +", f"for example {'+'.join(_two())}")
+            example = "+".join(sorted(registered())[:2])
+            raise UserError(argument, "is no list of methods joined by single +", f"for example {example}")
         if name not in registered():
             raise UserError(argument, f"no method {name!r}", f"one of: {known}; join several with +")
     if len(set(names)) < len(names):
         raise UserError(argument, "names a method twice", "name each method once")
     return names
-
-
-def _two() -> list[str]:
-    return sorted(registered())[:2]
 
 
 def _check_prefix(key: str, names: tuple[str, ...]) -> None:
@@ -113,24 +131,24 @@ def _check_prefix(key: str, names: tuple[str, ...]) -> None:
             f"sets a constant of {prefix}, which is not in method={'+'.join(names) or 'none'}",
             f"add {prefix} to method=, or drop {key}",
         )
-    raise UserError(
-        key, "unknown key", did_you_mean(prefix, registered()) or f"methods: {', '.join(sorted(registered()))}"
-    )
+    cure = did_you_mean(prefix, registered()) or f"methods: {', '.join(sorted(registered()))}"
+    raise UserError(key, "unknown key", cure)
 
 
-def _part(name: str, overrides: dict[str, Any]) -> MethodConfig:
+def _method_config(name: str, constants: Mapping[str, Any]) -> MethodConfig:
+    """Return one method's configuration. constants: of all methods, with their prefixes (`dfd.alpha`)."""
+    overrides = {key.partition(".")[2]: value for key, value in constants.items() if key.startswith(f"{name}.")}
     values = method_defaults(name)
     model = constants_model(registered()[name])
+    known = [*METHOD_SETTINGS, *model.model_fields]
     for key in overrides:
-        known = [*SETTINGS, *model.model_fields]
         if key not in known:
-            raise UserError(
-                f"{name}.{key}", "no such constant", did_you_mean(key, known) or f"one of: {', '.join(known)}"
-            )
+            cure = did_you_mean(key, known) or f"one of: {', '.join(known)}"
+            raise UserError(f"{name}.{key}", "no such constant", cure)
     values |= overrides
     try:
-        constants = {k: v for k, v in values.items() if k not in SETTINGS}
-        checked = model.model_validate(constants, strict=True).model_dump()
+        unchecked = {k: v for k, v in values.items() if k not in METHOD_SETTINGS}
+        checked = model.model_validate(unchecked, strict=True).model_dump()
         schedule = Schedule(**{k: v for k, v in values.items() if k in Schedule.model_fields})
         return MethodConfig(name=name, gain=values["gain"], schedule=schedule, constants=checked)
     except ValidationError as e:
@@ -144,7 +162,7 @@ def _as_user_error(error: ValidationError, values: Mapping[str, Any], prefix: st
 
 
 def merge_cfg_file(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `cfg=FILE`, if it is given, under those given beside it."""
+    """Return the keys of the file that `cfg=` names, if it is given, overridden by the other keys."""
     path = keys.get("cfg")
     if path is None:
         return dict(keys)
@@ -163,6 +181,5 @@ def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     known = {*known, *OWN_KEYS, "student"}
     for key in keys:
         if key not in known and "." not in key:
-            raise UserError(
-                key, "unknown key", did_you_mean(key, known) or "see `yolokd help` and Ultralytics' settings"
-            )
+            cure = did_you_mean(key, known) or "see `yolokd help` and Ultralytics' settings"
+            raise UserError(key, "unknown key", cure)

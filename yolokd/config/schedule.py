@@ -1,4 +1,4 @@
-"""A method's gain over the epochs."""
+"""The schedule of a method's gain over the epochs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ Epochs = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Schedule(BaseModel):
-    """The factor of a gain: a linear ramp over `warmup` epochs (FRS's), then a shape until `end`, then nothing.
+    """The factor by which a method's gain is multiplied, as a function of the epoch.
 
-    `constant` stays at 1, as the papers' gains do, `linear` and `cosine` fall to 0 at the end; end=None is the last
-    epoch. That `cosine` is the default is ours: it made better students (runs/reference/compare).
+    The factor rises linearly from 0 to 1 over `warmup` epochs (as in FRS), then follows the curve `schedule` until
+    epoch `end`, and is 0 from there on. `constant` stays at 1, as in the papers; `linear` and `cosine` fall to 0 at
+    `end`. end=None means the last epoch. The default, `cosine`, is our choice: it gave better students
+    (runs/reference/compare).
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -23,7 +25,7 @@ class Schedule(BaseModel):
     end: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def factor(self, epoch: float, epochs: float) -> float:
-        """In 0..1, at a time in (fractions of) epochs from the start of a training of `epochs`.
+        """Return the factor, in 0..1, at `epoch` of a training of `epochs` epochs; both may be fractions.
 
         >>> [Schedule(schedule="linear", warmup=2.0).factor(e, 10) for e in (0, 1, 2, 6, 10)]
         [0.0, 0.5, 1.0, 0.5, 0.0]
@@ -33,5 +35,5 @@ class Schedule(BaseModel):
             return 0.0
         if epoch < self.warmup:
             return epoch / self.warmup
-        done = (epoch - self.warmup) / (end - self.warmup)
-        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}[self.schedule]
+        progress = (epoch - self.warmup) / (end - self.warmup)
+        return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + cos(pi * progress)) / 2}[self.schedule]

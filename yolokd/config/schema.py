@@ -1,4 +1,4 @@
-"""The validated configuration of a distillation: what yolokd's own keys mean."""
+"""The validated configuration of a distillation: the types and ranges of yolokd's own keys."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-SETTINGS = ("gain", *Schedule.model_fields)  # that every method has, beside its own constants
+METHOD_SETTINGS = ("gain", *Schedule.model_fields)  # every method has these, beside its own constants
 
 
 class MethodConfig(BaseModel):
-    """One method of a composition, with its own gain, the gain's schedule, and constants."""
+    """One method of a composition: its gain, the gain's schedule, and its constants."""
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -28,13 +28,13 @@ class MethodConfig(BaseModel):
     constants: dict[str, Any]
 
     def flat(self, balanced: bool) -> dict[str, Any]:
-        """As a user would write it; balanced gains are none of the user's."""
-        own = {"gain": self.gain, **self.schedule.model_dump(), **self.constants}
-        return {f"{self.name}.{k}": v for k, v in own.items() if not (balanced and k == "gain")}
+        """Return flat keys (`dfd.alpha`), as a user would write them; without the gain if the gains are balanced."""
+        values = {"gain": self.gain, **self.schedule.model_dump(), **self.constants}
+        return {f"{self.name}.{k}": v for k, v in values.items() if not (balanced and k == "gain")}
 
 
 class DistillationConfig(BaseModel):
-    """What a run distils from and how: yolokd's own keys, validated."""
+    """Validated values of yolokd's own keys: what a run distils from, and how."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     teacher: str | tuple[str, ...] | None
@@ -52,21 +52,20 @@ class DistillationConfig(BaseModel):
     method_configs: tuple[MethodConfig, ...]
 
     def flat(self) -> dict[str, Any]:
-        """The same as plain `key: value` pairs, as a user would write them."""
-        own = {
-            k: list(v) if isinstance(v, tuple) else v for k, v in self.model_dump(exclude={"method_configs"}).items()
-        }
-        for part in self.method_configs:
-            own |= part.flat(self.balance != "off")
-        return own
+        """Return flat `key: value` pairs, as a user would write them."""
+        settings = self.model_dump(exclude={"method_configs"})
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        for method in self.method_configs:
+            values |= method.flat(self.balance != "off")
+        return values
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """All teachers, weakest first."""
+        """Return the paths of all teachers, weakest first."""
         return teacher_files(self.teacher)
 
     def starts(self, epochs: float) -> tuple[float, ...]:
-        """The epoch at which each teacher takes over: as given, or evenly spread over a training of `epochs`."""
+        """Return the epoch at which each teacher starts: as given, or evenly spread over a training of `epochs`."""
         count = len(self.teachers)
         return (0.0, *(self.stages if self.stages is not None else (epochs * k / count for k in range(1, count))))
 
@@ -77,7 +76,10 @@ OWN_KEYS = frozenset(DistillationConfig.model_fields) - {
 
 
 def normalize_teachers(given: object) -> object:
-    """One path as it is; several, also as the command line gives them (`[weak.pt, strong.pt]`), as a tuple."""
+    """Return one path unchanged and several as a tuple; `[weak.pt, strong.pt]` as text counts as several.
+
+    Raises UserError for an empty list and for a teacher that is named twice.
+    """
     if isinstance(given, str) and given.startswith("[") and given.endswith("]"):
         given = [word.strip().strip("'\"") for word in given[1:-1].split(",")]
     if isinstance(given, list | tuple):
@@ -88,5 +90,5 @@ def normalize_teachers(given: object) -> object:
 
 
 def teacher_files(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Of none, one or several teachers, as `normalize_teachers` leaves them, all, weakest first."""
+    """Return a normalized `teacher` value (None, a path, a tuple of paths) as a tuple of paths, weakest first."""
     return (given,) if isinstance(given, str) else given or ()

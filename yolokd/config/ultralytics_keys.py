@@ -1,4 +1,4 @@
-"""The keys that Ultralytics takes."""
+"""The keys and optimizers that Ultralytics accepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 OPTIMIZERS = ("auto", "sgd", "musgd", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop")  # Ultralytics' own
 
 
-# What Ultralytics still takes, with a warning, under an old name or without effect.
+# Ultralytics still accepts these, with a warning: old names, and keys without effect.
 DEPRECATED = frozenset(
     {"half", "int8", "end2end", "boxes", "hide_labels", "hide_conf", "line_thickness"}
     | {"label_smoothing", "save_hybrid", "crop_fraction", "keras"}

@@ -1,1 +1,1 @@
-"""Data sets: the user's, read as Ultralytics reads them, and the embedded one."""
+"""Data sets: the user's, read as Ultralytics reads them, and `shapes`, which yolokd draws."""

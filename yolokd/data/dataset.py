@@ -1,4 +1,4 @@
-"""The user's data set, as Ultralytics reads it."""
+"""Checks of the user's data set as Ultralytics reads it, and samples of its validation images."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ from yolokd.patches.safe_loading import safe_loading
 
 Image = npt.NDArray[np.uint8]
 
-EXPORT_IMAGES = 8  # ours: how many validation pictures an export is tried on
-PRECISION_IMAGES = 4  # ours: how many a teacher's precision is tried on
+EXPORT_IMAGES = 8  # ours: the number of validation images that an export is compared on
+PRECISION_IMAGES = 4  # ours: the number that a teacher's precision is chosen on
 
 
 def data_file(data: object) -> str:
-    """The .yaml to hand to Ultralytics: `shapes` (and none given) is the embedded data set, made on first use."""
+    """Return the path of the .yaml for Ultralytics; `shapes` or None is yolokd's data set, drawn on first use."""
     return str(shapes.ensure()) if data in (None, "shapes") else str(data)
 
 
 def with_data_file(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The same keys for Ultralytics, which does not know `data=shapes`."""
+    """Return the keys with the path of a .yaml as `data`, if they have it: Ultralytics does not know `data=shapes`."""
     return {**keys, **({"data": data_file(keys["data"])} if "data" in keys else {})}
 
 
 def load_data(
     data: object, single_cls: bool = False, download: bool = True, trust: bool = False, split: str = "val"
 ) -> dict[str, Any]:
-    """Ultralytics' data dictionary, after a check that training and `split` have images.
+    """Return Ultralytics' dictionary of a data set, after a check that its splits `train` and `split` have images.
 
-    Raises UserError where the data set is missing, broken or empty, or (without trust) brings code to download it.
+    single_cls: whether all classes count as one, `item`. download: whether to download a missing data set.
+    Raises UserError if the data set is missing, broken or empty, or if its download is code and not `trust`.
     """
-    argument, cure = f"data={data}", "give data= the .yaml of an existing set, or data=shapes"
+    argument, cure = f"data={data}", "give data= the .yaml of an existing data set, or data=shapes"
     if data is not None and not isinstance(data, str | Path):
-        raise UserError(argument, "is no data set", cure)
+        raise UserError(argument, "is not a path", cure)
     try:
         with safe_loading(trust):
             loaded: dict[str, Any] = check_det_dataset(data_file(data), autodownload=download, split=split)
@@ -64,11 +65,11 @@ def load_data(
 
 
 def check_images(data: dict[str, Any], args: Any) -> int:
-    """Let Ultralytics scan images and labels as for a training with its settings `args`, and warn of what it skips.
+    """Scan images and labels as a training with Ultralytics' settings `args` does, and warn about skipped images.
 
-    The scan fills the cache beside the labels that training reads. Returns how many images are left to train on.
-    Raises UserError where there is none, or none to validate with, and for images that the scan passes and that cannot
-    be read.
+    The scan fills the cache beside the labels, which the training reads. Returns the number of training images left.
+    Raises UserError if no image is left to train on or to validate with, or if an image that passes the scan cannot be
+    read.
     """
     uncached = copy(args)
     uncached.cache = False
@@ -78,45 +79,48 @@ def check_images(data: dict[str, Any], args: Any) -> int:
 
 
 def _scan(data: dict[str, Any], args: Any, mode: str, split: str) -> int:
-    """The images of a split that can be used."""
+    """Scan a split, and return the number of images that can be used."""
     argument = f"data={args.data}"
     try:
         scanned = build_yolo_dataset(args, data[split], 1, dict(data), mode=mode)
-        given = len(scanned.get_img_files(data[split]))
-        unread = _unreadable(scanned)
+        total = len(scanned.get_img_files(data[split]))
+        unreadable = _unreadable_images(scanned)
     except Exception as e:  # whatever its readers of images and labels raise
-        raise UserError(argument, f"its {split} split: {_why(e)}", "repair or remove what is broken") from e
+        raise UserError(argument, f"its {split} split: {_reason(e)}", "repair or remove what is broken") from e
     if mode == "train" and not any(len(label["cls"]) for label in scanned.labels):
         raise UserError(argument, "its training images have no labels", "check the paths of images and labels")
-    if skipped := given - len(scanned.im_files):
-        LOGGER.warning(f"data: {skipped} of {given} {split} images are skipped as broken, or with broken labels")
-    if unread:
-        some = f"{len(unread)} of its images cannot be read, such as {unread[0]}"
-        raise UserError(argument, some, "repair or remove what is broken")
+    if skipped := total - len(scanned.im_files):
+        LOGGER.warning(f"data: {skipped} of {total} {split} images are skipped: the image or its labels are broken")
+    if unreadable:
+        problem = f"{len(unreadable)} of its images cannot be read, such as {unreadable[0]}"
+        raise UserError(argument, problem, "repair or remove what is broken")
     return len(scanned.im_files)
 
 
-def _why(error: Exception) -> str:
-    """Ultralytics' first line says that nothing is left, the second why."""
+def _reason(error: Exception) -> str:
+    """Return the first two lines of Ultralytics' error: that no image is left, and why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def _unreadable(scanned: Any) -> list[str]:
-    """Those that OpenCV cannot decode, of the one common format whose damage the scan does not see."""
-    doubtful = [file for file in scanned.im_files if Path(file).suffix.lower() == ".bmp"]
+def _unreadable_images(scanned: Any) -> list[str]:
+    """Return the .bmp files that OpenCV cannot decode: the one common format whose damage the scan does not detect."""
+    bitmaps = [file for file in scanned.im_files if Path(file).suffix.lower() == ".bmp"]
     with ThreadPool(NUM_THREADS) as pool:
-        images = pool.imap(lambda file: imread(file, scanned.cv2_flag), doubtful)
-        return [file for file, image in zip(doubtful, images, strict=True) if image is None]
+        images = pool.imap(lambda file: imread(file, scanned.cv2_flag), bitmaps)
+        return [file for file, image in zip(bitmaps, images, strict=True) if image is None]
 
 
 def split_images(paths: str | list[str]) -> Iterator[Path]:
-    """The image files of a split: of folders, or listed in text files, one path a line as Ultralytics reads them."""
+    """Yield the image files of a split, as Ultralytics finds them.
+
+    paths: folders, searched with their subfolders, or text files that list one image per line.
+    """
     for path in map(Path, [paths] if isinstance(paths, str) else paths):
         if not path.exists():
             continue
         if path.is_dir():
-            # Not rglob: this one follows links to folders, as Ultralytics does.
+            # glob follows links to folders, as Ultralytics does; Path.rglob does not.
             files: Iterator[Path] = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*.*", recursive=True))
         else:
             lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
@@ -125,39 +129,40 @@ def split_images(paths: str | list[str]) -> Iterator[Path]:
 
 
 def validation_images(data: str) -> list[Image]:
-    """Up to PICTURES pictures (BGR, or of the data's other channels), spread over the validation split.
+    """Return up to EXPORT_IMAGES images, spread over the validation split, each (height, width, channels) uint8.
 
-    Downloads nothing.
-
-    Raises UserError where there is none to read.
+    Three channels are in the order BGR. Downloads nothing. Raises UserError if no image can be read.
     """
-    images = _pictures(load_data(data, download=False), EXPORT_IMAGES)
+    images = _read_images(load_data(data, download=False), EXPORT_IMAGES)
     if not images:
-        raise UserError(f"data={data}", "has no readable validation image", "give data= the .yaml of an existing set")
+        raise UserError(f"data={data}", "has no readable validation image", "give the .yaml of an existing data set")
     return images
 
 
 def sample_batch(data: dict[str, Any], imgsz: int) -> Tensor:
-    """A few validation pictures as the networks see them: (B, channels, imgsz, imgsz) in 0..1."""
-    if pictures := _pictures(data, PRECISION_IMAGES):
-        return as_batch(pictures, (imgsz, imgsz))
+    """Return up to PRECISION_IMAGES validation images as a batch (B, channels, imgsz, imgsz) float32 in 0..1.
+
+    data: Ultralytics' dictionary of the data set. Returns random images if none can be read.
+    """
+    if images := _read_images(data, PRECISION_IMAGES):
+        return as_batch(images, (imgsz, imgsz))
     return torch.rand(PRECISION_IMAGES, data["channels"], imgsz, imgsz, generator=torch.Generator().manual_seed(0))
 
 
-def as_batch(pictures: Sequence[Image], size: tuple[int, int]) -> Tensor:
-    """Pictures letterboxed to a size (height, width): (B, C, H, W) float32 in 0..1; three channels as RGB."""
+def as_batch(images: Sequence[Image], size: tuple[int, int]) -> Tensor:
+    """Letterbox images to a size (height, width); return (B, C, H, W) float32 in 0..1, three channels as RGB."""
     letterbox = LetterBox(size)
-    boxed = np.stack([letterbox(image=picture) for picture in pictures])
-    if boxed.shape[-1] == 3:
-        boxed = boxed[..., ::-1]
-    return torch.from_numpy(boxed.transpose(0, 3, 1, 2).copy()).float() / 255
+    batch = np.stack([letterbox(image=image) for image in images])
+    if batch.shape[-1] == 3:
+        batch = batch[..., ::-1]
+    return torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).float() / 255
 
 
-def _pictures(data: Mapping[str, Any], count: int) -> list[Image]:
-    """Of the validation split, those that can be read and have the data's channels."""
+def _read_images(data: Mapping[str, Any], count: int) -> list[Image]:
+    """Read up to `count` images, spread over the validation split; skip those of other channels or unreadable."""
     channels = data["channels"]
     flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)  # as Ultralytics reads
     files = sorted(split_images(data["val"]))
-    spread = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
-    images = (imread(file, flag) for file in spread)
+    chosen = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
+    images = (imread(file, flag) for file in chosen)
     return [image for image in images if image is not None and image.shape[2:] == (channels,)]

@@ -1,27 +1,35 @@
-"""Gains that balance themselves: each method pulls at each level as a chosen share of the YOLO loss does."""
+"""Balanced gains: each method's gradient is a chosen multiple of the YOLO loss's gradient at each level."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# Ours: of how many measurements the running means are, about. On blood cells the YOLO loss's gradient falls a
-# hundredfold at levels that go quiet: means of 10 lagged behind by as much there, and were no steadier elsewhere.
+# Ours: about how many measurements a running mean covers. On blood cells the YOLO loss's gradient falls to a hundredth
+# at some levels during training. Means over 10 measurements were then too large by a factor of 100, and no steadier
+# elsewhere.
 WINDOW = 3
 
 
 class Balance(nn.Module):
-    """Running means of gradient norms at the student's neck maps, and the gains that follow from them.
+    """Keep running means of gradient norms at the student's neck maps, and compute gains from them.
 
-    With G_l the norm of the YOLO loss's gradient at level l's map and G_ml that of method m's own loss of that level,
-    unscaled, both running means, method m gets the gain share · G_l / G_ml there: multiplying a method's loss by a
-    number changes nothing. What coarser levels' losses add to a finer map, which theirs are computed from, comes on
-    top: with uniform weights, on blood cells, 1.0 to 1.4 times the share in all.
+        gain of method m at level l = target_l · G_l / G_ml
 
-    Like GradNorm (Chen et al., ICML 2018) it equals gradient norms so that no loss drowns another. Unlike it, the
-    gains follow in closed form instead of by gradient descent on a loss of their own; the YOLO loss is the measure
-    and keeps its weight of 1, with no term for rates of training; and norms are taken at each level's map, not at one
-    shared layer, because the ratios differ by orders of magnitude between levels.
+    G_l: the norm of the YOLO loss's gradient at level l's map. G_ml: the norm of the gradient of method m's loss of
+    that level, before any gain. Both are running means. target_l: the wanted ratio of the two gradients. So multiplying
+    a method's loss by a number changes nothing.
+
+    A finer map also gets gradients of the coarser levels' losses, because the coarser maps are computed from it. These
+    come on top: in all, 1.0 to 1.4 times the target on blood cells with uniform weights.
+
+    Like GradNorm (Chen et al., ICML 2018), this equalizes gradient norms, so that no loss drowns another. The
+    differences: the gains have a closed form, and are not learned by gradient descent on a loss of their own. The YOLO
+    loss is the reference and keeps its weight of 1; there is no term for training rates. The norms are taken at each
+    level's map instead of one shared layer, because the ratios differ by orders of magnitude between levels.
+
+    Buffers, all (M, L) float32 for M methods and L levels: task, the means G_l; pull, the means G_ml; seen, the number
+    of measurements in each.
     """
 
     task: Tensor
@@ -35,9 +43,9 @@ class Balance(nn.Module):
         self.register_buffer("seen", torch.zeros(methods, levels))
 
     def update(self, task: Tensor, pull: Tensor) -> None:
-        """Take in norms of the YOLO loss, (L,), and of the unscaled methods, (M, L).
+        """Add one measurement to the running means: norms of the YOLO loss, (L,), and of the methods' losses, (M, L).
 
-        What is not finite, or 0, is left out, and leaves the gain as it was.
+        Where one of the two norms is 0 or not finite, the means, and so the gain, stay as they are.
         """
         task = task.expand_as(pull)
         usable = torch.isfinite(task) & torch.isfinite(pull) & (task > 0) & (pull > 0)
@@ -46,6 +54,6 @@ class Balance(nn.Module):
         for mean, new in ((self.task, task), (self.pull, pull)):
             mean += torch.where(usable, (new - mean) * step, 0)
 
-    def gains(self, share: Tensor, fixed: Tensor) -> Tensor:
-        """(M, L) gains: for a target share, (L,); and the fixed ones, (M, L), where nothing was measured yet."""
-        return torch.where(self.seen > 0, share * self.task / self.pull, fixed)
+    def gains(self, target: Tensor, fixed: Tensor) -> Tensor:
+        """Return (M, L) gains for the target ratios, (L,); and `fixed` gains, (M, L), where nothing is measured yet."""
+        return torch.where(self.seen > 0, target * self.task / self.pull, fixed)

@@ -1,9 +1,10 @@
-"""The seam: YOLO loss + sum of gain x method(levels), in the place of the student's own criterion."""
+"""The criterion of a student with a teacher: the YOLO loss plus the sum of gain x method(levels)."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,27 @@ from yolokd.pyramid.pairing import Pairing
 Losses = tuple[Tensor, dict[str, Tensor]]
 
 
-class DistillationCriterion(nn.Module):
-    """Computes the student's YOLO loss and adds the distillation losses of every paired level.
+@dataclass(frozen=True)
+class DistillationLosses:
+    """The distillation losses of a batch, M methods at L levels.
 
-    It is a submodule of the student, so that optimizer, DDP and device moves see its adapters; yet it adds nothing to
-    the student's state_dict, and keeps student and teacher out of its own submodules.
+    losses: (M, L) unscaled, times batch size; carry gradient. gains: (M, L) in force, without gradient. weighted: (M,)
+    unscaled, summed over levels by their weights.
+    """
+
+    losses: Tensor
+    gains: Tensor
+    weighted: Tensor
+
+
+class DistillationCriterion(nn.Module):
+    """Computes the student's YOLO loss, and adds the distillation losses of every paired level.
+
+    Ultralytics calls `student.criterion(preds, batch)`; this module takes that place. It is a submodule of the student,
+    so that optimizer, DDP and device moves see its adapters. But it adds nothing to the student's state_dict, and it
+    holds student and teacher outside of its own submodules.
+
+    student: a detector in training mode. teachers: each with its pairing, weakest first. seed: of adapters and masks.
     """
 
     def __init__(
@@ -35,24 +52,26 @@ class DistillationCriterion(nn.Module):
         self._student = weakref.ref(student)
         self._base: Any = None
         self.config, self._seed = config, seed
-        self.stages = nn.ModuleList(Stage(*paired, config, seed, k) for k, paired in enumerate(teachers))
+        stages = (Stage(*pair, config, seed, number) for number, pair in enumerate(teachers))
+        self.stages = nn.ModuleList(stages)
         strides = sorted({shape.stride for _, pairing in teachers for shape in pairing.levels})
-        self.probe = GradientRecorder([part.name for part in config.method_configs], strides)
-        self.guard = NonFiniteGuard([part.name for part in config.method_configs])
+        self.recorder = GradientRecorder([method.name for method in config.method_configs], strides)
+        self.guard = NonFiniteGuard([method.name for method in config.method_configs])
         self.begin_epoch(0, epochs=1, steps=1)
         self.register_load_state_dict_post_hook(_ignore_missing_criterion_keys)  # type: ignore[no-untyped-call]
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int) -> None:
-        """Say which epoch of how many begins, of how many steps: schedules and stages are told in epochs.
+        """Set the clock of schedules and stages: `epoch`, from 0, of `epochs`, each of `steps` steps.
 
-        Told anew each time, because Ultralytics changes both on the way (`time=`, a batch that was too large).
+        The trainer calls this at every epoch, because Ultralytics may change both numbers during a training (`time=`,
+        a batch that did not fit into memory).
         """
         self._epochs, self._steps = epochs, steps
         self._step = epoch * steps  # a plain number: reading a tensor's value would make a GPU wait
 
     @property
     def base(self) -> Any:
-        """Ultralytics' own criterion, built on first use: class weights are set on the student after attachment."""
+        """Return Ultralytics' criterion; it is built on first use, because class weights reach the student late."""
         if self._base is None:
             student = self._student()
             assert student is not None
@@ -64,13 +83,13 @@ class DistillationCriterion(nn.Module):
         self._base = criterion
 
     def update(self) -> None:
-        """Forward the end of an epoch: end-to-end losses change their mix."""
+        """Tell Ultralytics' criterion that an epoch ended: end-to-end losses then change the mix of their branches."""
         if hasattr(self.base, "update"):
             self.base.update()
 
     @property
     def stage(self) -> Stage:
-        """The stage of the present step: one teacher is at work at a time."""
+        """Return the stage of the present step: one teacher teaches at a time."""
         started = sum(start <= self._epoch for start in self.config.starts(self._epochs))
         stage: Stage = self.stages[started - 1]  # type: ignore[assignment]
         return stage
@@ -80,80 +99,79 @@ class DistillationCriterion(nn.Module):
         return self._step / self._steps
 
     def _factors(self) -> list[float]:
-        """Each method's schedule at the present step."""
-        return [part.schedule.factor(self._epoch, self._epochs) for part in self.config.method_configs]
+        """Return the factor, in 0..1, that each method's schedule has at the present step."""
+        return [method.schedule.factor(self._epoch, self._epochs) for method in self.config.method_configs]
 
     def start_teacher(self, images: Tensor) -> None:
-        """Let the teacher begin on a batch before the student's forward, where the device can overlap the two."""
+        """Start the teacher on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two."""
         if any(self._factors()):
             stage = self.stage
-            stage.teacher.start(images, *stage.wanted(self._measuring))
+            stage.teacher.start(images, stage.requested_outputs(self._measuring))
 
     @property
     def _measuring(self) -> bool:
         return self._step % self.config.probe == 0 or not self.stage.measured
 
     def forward(self, preds: Any, batch: dict[str, Any]) -> Losses:
-        """(loss vector times batch size, detached items by name), as Ultralytics' criteria return them."""
+        """Return (loss vector times batch size, detached items by name), as Ultralytics' criteria do."""
         task, items = self.base(preds, batch)
-        factors, found = self._factors(), None
+        factors, distilled = self._factors(), None
         if any(factors):
-            found = self._distil(task, task.new_tensor(factors), preds, batch)
+            distilled = self._distil(task, task.new_tensor(factors), preds, batch)
         else:
-            self.probe.rest()
-        if found is not None:
-            losses, gains, weighted = found
-            scaled = (gains * losses).sum(1)
-            in_force = torch.where(weighted > 0, scaled / weighted, gains.sum(1)).detach()
+            self.recorder.record_idle()
+        if distilled is not None:
+            scaled = (distilled.gains * distilled.losses).sum(1)
+            weighted = distilled.weighted
+            in_force = torch.where(weighted > 0, scaled / weighted, distilled.gains.sum(1)).detach()
             weighted = weighted.detach() / len(batch["img"])
         else:
             scaled = weighted = in_force = task.new_zeros(len(factors))
         self._step += 1
-        for i, part in enumerate(self.config.method_configs):
-            items |= {f"{part.name}_loss": weighted[i], f"{part.name}_gain": in_force[i]}
+        for i, method in enumerate(self.config.method_configs):
+            items |= {f"{method.name}_loss": weighted[i], f"{method.name}_gain": in_force[i]}
         return torch.cat([task.flatten(), scaled]), items
 
-    def _distil(
-        self, task: Tensor, factors: Tensor, preds: Any, batch: dict[str, Any]
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(M, L) unscaled losses times batch size, (M, L) gains, and (M,) losses as weighted by level.
-
-        None where a loss is not finite: the step trains without.
-        """
+    def _distil(self, task: Tensor, factors: Tensor, preds: Any, batch: dict[str, Any]) -> DistillationLosses | None:
+        """Return the losses of all methods, or None if one of them is not finite: the step trains without them."""
         stage, measuring = self.stage, self._measuring
-        output = stage.teacher(batch["img"], *stage.wanted(measuring))
+        output = stage.teacher(batch["img"], stage.requested_outputs(measuring))
         levels, maps = stage.levels(preds, output, batch, self._seed + self._step, self.guard)
-        each = [[loss * len(batch["img"]) for loss in method(levels)] for method in stage.methods]
-        losses = torch.stack([torch.stack(own) for own in each])
-        admitted = self.guard.losses_finite(losses, levels, batch.get("im_file", ()))
-        if measuring:  # also what is not admitted: other processes, where it may be, wait for this one's norms
-            pull = stage.measure(task, each, maps, output)
-            self.guard.forget()
+        # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
+        level_losses = [[loss * len(batch["img"]) for loss in method(levels)] for method in stage.methods]
+        losses = torch.stack([torch.stack(losses_of_method) for losses_of_method in level_losses])
+        finite = self.guard.losses_finite(losses, levels, batch.get("im_file", ()))
+        if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
+            norms = stage.measure(task, level_losses, maps, output)
+            self.guard.discard()
         gains = stage.gains(factors)
-        if measuring and torch.isfinite(pull).all():
-            self.probe.record([level.stride for level in levels], pull[0], pull[1:], gains, stage.share)
-        if not admitted:
+        if measuring and torch.isfinite(norms).all():
+            self.recorder.record([level.stride for level in levels], norms[0], norms[1:], gains, stage.share)
+        if not finite:
             return None
-        return losses, gains, (losses * stage.level_weights()).sum(1)
+        return DistillationLosses(losses, gains, (losses * stage.level_weights()).sum(1))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Nothing: the student's checkpoints and EMA are those of the student alone."""
+        """Return nothing of this module, so that checkpoints and EMA hold the student alone."""
         return kwargs.get("destination") or (args[0] if args else {})
 
     def private_state(self) -> dict[str, Tensor]:
-        """What a resume needs of this module: adapters, confidence shares and gradient norms."""
+        """Return what a resume needs of this module: adapters, confidence shares and gradient norms."""
         return super().state_dict()
 
     def load_private_state(self, state: dict[str, Tensor]) -> None:
-        """Restore `private_state`, in place."""
-        own = self.private_state()
-        if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
+        """Restore a `private_state` in place.
+
+        Raises UserError if its names or shapes are not those of this module.
+        """
+        tensors = self.private_state()
+        if tensors.keys() != state.keys() or any(tensors[k].shape != state[k].shape for k in tensors):
             raise UserError("resume", "its adapters fit another teacher or student", "resume with the same teacher")
         with torch.no_grad():
-            for key, value in own.items():
+            for key, value in tensors.items():
                 value.copy_(state[key])
         for stage in self.stages:
-            stage.look()  # type: ignore[operator]
+            stage.update_measured()  # type: ignore[operator]
 
 
 def _ignore_missing_criterion_keys(_module: nn.Module, keys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Measures, level by level, how hard the YOLO loss and each method pull at the student's neck."""
+"""Gradient norms of the YOLO loss and of each method at the student's neck maps, measured level by level."""
 
 from __future__ import annotations
 
@@ -10,48 +10,55 @@ from torch import Tensor
 
 from yolokd.pyramid.level import level_name
 
-LEVEL_FIELDS = ("share", "task_grad")  # whichever methods are at work
-FLOAT16_SCALE = 2.0**10  # float16 gradients are measured at this scale: they would underflow
+LEVEL_FIELDS = ("share", "task_grad")  # of each level; the other columns are of each level and method
+FLOAT16_SCALE = 2.0**10  # ours: the loss is multiplied by this when gradients are float16, or they would underflow
 
 
 class GradientRecorder:
-    """Collects measurements between two `means()`.
+    """Collect measurements of gradients, and average them over an epoch, for results.csv and the log.
 
-    A total over levels hides the balance: one level can dominate it by orders of magnitude.
+    Each level has columns of its own, since one level can dominate a total by orders of magnitude.
+
+    names: of the methods. strides: of all levels, in pixels.
     """
 
     def __init__(self, names: Sequence[str], strides: Sequence[int]) -> None:
         self._names = names
-        whats = [*LEVEL_FIELDS, *(f"{name}_{what}" for what in ("grad", "ratio", "gain") for name in names)]
-        self._empty = {f"{level_name(stride)}/{what}": nan for stride in strides for what in whats}
+        fields = [*LEVEL_FIELDS, *(f"{name}_{quantity}" for quantity in ("grad", "ratio", "gain") for name in names)]
+        self._empty = {f"{level_name(stride)}/{field}": nan for stride in strides for field in fields}
         self._records: list[dict[str, float]] = []
-        self.last: dict[str, float] = self._empty  # what `means` gave last; a resume restores it
+        self.last: dict[str, float] = self._empty  # the last result of `means`; a resume restores it
 
     def record(self, strides: Sequence[int], task: Tensor, pull: Tensor, gains: Tensor, share: Tensor) -> None:
-        """Keep a measurement: norms (L,) and, unscaled, (M, L); gains in force, (M, L); the teacher's confidence, (L,).
+        """Add one measurement at L levels of M methods.
 
-        The ratio of a method is that of its gradient in force to the YOLO loss's.
+        task: (L,) norms of the YOLO loss's gradient. pull: (M, L) norms of the methods' gradients, before any gain.
+        gains: (M, L) in force. share: (L,) the levels' shares of the teacher's confidence.
+        A method's ratio is the norm of its gradient, its gain included, over that of the YOLO loss.
         """
         levels = [level_name(stride) for stride in strides]
-        found = {f"{level}/share": v for level, v in zip(levels, share.tolist(), strict=True)}
-        found |= {f"{level}/task_grad": v for level, v in zip(levels, task.tolist(), strict=True)}
+        record = {f"{level}/share": v for level, v in zip(levels, share.tolist(), strict=True)}
+        record |= {f"{level}/task_grad": v for level, v in zip(levels, task.tolist(), strict=True)}
         ratios = torch.where(task > 0, gains * pull / task, 0.0)
-        for what, values in (("grad", gains * pull), ("ratio", ratios), ("gain", gains)):
+        for quantity, values in (("grad", gains * pull), ("ratio", ratios), ("gain", gains)):
             for name, row in zip(self._names, values.tolist(), strict=True):
-                found |= {f"{level}/{name}_{what}": v for level, v in zip(levels, row, strict=True)}
-        self._records.append(self._empty | found)
+                record |= {f"{level}/{name}_{quantity}": v for level, v in zip(levels, row, strict=True)}
+        self._records.append(self._empty | record)
 
-    def rest(self) -> None:
-        """Say that nothing is distilled any more: what methods pull and gain is 0, not what was measured last."""
+    def record_idle(self) -> None:
+        """Set the methods' columns of the last means to 0, since distillation is off.
+
+        Measurements that `means()` has not averaged yet still count first.
+        """
         if not self._records:
             self.last = {k: v if k.endswith(LEVEL_FIELDS) or isnan(v) else 0.0 for k, v in self.last.items()}
 
-    def forget(self) -> None:
-        """Drop what was measured since the last means: the epoch is done again."""
+    def discard(self) -> None:
+        """Drop the measurements since the last `means()`, because the epoch is repeated."""
         self._records = []
 
     def means(self) -> dict[str, float]:
-        """The means since the last call; those of the last call where nothing was measured since."""
+        """Return the means since the last call, by column; without a new measurement, the last result."""
         if self._records:
             self.last = {k: sum(r[k] for r in self._records) / len(self._records) for k in self._records[0]}
             self._records = []
@@ -59,27 +66,28 @@ class GradientRecorder:
 
 
 def gradient_norms(loss: Tensor, maps: Sequence[Tensor]) -> Tensor:
-    """(L,) float32 norms of a loss's gradient at the student's neck maps; 0 where none flows, as below a frozen layer.
+    """Return (L,) float32 norms of a loss's gradient at the L student's neck maps; 0 where no gradient flows.
 
-    One backward from the loss to the finest map, through the head and the maps that are computed from it.
+    No gradient flows to a map whose layers are frozen, for example. The cost is one backward pass from the loss to the
+    finest map, through the head and through the maps that are computed from the finest.
     """
     live = [m for m in maps if m.requires_grad]
     norms = torch.zeros(len(maps), device=loss.device)
     if not live or not loss.requires_grad:
         return norms
     scale = FLOAT16_SCALE if any(m.dtype == torch.float16 for m in live) else 1.0
-    found = iter(torch.autograd.grad(loss.sum() * scale, live, retain_graph=True, allow_unused=True))
+    gradients = iter(torch.autograd.grad(loss.sum() * scale, live, retain_graph=True, allow_unused=True))
     for i, m in enumerate(maps):
-        gradient = next(found) if m.requires_grad else None
+        gradient = next(gradients) if m.requires_grad else None
         if gradient is not None:
             norms[i] = gradient.float().norm() / scale
     return norms
 
 
 def per_level_gradient_norms(losses: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
-    """(L,) the same of each level's own loss at its own map.
+    """Return (L,) float32 norms: for each of L levels, of its own loss's gradient at its own map.
 
-    Coarser maps are computed from finer ones: the gradient of all levels' losses at a finer one would tell of theirs,
-    at other gains than those that are in force.
+    Coarser maps are computed from finer ones. So the gradient of all levels' losses at a finer map would include those
+    of coarser levels, and with other gains than those in force.
     """
     return torch.cat([gradient_norms(loss, [m]) for loss, m in zip(losses, maps, strict=True)])

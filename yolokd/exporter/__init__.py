@@ -1,4 +1,4 @@
-"""Export of a checkpoint, and the check that the exported file computes the same."""
+"""Export of a checkpoint, and the check that the exported file gives the same results."""
 
 from yolokd.exporter.export_model import export
 

@@ -1,4 +1,4 @@
-"""How far two runtimes agree on one image: raw outputs and detections."""
+"""Measures how closely PyTorch and ONNX Runtime agree on one image, in raw outputs and in detections."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ultralytics.utils.ops import xywh2xyxy
 
 
 class Limits(BaseModel):
-    """How far apart PyTorch and ONNX Runtime may be."""
+    """The largest differences allowed between PyTorch and ONNX Runtime."""
 
     model_config = ConfigDict(frozen=True)
-    raw: float  # relative L2 of the whole output
-    scores: float  # the same of the scores alone: beside box sides in pixels they hardly count in the whole
-    iou: float  # least overlap of two boxes that pass for the same detection
-    margin: float  # scores this close are a tie: to the threshold, or of two boxes that NMS chooses between
-    ties: bool  # whether NMS may choose the other box of a tie
+    raw: float  # largest relative L2 error of all outputs
+    scores: float  # largest relative L2 error of the scores alone: in `raw`, boxes in pixels outweigh them
+    iou: float  # smallest IoU of two boxes that count as the same detection
+    margin: float  # scores this close count as equal: to the threshold, or of two boxes that NMS chooses between
+    ties: bool  # whether NMS may choose the other one of two boxes with equal scores
 
 
-# float16 rounds a coordinate of 600 to a half, and moves scores by up to 0.01: enough to move small boxes and to turn a
-# choice between two boxes of one object, which in float32 practically never happens.
+# float16 rounds a coordinate of 600 to a multiple of 0.5, and changes scores by up to 0.01. That is enough to move
+# small boxes, and to make NMS choose another box of the same object, which practically never happens in float32.
 LIMITS: Mapping[str, Limits] = MappingProxyType(
     {
         "float32": Limits(raw=1e-4, scores=1e-4, iou=0.99, margin=1e-3, ties=False),
@@ -44,98 +44,101 @@ class Thresholds(NamedTuple):
     agnostic: bool = False
 
 
-class View(NamedTuple):
-    """What one runtime sees in one image, in comparable form."""
+class Prediction(NamedTuple):
+    """The output of one runtime for one image: raw, and as boxes before and after NMS."""
 
-    raw: Tensor  # (4 + classes, anchors), or final rows (n, 6)
+    raw: Tensor  # (4 + classes, anchors); or (n, 6) if the model chooses its boxes itself
     candidates: Tensor  # (m, 6) before NMS: x1, y1, x2, y2, score, class
-    detections: Tensor  # (n, 6) after it
+    detections: Tensor  # (n, 6) after NMS, same columns
 
 
-Pair = tuple[View, View]  # the same image in PyTorch and in ONNX Runtime
+PredictionPair = tuple[Prediction, Prediction]  # of the same image: PyTorch's, then ONNX Runtime's
 
 
-def _view(raw: Tensor, thresholds: Thresholds, most: int) -> View:
+def postprocess(raw: Tensor, thresholds: Thresholds, max_det: int) -> Prediction:
+    """Run NMS on one image's raw output: (4 + classes, anchors), or final rows (n, 6)."""
     conf, iou, agnostic = thresholds
-    detections = non_max_suppression(raw[None], conf, iou, agnostic=agnostic, max_det=most)[0]
-    return View(raw, raw if raw.shape[-1] == 6 else _boxes(raw, conf / 2), detections)
+    detections = non_max_suppression(raw[None], conf, iou, agnostic=agnostic, max_det=max_det)[0]
+    return Prediction(raw, raw if raw.shape[-1] == 6 else _candidates(raw, conf / 2), detections)
 
 
-def _boxes(raw: Tensor, least: float) -> Tensor:
-    """(4 + classes, anchors) -> (m, 6): every anchor with every class that scores above `least`, and a row of zeros.
+def _candidates(raw: Tensor, min_score: float) -> Tensor:
+    """Return (m, 6) boxes before NMS from `raw` (4 + classes, anchors), and one more row of zeros.
 
-    Two classes may tie as two boxes may. Thanks to the zeros there is always a candidate, however far from the mark.
+    There is one row per anchor and class that scores above `min_score`: NMS may also choose between two classes.
+    The row of zeros makes sure that there is at least one candidate.
     """
-    classes, anchors = (raw[4:] > least).nonzero(as_tuple=True)
+    classes, anchors = (raw[4:] > min_score).nonzero(as_tuple=True)
     rows = torch.cat([xywh2xyxy(raw[:4, anchors].T), raw[4 + classes, anchors, None], classes[:, None]], 1)
     return pad(rows, (0, 0, 0, 1))
 
 
-def _raw_errors(pairs: Sequence[Pair], margin: float) -> tuple[float, float]:
-    """The relative L2 distance of all outputs, and of the scores alone."""
-    final = pairs[0][1].raw.shape[-1] == 6
-    sides = [
-        _aligned(expected.candidates, actual.raw, margin) if final else (expected.raw.T, actual.raw.T)
+def relative_errors(pairs: Sequence[PredictionPair], margin: float) -> tuple[float, float]:
+    """Return the relative L2 errors of ONNX Runtime's raw outputs: of all outputs, and of the scores alone."""
+    has_final_rows = pairs[0][1].raw.shape[-1] == 6
+    outputs = [
+        _align_rows(expected.candidates, actual.raw, margin) if has_final_rows else (expected.raw.T, actual.raw.T)
         for expected, actual in pairs
     ]
-    expected, actual = (torch.cat(side).double() for side in zip(*sides, strict=True))
-    scores = slice(4, 5 if final else None)
-    return _relative(expected, actual), _relative(expected[:, scores], actual[:, scores])
+    expected, actual = (torch.cat(side).double() for side in zip(*outputs, strict=True))
+    scores = slice(4, 5 if has_final_rows else None)
+    return _relative_l2(expected, actual), _relative_l2(expected[:, scores], actual[:, scores])
 
 
-def _relative(expected: Tensor, actual: Tensor) -> float:
+def _relative_l2(expected: Tensor, actual: Tensor) -> float:
     distance, size = float((actual - expected).norm()), float(expected.norm())
     return distance / size if size else float("inf") if distance else 0.0
 
 
-def _aligned(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Final rows (n, 6) of ONNX Runtime, each beside PyTorch's nearest.
+def _align_rows(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Pair final rows (n, 6) of ONNX Runtime with PyTorch's nearest candidates; return (candidates, rows).
 
-    Rows are sorted by score and the list is cut at its end: rounding decides which of two nearly equal rows comes
-    first, and which of the last ones is on the list at all. So a row finds its partner by what it says, not by where
-    it stands, and rows that hardly differ from the lowest score look for none (unless all are such). With an embedded
-    NMS the partner is sought among the boxes before NMS; whether NMS chose the same is for the detections to tell.
+    Rows are sorted by score, and the list has a fixed length. Rounding therefore decides which of two nearly equal
+    rows comes first, and which of the lowest rows are on the list. So rows are paired by content, not by position,
+    and rows that score within the margin of the lowest score are left out (unless all rows do). If the file contains
+    an NMS, the candidates are the boxes before NMS; whether NMS chose the same boxes is checked on the detections.
     """
-    last = rows[:, 4] <= rows[:, 4].min() * (1 + margin)  # false for NaN, which must not get away
-    judged = rows if last.all() else rows[~last]
-    weight = torch.tensor([1, 1, 1, 1, 100, 1e4])  # of sides in pixels, score and class
-    gap = torch.cdist(judged * weight, candidates * weight, compute_mode="donot_use_mm_for_euclid_dist")
-    return candidates[gap.argmin(1)], judged
+    lowest = rows[:, 4] <= rows[:, 4].min() * (1 + margin)  # false for NaN, so that such a row is compared and fails
+    compared = rows if lowest.all() else rows[~lowest]
+    weight = torch.tensor([1, 1, 1, 1, 100, 1e4])  # of box sides in pixels, score and class
+    distances = torch.cdist(compared * weight, candidates * weight, compute_mode="donot_use_mm_for_euclid_dist")
+    return candidates[distances.argmin(1)], compared
 
 
-def _agreement(ours: View, theirs: View, conf: float, limits: Limits) -> float:
-    """The least overlap of any detection with its partner of the same class on the other side; 0 without a partner.
+def worst_match_iou(expected: Prediction, actual: Prediction, conf: float, limits: Limits) -> float:
+    """Match the detections of both runtimes one to one, and return the lowest IoU of any match.
 
-    Detections at the threshold are left out; a tie that NMS decided the other way is no disagreement.
+    A match is of the same class. A detection without a match counts as IoU 0. Detections whose score is at the
+    threshold `conf` are left out. If the limits allow ties, a detection may also match a candidate of equal score.
     """
-    overlap = _overlap(ours.detections, theirs.detections)
-    partners = (torch.zeros(len(ours.detections)), torch.zeros(len(theirs.detections)))
+    overlap = _class_iou(expected.detections, actual.detections)
+    expected_ious, actual_ious = torch.zeros(len(expected.detections)), torch.zeros(len(actual.detections))
     while overlap.numel() and overlap.max() > 0:
         i, j = divmod(int(overlap.argmax()), overlap.shape[1])
-        partners[0][i] = partners[1][j] = overlap[i, j]
+        expected_ious[i] = actual_ious[j] = overlap[i, j]
         overlap[i], overlap[:, j] = 0, 0
-    least = [1.0]
-    for view, other, found in ((ours, theirs, partners[0]), (theirs, ours, partners[1])):
+    lowest = [1.0]
+    for prediction, other, ious in ((expected, actual, expected_ious), (actual, expected, actual_ious)):
         if limits.ties:
-            found = found.maximum(_best_tie(view.detections, other.candidates, limits.margin))
-        judged = (view.detections[:, 4] - conf).abs() > limits.margin
-        least += found[judged].tolist()
-    return min(least)
+            ious = ious.maximum(_best_tie_iou(prediction.detections, other.candidates, limits.margin))
+        compared = (prediction.detections[:, 4] - conf).abs() > limits.margin
+        lowest += ious[compared].tolist()
+    return min(lowest)
 
 
-def _overlap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """The IoU (n, m) of boxes of the same class, 0 for others."""
-    iou: Tensor = box_iou(_upright(ours), _upright(theirs)).nan_to_num(0)
-    return iou * (ours[:, 5:] == theirs[:, 5])
+def _class_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Return the IoU (n, m) of every two boxes of the same class, and 0 for boxes of different classes."""
+    iou: Tensor = box_iou(_sort_corners(first), _sort_corners(second)).nan_to_num(0)
+    return iou * (first[:, 5:] == second[:, 5])
 
 
-def _upright(rows: Tensor) -> Tensor:
-    """The boxes with their corners in order: half-trained heads without DFL also predict negative sides."""
+def _sort_corners(rows: Tensor) -> Tensor:
+    """Return boxes (n, 4) with x1 <= x2 and y1 <= y2; half-trained heads without DFL also predict negative sides."""
     first, second = rows[:, :2], rows[:, 2:4]
     return torch.cat([first.minimum(second), first.maximum(second)], 1)
 
 
-def _best_tie(detections: Tensor, candidates: Tensor, margin: float) -> Tensor:
-    """The largest overlap of each detection with any candidate that scores the same within the margin."""
+def _best_tie_iou(detections: Tensor, candidates: Tensor, margin: float) -> Tensor:
+    """Return each detection's largest IoU (n,) with any candidate whose score is equal within the margin."""
     tie = (detections[:, 4:5] - candidates[:, 4]).abs() <= margin
-    return (_overlap(detections, candidates) * tie).amax(1)
+    return (_class_iou(detections, candidates) * tie).amax(1)

@@ -1,4 +1,4 @@
-"""`yolokd export`: Ultralytics' exporter, its file made valid and signed, and the check of what it computes."""
+"""Exports a checkpoint with Ultralytics' exporter, completes the ONNX file, and checks its results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.engine.exporter import export_formats
 from ultralytics.nn.modules.head import Detect
-from ultralytics.utils import LOGGER, checks
+from ultralytics.utils import LOGGER
 
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.ultralytics_keys import DEPRECATED
@@ -24,43 +24,44 @@ from yolokd.exporter.agreement import Thresholds
 from yolokd.exporter.onnx_detector import precision_of
 from yolokd.exporter.parity import ExportReport, verify
 from yolokd.models.checkpoint import load_model
-from yolokd.patches.patched import patched
+from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.files import atomic_path
 
 
 def export(model: str | Path, *, data: str | None = None, trust: bool = False, **kwargs: Any) -> ExportReport:
-    """Export a checkpoint with Ultralytics' arguments (`format="onnx"` where not given) and check the result.
+    """Export a checkpoint with Ultralytics' export arguments and check the result; the default is format="onnx".
 
-    An ONNX file is compared with the checkpoint on validation images of `data`, by default the data set that the
-    checkpoint was trained on; the table is printed and written beside the file as `NAME.parity.json`. The report says
-    `passed=False` where they differ. `trust=True` lifts the restrictions on loading the checkpoint.
+    An ONNX file is compared with the checkpoint on validation images of `data`, by default of the data set that the
+    checkpoint was trained on. The result is printed as a table and written beside the file as `NAME.parity.json`. The
+    report has `passed=False` if the two differ. trust=True loads a checkpoint that could run code.
     Raises UserError for a missing or broken checkpoint, a missing data set, and arguments that Ultralytics rejects.
 
         report = export("runs/detect/train/weights/best.pt", dynamic=True)
         print(report.path, report.passed)
     """
     options = kwargs | {"format": str(kwargs.get("format", "onnx")).lower()}
-    args = _checked(options)
+    args = _check_options(options)
     module, checkpoint = load_model(model, "model", trust)
     if args.format != "onnx":
-        path = _export(module, options | ({"data": data_file(data)} if data else {}), trust)
-        LOGGER.info(f"{path}: parity with the checkpoint is checked for format=onnx only")
+        path = _run_exporter(module, options | ({"data": data_file(data)} if data else {}), trust)
+        LOGGER.info(f"{path}: not compared with the checkpoint; yolokd compares format=onnx only")
         return ExportReport(path=path)
     _require_detector(module, model)
-    source = _data(data, checkpoint)
+    source = _choose_data(data, checkpoint)
     images = validation_images(source)
-    # Only INT8 calibration reads `data`: elsewhere it would but put a local path into the file's metadata.
-    path = _export(module, options | ({"data": source} if args.quantize == 8 else {}), trust)
-    finish(path, module)
+    # Only INT8 calibration reads `data`; in other exports it would only put a local path into the file's metadata.
+    path = _run_exporter(module, options | ({"data": source} if args.quantize == 8 else {}), trust)
+    _complete_onnx(path, module)
     if args.quantize == 8:
-        LOGGER.info(f"{path}: parity with the checkpoint is checked for float32 and float16 only")
+        LOGGER.info(f"{path}: not compared with the checkpoint; yolokd compares float32 and float16 files only")
         return ExportReport(path=path)
     thresholds = Thresholds(0.25 if args.conf is None else args.conf, args.iou, args.agnostic_nms)
     return verify(path, module, images, thresholds)
 
 
-def _checked(options: Mapping[str, Any]) -> Any:
+def _check_options(options: Mapping[str, Any]) -> Any:
+    """Return the options as Ultralytics' settings object; raise UserError for a key or value that it does not take."""
     known = DEFAULT_CFG_DICT.keys() | DEPRECATED
     for key in options:
         if key not in known:
@@ -79,12 +80,14 @@ def _checked(options: Mapping[str, Any]) -> Any:
 
 def _require_detector(module: nn.Module, name: str | Path) -> None:
     if getattr(module, "task", None) != "detect" or not isinstance(module.model[-1], Detect):  # type: ignore[index]
-        raise UserError(f"model={name}", f"is no YOLO detector but {type(module).__name__}", "give a detection model")
+        kind = type(module).__name__
+        raise UserError(f"model={name}", f"is not a YOLO detector but a {kind}", "give a detection model")
 
 
-def _export(module: nn.Module, options: Mapping[str, Any], trust: bool) -> Path:
+def _run_exporter(module: nn.Module, options: Mapping[str, Any], trust: bool) -> Path:
+    """Run Ultralytics' exporter; raise UserError if it rejects an option or needs a package that is not installed."""
     try:
-        with safe_loading(trust), patched(checks, "AUTOINSTALL", False):
+        with safe_loading(trust), no_autoinstall():
             return Path(YOLO(module.pt_path).export(**options))
     except ImportError as e:
         raise UserError(f"format={options['format']}", f"needs {e.name or e}", f"pip install {e.name or ''}") from e
@@ -92,28 +95,30 @@ def _export(module: nn.Module, options: Mapping[str, Any], trust: bool) -> Path:
         raise UserError(f"format={options['format']}", first_line(e), "see Ultralytics' export settings") from e
 
 
-def _data(data: str | None, checkpoint: Mapping[str, Any]) -> str:
+def _choose_data(data: str | None, checkpoint: Mapping[str, Any]) -> str:
+    """Return the data set file to check on: the one given, or the one that the checkpoint was trained on."""
     chosen = data or checkpoint.get("train_args", {}).get("data")
     if not chosen:
-        raise UserError("data", "the checkpoint names no data set to check parity on", "give data=path/to/data.yaml")
+        raise UserError("data", "the checkpoint names no data set for the check", "give data=path/to/data.yaml")
     return data_file(chosen)
 
 
-def finish(path: Path, module: nn.Module) -> None:
-    """Make a fresh ONNX file valid, and write into its metadata what yolokd knows of the checkpoint, if it made it."""
+def _complete_onnx(path: Path, module: nn.Module) -> None:
+    """Make a new ONNX file valid, and add yolokd's provenance to its metadata if yolokd trained the model."""
     graph = onnx.load(path)
     if precision_of(graph) == "float16":
-        # The float16 converter appends its casts at the end, an order that ONNX forbids and ONNX Runtime forgives.
+        # The float16 converter appends its casts at the end; ONNX forbids this order, ONNX Runtime accepts it.
         OnnxModel(graph).topological_sort()
-    own = _provenance(getattr(module, "yolokd", None))
-    onnx.helper.set_model_props(graph, {entry.key: entry.value for entry in graph.metadata_props} | own)
+    metadata = {entry.key: entry.value for entry in graph.metadata_props}
+    onnx.helper.set_model_props(graph, metadata | _provenance(getattr(module, "yolokd", None)))
     with atomic_path(path) as temporary:
         onnx.save(graph, temporary)
 
 
-def _provenance(known: object) -> dict[str, str]:
-    if not isinstance(known, dict):
+def _provenance(record: object) -> dict[str, str]:
+    """Return metadata entries from the model's provenance record; empty if the model has none."""
+    if not isinstance(record, dict):
         return {}
-    teacher = known.get("teacher")
+    teacher = record.get("teacher")
     name = teacher.get("file") if isinstance(teacher, dict) else teacher
-    return {"teacher": str(name), "method": str(known.get("method")), "yolokd": json.dumps(known, default=str)}
+    return {"teacher": str(name), "method": str(record.get("method")), "yolokd": json.dumps(record, default=str)}

@@ -1,4 +1,4 @@
-"""An exported ONNX file, run by ONNX Runtime on the CPU."""
+"""Runs an exported ONNX detector with ONNX Runtime on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class OnnxDetector:
-    """An ONNX file of Ultralytics' in ONNX Runtime, on the CPU, and what its metadata say of it."""
+    """A detector that Ultralytics exported to ONNX, run by ONNX Runtime on the CPU, with its metadata."""
 
     def __init__(self, path: Path) -> None:
         self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -27,21 +27,24 @@ class OnnxDetector:
         self.end2end = meta["end2end"] == "True"
         self.embeds_nms = ast.literal_eval(meta["args"]).get("nms") is True
 
-    def __call__(self, pictures: Tensor) -> Tensor:
-        """(B, C, H, W) float32 in 0..1 -> (B, 4 + classes, anchors), or final rows (B, n, 6); float32."""
+    def __call__(self, images: Tensor) -> Tensor:
+        """Run on images (B, C, H, W), float32 in 0..1.
+
+        Returns float32: (B, 4 + classes, anchors), or final rows (B, n, 6) if the model chooses its boxes itself.
+        """
         # float16 files made on a GPU take and give float16.
         dtype = np.float16 if "float16" in self.input.type else np.float32
-        return torch.from_numpy(self.session.run(None, {self.input.name: pictures.numpy().astype(dtype)})[0]).float()
+        return torch.from_numpy(self.session.run(None, {self.input.name: images.numpy().astype(dtype)})[0]).float()
 
-    def most(self) -> int:
-        """How many detections a picture can have."""
+    def max_detections(self) -> int:
+        """Return how many detections the model can give for one image."""
         if not self.end2end and not self.embeds_nms:
             return 300
-        # The file does not always tell how many rows it gives: it has to be tried.
+        # The file does not always state its number of rows, so run it once.
         return self(torch.zeros(self.batch, self.input.shape[1], self.height, self.width)).shape[1]
 
 
 def precision_of(graph: onnx.ModelProto) -> str:
-    """float16 if any weight of the graph is, else float32."""
+    """Return "float16" if any weight of the graph is float16, else "float32"."""
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in graph.graph.initializer)
     return "float16" if half else "float32"

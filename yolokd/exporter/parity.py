@@ -1,4 +1,4 @@
-"""The proof that an ONNX file computes what its checkpoint does, on real pictures, at every size that it claims."""
+"""Checks that an ONNX file gives the same results as its checkpoint, on real images, at every input size it takes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,25 @@ from ultralytics.utils import LOGGER
 
 from yolokd.data.dataset import Image, as_batch
 from yolokd.errors import first_line
-from yolokd.exporter.agreement import LIMITS, Limits, Pair, Thresholds, _agreement, _raw_errors, _view
+from yolokd.exporter.agreement import (
+    LIMITS,
+    Limits,
+    PredictionPair,
+    Thresholds,
+    postprocess,
+    relative_errors,
+    worst_match_iou,
+)
 from yolokd.exporter.onnx_detector import OnnxDetector, precision_of
 from yolokd.runtime.files import atomic_path, sha256
 
 
 class ParityRow(BaseModel):
-    """The parity at one batch and image size, over `images` images."""
+    """The result of the check at one batch size and image size, over `images` images.
+
+    raw, scores: relative L2 errors of all outputs and of the scores alone. worst_iou: the lowest IoU of any detection
+    with its match in the other runtime.
+    """
 
     model_config = ConfigDict(frozen=True)
     batch: int
@@ -46,7 +58,11 @@ class ParityRow(BaseModel):
 
 
 class ExportReport(BaseModel):
-    """What an export made: the file, the JSON file with its parity (ONNX only), and the verdict."""
+    """The result of an export.
+
+    path: the exported file. parity: the JSON file with the result of the check (ONNX only). rows: one per input size.
+    problem: why the file could not be checked.
+    """
 
     model_config = ConfigDict(frozen=True)
     path: Path
@@ -57,73 +73,83 @@ class ExportReport(BaseModel):
 
 
 def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds) -> ExportReport:
-    """Compare an ONNX file from Ultralytics' exporter with the PyTorch model it was made of, on OpenCV's pictures.
+    """Compare an ONNX file from Ultralytics' exporter with the PyTorch model that it was exported from.
 
-    At each batch and image size that the file claims to take, raw outputs and detections must agree within LIMITS.
-    Prints the table and writes it beside the file; never raises for a file that is wrong.
+    images: (H, W, C) uint8, as OpenCV reads them. Raw outputs and detections must agree within LIMITS at each batch
+    size and image size that the file claims to take. Prints a table and writes it beside the file. A wrong or broken
+    file raises no error; the report says `passed=False`.
     """
     precision, rows, problem = "float32", list[ParityRow](), None
     try:
         graph = onnx.load(path)
         precision = precision_of(graph)
         onnx.checker.check_model(graph, full_check=True)
-        rows = _compare(path, module, images, thresholds, LIMITS[precision])
-    except Exception as e:  # whatever ONNX and ONNX Runtime raise, the file is not what was ordered
+        rows = _compare_runtimes(path, module, images, thresholds, LIMITS[precision])
+    except Exception as e:  # ONNX and ONNX Runtime raise errors of many types; each means that the file is wrong
         problem = f"{type(e).__name__}: {first_line(e)}"
     record = path.with_suffix(".parity.json")
     passed = problem is None and all(row.passed for row in rows)
     report = ExportReport(path=path, parity=record, rows=tuple(rows), passed=passed, problem=problem)
-    _write(report, record, precision)
+    _write_json(report, record, precision)
     if problem:
         LOGGER.error(f"{path}: {problem}")
         return report
-    _print(report, precision)
+    _print_table(report, precision)
     if not any(row.torch_detections for row in rows):
-        LOGGER.warning(f"{path}: nothing scores above conf={thresholds.conf}: no detections were compared")
+        LOGGER.warning(f"{path}: no detections were compared, because no score is above conf={thresholds.conf}")
     return report
 
 
-def _compare(
+def _compare_runtimes(
     path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds, limits: Limits
 ) -> list[ParityRow]:
+    """Run PyTorch and ONNX Runtime at every input size of the file; return one row for each size."""
     exported = OnnxDetector(path)
     if exported.names != check_class_names(module.names) or exported.stride != int(max(module.stride)):  # type: ignore[arg-type]
-        raise ValueError(f"class names or stride are not the checkpoint's: {exported.names}, {exported.stride}")
-    most = exported.most()
-    reference = _reference(module, exported.end2end, most)
+        raise ValueError(f"class names or stride differ from the checkpoint's: {exported.names}, {exported.stride}")
+    max_det = exported.max_detections()
+    reference = _reference_model(module, exported.end2end, max_det)
 
-    def look(batch: Tensor) -> Iterator[Pair]:
+    def predict(batch: Tensor) -> Iterator[PredictionPair]:
         for expected, actual in zip(reference(batch)[0], exported(batch), strict=True):
-            yield _view(expected, thresholds, most), _view(actual, thresholds, most)
+            yield postprocess(expected, thresholds, max_det), postprocess(actual, thresholds, max_det)
 
     with torch.inference_mode():
         return [
-            _row(shape, [pair for batch in _batches(images, *shape) for pair in look(batch)], limits, thresholds.conf)
-            for shape in _shapes(exported, reference)
+            _make_row(
+                shape, [pair for batch in _batches(images, *shape) for pair in predict(batch)], limits, thresholds.conf
+            )
+            for shape in _input_shapes(exported, reference)
         ]
 
 
-def _reference(module: nn.Module, end2end: bool, most: int) -> Any:
-    """The fused float32 model, choosing its boxes (if it does, `most` of them) as the exported one does."""
+def _reference_model(module: nn.Module, end2end: bool, max_det: int) -> Any:
+    """Return a fused float32 copy of the model that chooses its boxes as the exported model does.
+
+    max_det: the number of boxes that an end-to-end model gives.
+    """
     reference: Any = deepcopy(module).float().eval()
     reference.end2end = end2end
     reference.fuse(verbose=False)
-    reference.model[-1].max_det = most
+    reference.model[-1].max_det = max_det
     return reference
 
 
-def _shapes(exported: OnnxDetector, reference: Any) -> list[tuple[int, int, int]]:
-    """The (batch, height, width) to try: all that a static file takes, two batches at two sizes for a dynamic one."""
+def _input_shapes(exported: OnnxDetector, reference: Any) -> list[tuple[int, int, int]]:
+    """Return each (batch, height, width) to check: one for a static file, two batch sizes at two heights if dynamic."""
     height, width = exported.height, exported.width
     if not exported.dynamic:
         return [(exported.batch, height, width)]
-    # An embedded NMS is unrolled: it takes no more pictures at once than it was exported for.
-    counts = sorted({1, min(exported.batch, 3) if exported.embeds_nms else 3})
-    return [(n, side, width) for side in (height, _other_height(height, width, reference)) for n in counts]
+    # An embedded NMS is unrolled over the batch: it takes at most as many images as it was exported for.
+    batch_sizes = sorted({1, min(exported.batch, 3) if exported.embeds_nms else 3})
+    return [(n, side, width) for side in (height, _second_height(height, width, reference)) for n in batch_sizes]
 
 
-def _other_height(height: int, width: int, reference: Any) -> int:
-    """Half the height; or more than it, where half leaves an end-to-end head fewer anchors than rows to fill."""
+def _second_height(height: int, width: int, reference: Any) -> int:
+    """Return half the height, rounded up to a multiple of the stride; or one stride more than the height.
+
+    The larger height is for end-to-end heads that have fewer anchors than output rows at half the height.
+    """
     strides = [int(stride) for stride in reference.stride]
     step, head = max(strides), reference.model[-1]
     half = ceil(height / 2 / step) * step
@@ -132,16 +158,16 @@ def _other_height(height: int, width: int, reference: Any) -> int:
 
 
 def _batches(images: Sequence[Image], batch: int, height: int, width: int) -> Iterator[Tensor]:
-    """The images as (batch, C, height, width) in 0..1, starting over where the last batch is not full."""
+    """Yield the images as (batch, C, height, width) in 0..1; the last batch is filled up with the first images."""
     endless = cycle(images)
     for _ in range(ceil(len(images) / batch)):
         yield as_batch(list(islice(endless, batch)), (height, width))
 
 
-def _row(shape: tuple[int, int, int], pairs: Sequence[Pair], limits: Limits, conf: float) -> ParityRow:
+def _make_row(shape: tuple[int, int, int], pairs: Sequence[PredictionPair], limits: Limits, conf: float) -> ParityRow:
     batch, height, width = shape
-    raw, scores = _raw_errors(pairs, limits.margin)
-    worst = min(_agreement(*pair, conf, limits) for pair in pairs)
+    raw, scores = relative_errors(pairs, limits.margin)
+    worst = min(worst_match_iou(*pair, conf, limits) for pair in pairs)
     return ParityRow(
         batch=batch,
         height=height,
@@ -156,9 +182,9 @@ def _row(shape: tuple[int, int, int], pairs: Sequence[Pair], limits: Limits, con
     )
 
 
-def _write(report: ExportReport, path: Path, precision: str) -> None:
+def _write_json(report: ExportReport, path: Path, precision: str) -> None:
     content = report.model_dump(mode="json", include={"passed", "problem", "rows"})
-    about = {
+    header = {
         "onnx": report.path.name,
         "sha256": sha256(report.path) if report.path.is_file() else None,
         "precision": precision,
@@ -166,16 +192,16 @@ def _write(report: ExportReport, path: Path, precision: str) -> None:
         "versions": {library.__name__: library.__version__ for library in (torch, onnx, onnxruntime, ultralytics)},
     }
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(about | content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
 
 
-def _print(report: ExportReport, precision: str) -> None:
+def _print_table(report: ExportReport, precision: str) -> None:
     limits = LIMITS[precision]
     table = Table(
-        title=f"{report.path.name} ({precision}) against its checkpoint", title_justify="left", box=SIMPLE_HEAD
+        title=f"{report.path.name} ({precision}) compared with its checkpoint", title_justify="left", box=SIMPLE_HEAD
     )
-    raw, scores = f"raw rel. L2\n≤ {limits.raw:.0e}", f"its scores\n≤ {limits.scores:.0e}"
-    for heading in ("batch", "size", raw, scores, "detections\ntorch/onnx", f"worst IoU\n≥ {limits.iou}", ""):
+    raw, scores = f"outputs\nrelative L2\n≤ {limits.raw:.0e}", f"scores\nrelative L2\n≤ {limits.scores:.0e}"
+    for heading in ("batch", "size", raw, scores, "detections\ntorch/onnx", f"worst IoU\n≥ {limits.iou}", "result"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(

@@ -1,4 +1,4 @@
-"""Distillation methods: one file per paper, found by name in the registry."""
+"""Distillation methods: one file per paper, and a registry that finds a method by its name."""
 
 from yolokd.methods import cwd, dfd, dfmsd, fgd, fitnet, frs, mgd, pdf, pkd, sl2
 from yolokd.methods.base import Method, constants_model, register, registered

@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from yolokd.pyramid.level import Level, LevelShape
 
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of a term of a loss
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # the weight of one term of a loss
 
 
 class Method(nn.Module):
-    """One method at one pyramid level: maps (and class logits) in, one scalar loss out.
+    """One distillation method at one pyramid level: it turns the maps of both models into a scalar loss.
 
-    A method is built once per level, so it needs no loop of its own; its trained parts (adapters, …) are ordinary
-    submodules. Its constants are keyword-only arguments of `__init__`: `yolokd train NAME.constant=value` sets them,
-    and their annotations (pydantic's, so `Annotated[float, Field(ge=0)]` works) say what is valid. It knows tensors
-    only.
+    yolokd builds one instance per level, so a method has no loop over levels. Trained parts, such as adapters, are
+    ordinary submodules. Constants are keyword-only arguments of `__init__`: `yolokd train NAME.constant=value` sets
+    them, and pydantic checks the value against the annotation, for example `Annotated[float, Field(ge=0)]`. A method
+    uses tensors only, nothing of Ultralytics, files or settings.
+
+    paper: the method's name and source, as `yolokd methods` prints it. The `wants_…` attributes say which predictions
+    `Level` must hold.
 
     >>> import torch.nn.functional as F
     >>> from yolokd.methods.blocks import Adapter
@@ -35,17 +38,17 @@ class Method(nn.Module):
     """
 
     paper: ClassVar[str] = ""
-    wants_logits: ClassVar[bool] = False  # whether `Level` must carry both models' class logits
-    wants_mean_logits: ClassVar[bool] = False  # whether it must carry the mean of the teacher's branches
-    wants_boxes: bool = False  # whether it must carry both models' predicted boxes; may depend on constants
+    wants_logits: ClassVar[bool] = False  # class logits of both models
+    wants_mean_logits: ClassVar[bool] = False  # the mean of the class logits of the teacher's branches
+    wants_boxes: bool = False  # predicted boxes of both models; an instance may set it, by its constants
 
     @classmethod
     def wants_scores(cls) -> bool:
-        """Whether the teacher's head must give class scores, of whatever kind."""
+        """Return whether the method needs class logits of the teacher, of either kind."""
         return cls.wants_logits or cls.wants_mean_logits
 
     def forward(self, level: Level) -> Tensor:
-        """The level's loss: a scalar mean over batch, channels and positions, unscaled by any gain."""
+        """Return the loss of one level, a scalar: a mean over batch, channels and positions, before any gain."""
         raise NotImplementedError
 
 
@@ -54,9 +57,9 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator that makes a Method available as `method=name`.
+    """Return a class decorator that makes a Method available as `method=name`.
 
-    Raises ValueError for a name that `method=` could not spell.
+    Raises ValueError if the name is "none" or no identifier, since `method=` could not name it.
     """
     if not name.isidentifier() or name == "none":
         raise ValueError(f"a method's name must be an identifier other than 'none', not {name!r}")
@@ -69,12 +72,12 @@ def register(name: str) -> Callable[[M], M]:
 
 
 def registered() -> dict[str, type[Method]]:
-    """The known methods by name."""
+    """Return all registered methods by name."""
     return dict(_REGISTRY)
 
 
 def constants_model(cls: type[Method]) -> type[BaseModel]:
-    """The pydantic model of a method's constants, read off the keyword-only arguments of its `__init__`."""
+    """Return a pydantic model of a method's constants, made from the keyword-only arguments of its `__init__`."""
     parameters = inspect.signature(cls.__init__, eval_str=True).parameters.values()
     fields: dict[str, Any] = {
         p.name: (

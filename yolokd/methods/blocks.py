@@ -1,4 +1,4 @@
-"""Pieces that the papers share: adapters, generators, attention maps, distances."""
+"""Building blocks that several methods use: adapters, generators, attention maps, distances."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from yolokd.pyramid.level import Level, LevelShape
 
-EPS = 1e-6  # ours: a channel of one value stays at 0
+EPS = 1e-6  # ours: added to a variance, so that a constant channel is standardized to 0
 
 
 class Adapter(nn.Conv2d):
-    """1x1 convolution from the student's channels to the teacher's: (B, C_S, H, W) -> (B, C_T, H, W).
+    """A 1x1 convolution from the student's channels to the teacher's: (B, C_S, H, W) -> (B, C_T, H, W).
 
-    Composed methods of one level share their first, where it is of equal shape.
+    In a composition of methods such as `fitnet+pdf`, the methods of one level share their first adapter if its shape is
+    the same.
     """
 
     def __init__(self, shape: LevelShape) -> None:
@@ -21,17 +22,17 @@ class Adapter(nn.Conv2d):
 
 
 def adapted(adapt: nn.Module, level: Level) -> Tensor:
-    """The student's map at the teacher's channels, computed once a step for all methods that share the adapter."""
-    return level.once(adapt, lambda: adapt(level.student))
+    """Return F_S, the adapted student map, (B, C_T, H, W): computed once per step for all that share the adapter."""
+    return level.compute_once(adapt, lambda: adapt(level.student))
 
 
 def adapted_error(adapt: nn.Module, level: Level) -> Tensor:
-    """Mean over channels of (F_T − F_S)², F_S adapted: (B, H, W) float32, computed once a step like `adapted`."""
-    return level.once((adapt, "error"), lambda: squared_error(adapted(adapt, level), level.teacher))
+    """Return the mean over channels of (F_T − F_S)², (B, H, W) float32: computed once per step, like `adapted`."""
+    return level.compute_once((adapt, "error"), lambda: squared_error(adapted(adapt, level), level.teacher))
 
 
 def generator(channels: int) -> nn.Module:
-    """3x3-ReLU-3x3 at constant width, as masked generative distillation rebuilds maps."""
+    """Return the generator of MGD, 3x3-ReLU-3x3 at constant width: (B, C, H, W) -> (B, C, H, W)."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
@@ -40,28 +41,37 @@ def generator(channels: int) -> nn.Module:
 
 
 def spatial_attention(maps: Tensor, temperature: float = 1.0) -> Tensor:
-    """A(F) = H·W·softmax over positions of mean_c |F| / T: (B, C, H, W) -> (B, H, W), float32, mean 1 per image."""
+    """Return A(F) = H·W·softmax over positions of mean_c |F| / T.
+
+    (B, C, H, W) -> (B, H, W) float32, of mean 1 in each image.
+    """
     b, _, h, w = maps.shape
     return ((maps.float().abs().mean(1) / temperature).flatten(1).softmax(1) * (h * w)).view(b, h, w)
 
 
 def channel_attention(maps: Tensor, temperature: float) -> Tensor:
-    """A(F) = C·softmax over channels of mean_hw |F| / T: (B, C, H, W) -> (B, C), float32, mean 1 per image."""
+    """Return A(F) = C·softmax over channels of mean_hw |F| / T.
+
+    (B, C, H, W) -> (B, C) float32, of mean 1 in each image.
+    """
     return (maps.float().abs().mean((2, 3)) / temperature).softmax(1) * maps.shape[1]
 
 
 def standardized(maps: Tensor) -> Tensor:
-    """Each channel at mean 0 and variance 1 over batch and positions: (B, C, H, W) -> the same, float32."""
+    """Return maps whose channels have mean 0 and variance 1 over batch and positions, (B, C, H, W) float32."""
     maps = maps.float()
     return (maps - maps.mean((0, 2, 3), keepdim=True)) / (maps.var((0, 2, 3), correction=0, keepdim=True) + EPS).sqrt()
 
 
 def standardized_error(maps: Tensor, level: Level) -> Tensor:
-    """Half the mean squared error of both maps standardized, 1 − Pearson's r; the teacher's computed once a step."""
-    teacher = level.once("standardized teacher", lambda: standardized(level.teacher))
+    """Return half the mean squared error of the standardized (B, C_T, H, W) maps and teacher's map, a scalar.
+
+    It equals 1 − Pearson's r, averaged over channels. The teacher's map is standardized once per step.
+    """
+    teacher = level.compute_once("standardized teacher", lambda: standardized(level.teacher))
     return F.mse_loss(standardized(maps), teacher) / 2
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over channels of (a − b)²: two (B, C, H, W) -> (B, H, W), float32."""
+    """Return the mean over channels of (a − b)²: two (B, C, H, W) -> (B, H, W) float32."""
     return F.mse_loss(a.float(), b.float(), reduction="none").mean(1)

@@ -14,9 +14,16 @@ from yolokd.methods.blocks import Adapter, adapted
 
 @register("cwd")
 class CWD(Method):
-    """Each channel as a distribution over positions: L = τ² · Σ_hw P_T · log(P_T / P_S), P = softmax over positions.
+    """Compare each channel of the feature maps as a distribution over positions.
 
-    P is taken of F / τ; the sum runs over positions, the mean over batch and channels. F_S is the adapted student map.
+    Paper: Shu et al., ICCV 2021, https://arxiv.org/abs/2011.13256
+
+        L = τ² · Σ_hw P_T · log(P_T / P_S), averaged over batch and channels
+        P = softmax over positions of F / τ
+
+    P_T, P_S: P of the teacher's map F_T and of the adapted student map F_S. The sum runs over positions.
+
+    tau: the paper's τ, the temperature of the softmax.
     """
 
     paper = "CWD: channel-wise distillation, Shu et al., ICCV 2021"
@@ -27,7 +34,7 @@ class CWD(Method):
         self.adapt = Adapter(shape)
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         student, teacher = (
             (maps.float() / self.tau).flatten(2).log_softmax(2) for maps in (adapted(self.adapt, level), level.teacher)
         )

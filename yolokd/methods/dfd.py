@@ -1,4 +1,4 @@
-"""DFD, disparity-aware feature distillation (Liu et al., ICML 2024)."""
+"""DFD, distilling the feature disparity differently (Liu et al., ICML 2024)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,30 @@ Width = Literal["student", "teacher"]
 
 @register("dfd")
 class DFD(Method):
-    """Splits a level where the spatial attention of the two models differs much or little, and treats both apart.
+    """Split the positions by how much the two models' spatial attention differs there, and treat both regions apart.
 
-    With A(F) = H·W·softmax(mean_c |F|), disparity D = |A(F_T) − A(F_S)| and threshold P = mean of D over the map:
-    L = α·L_HD + β·L_LD, L_LD = Σ (F_T − F_S)² where D < P, L_HD = Σ (F_T − f_trans(F_S))² where D ≥ P, both over C·H·W
-    and meaned over the batch. F_S is the adapted student map; D and the split carry no gradient.
+    Paper: Liu et al., ICML 2024, https://proceedings.mlr.press/v235/liu24cd.html
 
-    regions: the paper's Table 1 ablation (both, high or low regions only).
-    constraint: the paper's Table 5, which regions compare through f_trans: `mixed` the high ones (the method itself),
-    `plain` none, `transformed` both, `swapped` the low ones.
-    width: where f_trans works: on the adapted map at the `teacher`'s width, as masked generative distillation does, or
-    (ours) before the adapter at the `student`'s, which costs a small fraction of that.
+        L = α·L_HD + β·L_LD, averaged over the batch
+        L_HD = Σ (F_T − f_trans(F_S))² / (C·H·W) over the positions of high disparity, D ≥ P
+        L_LD = Σ (F_T − F_S)² / (C·H·W) over the positions of low disparity, D < P
+        D = |A(F_T) − A(F_S)|, the disparity
+        A(F) = H·W·softmax over positions of mean_c |F|, the spatial attention
+
+    F_T: the teacher's map. F_S: the adapted student map. P: the mean of D over the map. f_trans: a small trained
+    transformation. C, H, W: channels, height and width of F_T. D and the split carry no gradient.
+
+    alpha, beta: the paper's α and β, the weights of the regions of high and of low disparity.
+    regions: `both` (the method), `high` or `low`: the ablation of the paper's Table 1.
+    constraint: which regions are compared through f_trans, the ablation of the paper's Table 5. `mixed`: the high ones
+    (the method). `plain`: none. `transformed`: both. `swapped`: the low ones.
+    width: where f_trans works. `teacher`: after the adapter, at the teacher's width, like the generator of MGD.
+    `student` (ours): before the adapter, at the student's width, which costs a small fraction of that.
+
+    Ours: f_trans is 3x3-ReLU-3x3, because the paper's figure gives no sizes.
     """
 
-    paper = "Disparity-aware feature distillation, Liu et al., ICML 2024"
+    paper = "DFD: distilling the feature disparity differently, Liu et al., ICML 2024"
 
     def __init__(
         self,
@@ -53,31 +63,32 @@ class DFD(Method):
         self.transform = generator(channels) if self.transform_high or self.transform_low else None
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         high = high_disparity(level.teacher, adapted(self.adapt, level))
         loss = level.teacher.new_zeros((), dtype=torch.float32)
-        parts = ((self.alpha, high, self.transform_high), (self.beta, ~high, self.transform_low))
-        for weight, region, through in parts:
+        terms = ((self.alpha, high, self.transform_high), (self.beta, ~high, self.transform_low))
+        for weight, region, transform in terms:
             if weight:
-                error = self._transformed_error(level) if through else adapted_error(self.adapt, level)
+                error = self._transformed_error(level) if transform else adapted_error(self.adapt, level)
                 loss = loss + weight * error.where(region, 0).mean()
         return loss
 
     def _transformed_error(self, level: Level) -> Tensor:
-        """Mean over channels of (F_T − f_trans(F_S))²: (B, H, W)."""
-        return level.once((self, "transformed"), lambda: squared_error(self._transformed(level), level.teacher))
+        """Return the mean over channels of (F_T − f_trans(F_S))², (B, H, W) float32."""
+        return level.compute_once((self, "transformed"), lambda: squared_error(self._transformed(level), level.teacher))
 
     def _transformed(self, level: Level) -> Tensor:
+        """Return f_trans(F_S), (B, C_T, H, W)."""
         assert self.transform is not None
-        through: Tensor
+        transformed: Tensor
         if self.after_adapter:
-            through = self.transform(adapted(self.adapt, level))
+            transformed = self.transform(adapted(self.adapt, level))
         else:
-            through = self.adapt(self.transform(level.student))
-        return through
+            transformed = self.adapt(self.transform(level.student))
+        return transformed
 
 
 def high_disparity(teacher: Tensor, student: Tensor) -> Tensor:
-    """(B, H, W) boolean: where the disparity of spatial attention is at least its mean over the map; no gradient."""
+    """Return (B, H, W) boolean: True where the disparity D is at least its mean over the map; no gradient."""
     disparity = (spatial_attention(teacher) - spatial_attention(student.detach())).abs()
     return disparity >= disparity.mean((1, 2), keepdim=True)

@@ -11,27 +11,36 @@ from torch import Tensor, nn
 from yolokd.methods.base import Level, LevelShape, Method, register
 from yolokd.methods.blocks import Adapter, adapted, generator, standardized_error
 
-Share = Annotated[float, Field(ge=0, lt=1)]
-MAX_MASKED = 0.95  # ours: the share of positions that may be masked at most
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+MAX_MASKED = 0.95  # ours: the largest fraction of positions that may be masked
 
 
 @register("dfmsd")
 class DFMSD(Method):
-    """The student's map, zeroed where the teacher attends most, must give the teacher's map back; two maskings at once.
+    """Rebuild the teacher's map from the student's map, which is zeroed where the teacher's attention is highest.
 
-    M^S zeroes the share ρ_s of positions where the teacher's spatial attention mean_c |F_T| is highest, M^C the share
-    ρ_c of channels where mean_hw |F_T| is. Two generators rebuild G_S(F_S ⊙ M^S) and G_C(F_S ⊙ M^C), learned softmax
-    weights fuse them into R, and L is half the mean squared error of R and F_T, each channel standardized over batch
-    and positions (semantic alignment, as in PKD). F_S is the adapted student map.
+    Paper: Zhang et al., 2024, https://arxiv.org/abs/2407.13147
 
-    Stage-wise: with several teachers, weakest first, a position inside a labelled box is masked at stage k where it is
-    among the ρ_s·(1 + k·δ) most attended (masking enhancement). Constants are ours: we had its abstract alone.
+        L = Σ (N(F_T) − N(R))² / (2·C·H·W), averaged over the batch
+        R = w_1 · G_S(F_S ⊙ M^S) + w_2 · G_C(F_S ⊙ M^C)
+
+    F_T: the teacher's map. F_S: the adapted student map. M^S: 0 at the fraction ρ_s of positions where mean_c |F_T| is
+    highest, else 1. M^C: 0 at the fraction ρ_c of channels where mean_hw |F_T| is highest, else 1. G_S, G_C:
+    generators, 3x3-ReLU-3x3. w_1, w_2: the softmax of two learned numbers. N: standardizes each channel over batch and
+    positions, as in PKD (semantic alignment). C, H, W: channels, height and width of F_T.
+
+    Several teachers work in stages, the weakest first. At stage k, counted from 0, M^S is also 0 at those positions
+    inside labelled boxes that are among the fraction ρ_s·(1 + k·δ) of highest attention (masking enhancement).
+
+    rho_s, rho_c: ρ_s and ρ_c. delta: δ, the growth per stage.
+
+    Ours: the values of all constants, and the largest fraction MAX_MASKED; we had only the paper's abstract.
     """
 
     paper = "DFMSD: dual masking, stage-wise, Zhang et al., 2024"
 
     def __init__(
-        self, shape: LevelShape, *, rho_s: Share, rho_c: Share, delta: Annotated[float, Field(ge=0, le=10)]
+        self, shape: LevelShape, *, rho_s: Fraction, rho_c: Fraction, delta: Annotated[float, Field(ge=0, le=10)]
     ) -> None:
         super().__init__()
         self.rho_s, self.rho_c = rho_s, rho_c
@@ -42,7 +51,7 @@ class DFMSD(Method):
         self.mix = nn.Parameter(torch.zeros(2))
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         student = adapted(self.adapt, level)
         positions, channels = (mask.to(student.dtype) for mask in self.masks(level))
         weights = self.mix.softmax(0)
@@ -50,19 +59,19 @@ class DFMSD(Method):
         return standardized_error(rebuilt, level)
 
     def masks(self, level: Level) -> tuple[Tensor, Tensor]:
-        """M^S (B, 1, H, W) and M^C (B, C, 1, 1), boolean, False where zeroed."""
+        """Return M^S, (B, 1, H, W), and M^C, (B, C, 1, 1), boolean: False where the student's map is zeroed."""
         attention = level.teacher.float().abs()
-        place = rank(attention.mean(1).flatten(1)).view_as(attention[:, 0])
-        count = place[0].numel()
-        masked = place < round(self.rho_s * count)
+        position_ranks = rank(attention.mean(1).flatten(1)).view_as(attention[:, 0])
+        count = position_ranks[0].numel()
+        masked = position_ranks < round(self.rho_s * count)
         if self.rho_inside > self.rho_s:
-            masked |= (place < round(self.rho_inside * count)) & (level.inverse_areas() > 0)
-        channels = rank(attention.mean((2, 3)))
-        return ~masked[:, None], (channels >= round(self.rho_c * channels.shape[1]))[:, :, None, None]
+            masked |= (position_ranks < round(self.rho_inside * count)) & (level.inverse_areas() > 0)
+        channel_ranks = rank(attention.mean((2, 3)))
+        return ~masked[:, None], (channel_ranks >= round(self.rho_c * channel_ranks.shape[1]))[:, :, None, None]
 
 
 def rank(values: Tensor) -> Tensor:
-    """(B, N) -> (B, N) each value's place in its row, 0 for the highest; ties go to the first."""
+    """Return each value's rank in its row, (B, N) -> (B, N): 0 is the highest; equal values keep their order."""
     order = values.argsort(dim=1, descending=True, stable=True)
-    places = torch.arange(values.shape[1], device=values.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, places)
+    ranks = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, ranks)

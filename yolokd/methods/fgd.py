@@ -14,15 +14,26 @@ from yolokd.methods.blocks import Adapter, adapted, channel_attention, spatial_a
 
 @register("fgd")
 class FGD(Method):
-    """Separates labelled boxes from background, weights positions and channels by the teacher's attention.
+    """Compare labelled boxes and background apart, and weight positions and channels by the teacher's attention.
 
-    With A^S = H·W·softmax(mean_c |F| / T), A^C = C·softmax(mean_hw |F| / T), M = 1 inside labelled boxes, and scale
-    S = 1 over the area of the smallest box over a position, 1 / N_bg outside:
-    focal      L_f = Σ_hw (α M + β (1 − M)) S A^S_T · Σ_c A^C_T (F_T − F_S)² / C
-    attention  L_a = γ (mean_hw |A^S_T − A^S_S| + mean_c |A^C_T − A^C_S|)
-    global     L_g = λ · Σ (R(F_T) − R(F_S))² / (C·H·W), R a global-context block
-    and L = L_f + L_a + L_g, meaned over the batch. Positions in L_f are summed: S makes each box, and the background,
-    count once. F_S is the adapted student map; nothing of the teacher's side carries gradient, but for R.
+    Paper: Yang et al., CVPR 2022, https://arxiv.org/abs/2111.11837
+
+        L = L_focal + L_attention + L_global, averaged over the batch
+        L_focal = Σ_hw (α M + β (1 − M)) S A^S_T · Σ_c A^C_T (F_T − F_S)² / C
+        L_attention = γ (mean_hw |A^S_T − A^S_S| + mean_c |A^C_T − A^C_S|)
+        L_global = λ · Σ (R(F_T) − R(F_S))² / (C·H·W)
+        A^S = H·W·softmax over positions of mean_c |F| / T, the spatial attention
+        A^C = C·softmax over channels of mean_hw |F| / T, the channel attention
+
+    F_T: the teacher's map. F_S: the adapted student map. M: 1 inside labelled boxes, else 0. S: the scale, one over the
+    area of the smallest box that covers a position; one over the number of background positions outside. R: a
+    GlobalContext block. C, H, W: channels, height and width of F_T. L_focal sums over positions: by S each box counts
+    once, and so does the background. On the teacher's side only R is trained.
+
+    alpha, beta: the paper's α and β, the weights of boxes and background. gamma: γ, the weight of the attention loss.
+    lambda_: λ, the weight of the global loss. temperature: T, of both attentions.
+
+    Ours: means over channels, and for γ and λ over positions, where the released code has sums.
     """
 
     paper = "FGD: focal and global distillation, Yang et al., CVPR 2022"
@@ -43,7 +54,7 @@ class FGD(Method):
         self.context = GlobalContext(shape.teacher_channels)
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         student, teacher = adapted(self.adapt, level), level.teacher
         positions = spatial_attention(teacher, self.temperature)
         channels = channel_attention(teacher, self.temperature)
@@ -56,22 +67,23 @@ class FGD(Method):
         return focal + self.gamma * attention + self.lambda_ * context
 
     def position_weights(self, level: Level) -> Tensor:
-        """(α M + β (1 − M)) S: (B, H, W) float32."""
-        inverse = level.inverse_areas()
-        background = (inverse == 0).float()
-        share = background / background.sum((1, 2), keepdim=True).clamp(min=1)
-        return self.alpha * inverse + self.beta * share
+        """Return (α M + β (1 − M)) S, (B, H, W) float32."""
+        box_scale = level.inverse_areas()
+        background = (box_scale == 0).float()
+        background_scale = background / background.sum((1, 2), keepdim=True).clamp(min=1)
+        return self.alpha * box_scale + self.beta * background_scale
 
 
 class GlobalContext(nn.Module):
-    """R(F) = F + f(Σ_hw softmax(k(F)) F), k a 1x1 convolution to one channel, f 1x1-LayerNorm-ReLU-1x1, at first 0.
+    """Add to each position a summary of the whole map: R(F) = F + f(Σ_hw softmax over positions(k(F)) · F).
 
-    One R for both models, as in the equation; the released code trains one for each.
+    k: a 1x1 convolution to one channel. f: 1x1-LayerNorm-ReLU-1x1, 0 at first. There is one R for both models, as in
+    the paper's equation; the released code trains one for each.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        narrow = max(channels // 2, 1)  # FGD's; GCNet itself takes a quarter or a sixteenth
+        narrow = max(channels // 2, 1)  # FGD's choice; GCNet itself takes a quarter or a sixteenth
         self.key = nn.Conv2d(channels, 1, kernel_size=1)
         self.transform = nn.Sequential(
             nn.Conv2d(channels, narrow, kernel_size=1),
@@ -79,12 +91,12 @@ class GlobalContext(nn.Module):
             nn.ReLU(inplace=True),
             nn.Conv2d(narrow, channels, kernel_size=1),
         )
-        for parameter in self.transform[-1].parameters():  # as in the released code: R begins as the identity
+        for parameter in self.transform[-1].parameters():  # as in the released code: R starts as the identity
             nn.init.zeros_(parameter)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Return R(F) of F: (B, C, H, W) -> (B, C, H, W)."""
         attention = self.key(maps).float().flatten(2).softmax(2)
         context = (maps.float().flatten(2) * attention).sum(2)[:, :, None, None]
-        added: Tensor = maps + self.transform(context.to(maps.dtype))
-        return added
+        output: Tensor = maps + self.transform(context.to(maps.dtype))
+        return output

@@ -8,17 +8,25 @@ from torch import Tensor
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted_error
 
-EMPTY = 1e-9  # ours: the richness of a batch under which there is nothing to distil
+MIN_RICHNESS = 1e-9  # ours: Σ S is at least this, so that a batch without any richness gives no division by zero
 
 
 @register("frs")
 class FRS(Method):
-    """Distils maps and class scores where the teacher sees something, in a labelled box or not.
+    """Compare feature maps and class scores where the teacher is confident, inside labelled boxes or outside.
 
-    With richness S = max_c σ(teacher's logit) at each position,
-    L = α · Σ S·(F_T − F_S)² / Σ S + β · Σ S·BCE(student's logit, teacher's probability) / Σ S, the squared error
-    meaned over channels, the cross-entropy summed over the shared classes, the sums over positions and batch. F_S is
-    the adapted student map; S carries no gradient. Its released code ramps both in: `frs.warmup`.
+    Paper: Du et al., NeurIPS 2021, https://arxiv.org/abs/2111.00674
+
+        L = α · Σ S·(F_T − F_S)² / Σ S + β · Σ S·BCE(z_S, p_T) / Σ S
+        S = max_c p_T, the richness of a position
+
+    F_T: the teacher's map. F_S: the adapted student map. p_T: the teacher's class probabilities. z_S: the student's
+    class logits. BCE: binary cross-entropy. The squared error is averaged over channels, the cross-entropy is summed
+    over the shared classes, and Σ runs over positions and batch. S carries no gradient.
+
+    alpha, beta: the paper's α and β, the weights of the feature loss and of the class loss.
+
+    The released code lets both terms rise from 0 over the first steps; here `frs.warmup` does so.
     """
 
     paper = "FRS: feature richness score, Du et al., NeurIPS 2021"
@@ -30,11 +38,11 @@ class FRS(Method):
         self.adapt = Adapter(shape)
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         assert level.teacher_logits is not None
         assert level.student_logits is not None
         probabilities = level.teacher_logits.float().sigmoid()
         richness = probabilities.amax(1)
-        weights = richness / richness.sum().clamp(min=EMPTY)
+        weights = richness / richness.sum().clamp(min=MIN_RICHNESS)
         scores = F.binary_cross_entropy_with_logits(level.student_logits.float(), probabilities, reduction="none")
         return (weights * (self.alpha * adapted_error(self.adapt, level) + self.beta * scores.sum(1))).sum()

@@ -14,27 +14,35 @@ from yolokd.methods.blocks import Adapter, adapted, generator
 
 @register("mgd")
 class MGD(Method):
-    """The student's map, zeroed at random positions, must give the teacher's whole map through a generator.
+    """Rebuild the teacher's map from the student's map, which is zeroed at random positions.
 
-    L = Σ (F_T − G(M ⊙ F_S))² / (C·H·W), meaned over the batch; M is 0 at a share λ of positions, drawn anew for each
-    image and step, G is 3x3-ReLU-3x3, and F_S is the adapted student map.
+    Paper: Yang et al., ECCV 2022, https://arxiv.org/abs/2205.01529
+
+        L = Σ (F_T − G(M ⊙ F_S))² / (C·H·W), averaged over the batch
+
+    F_T: the teacher's map. F_S: the adapted student map. M: the mask, 0 or 1 at each position, drawn anew for each
+    image and step. G: the generator, 3x3-ReLU-3x3. C, H, W: channels, height and width of F_T.
+
+    lambda_: the paper's λ, the probability that M is 0 at a position.
+
+    Ours: a mean over channels and positions, where the paper has a sum.
     """
 
     paper = "MGD: masked generative distillation, Yang et al., ECCV 2022"
 
     def __init__(self, shape: LevelShape, *, lambda_: Annotated[float, Field(ge=0, lt=1)]) -> None:
         super().__init__()
-        self.masked = lambda_
+        self.lambda_ = lambda_
         self.adapt = Adapter(shape)
         self.generate = generator(shape.teacher_channels)
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         student = adapted(self.adapt, level)
-        kept = self.kept(level).to(student.dtype)
-        return F.mse_loss(self.generate(student * kept).float(), level.teacher.float())
+        mask = self.draw_mask(level).to(student.dtype)
+        return F.mse_loss(self.generate(student * mask).float(), level.teacher.float())
 
-    def kept(self, level: Level) -> Tensor:
-        """M: (B, 1, H, W) boolean."""
+    def draw_mask(self, level: Level) -> Tensor:
+        """Return M of one step, (B, 1, H, W) boolean: False where the student's map is zeroed."""
         b, _, h, w = level.student.shape
-        return level.uniform(b, 1, h, w) >= self.masked
+        return level.draw_uniform(b, 1, h, w) >= self.lambda_

@@ -17,20 +17,28 @@ Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
 
 @register("pdf")
 class PDF(Method):
-    """Weights the feature error at each position with how much the two models' class predictions disagree there.
+    """Weight the feature error at each position by how much the two models' class predictions disagree there.
 
-    D_hw = Σ_classes F(P_T, P_S) on class probabilities, W_hw = H·W·D_hw / Σ D,
-    L = Σ_hw W_hw Σ_c (F_T − F_S)² / (H·W·C), meaned over the batch. F_S is the adapted student map; W carries no
-    gradient.
+    Paper: Zhang et al., BMVC 2021, https://papertalk.org/papertalks/34609
 
-    distance: F, squared difference (the paper's best is L2), absolute difference, or KL divergence (of Bernoulli
-    distributions, teacher first, since YOLO's classes are independent sigmoids); `euclidean` is the root of the sum of
-    squared differences, as the authors' released code has it, which leaves agreeing positions more weight.
-    weighting: `soft` is the method; the others are its Table 1 ablation: `uniform`, or D = 1 at the 25 % / 50 % of
-    positions that disagree most (least) and 0 elsewhere; the mean of W is 1 in each.
-    box: the paper's §5 names the disagreement of boxes as future work. Ours: D gains box · max_c P_T · (1 − IoU) of the
-    boxes that both models predict at the position; where the teacher sees nothing, neither box means anything.
-    Where both models agree exactly everywhere, `soft` is uniform: the limit of equal disagreement.
+        L = Σ_hw W_hw Σ_c (F_T − F_S)² / (C·H·W), averaged over the batch
+        W_hw = H·W·D_hw / Σ_hw D_hw
+        D_hw = Σ_classes F(P_T, P_S), the disagreement
+
+    F_T: the teacher's map. F_S: the adapted student map. P_T, P_S: class probabilities of teacher and student. F: the
+    distance. C, H, W: channels, height and width of F_T. W_hw carries no gradient.
+
+    distance: F. `l2`: the squared difference (the paper's best). `l1`: the absolute difference. `kl`: the KL divergence
+    of Bernoulli distributions, teacher first, since YOLO's classes are independent sigmoids. `euclidean`: the root of
+    the sum of squared differences, as in the authors' released code; positions that agree get more weight then.
+    weighting: `soft` is the method. The others are the ablation of the paper's Table 1: `uniform`, or D = 1 at the 25 %
+    or 50 % of positions that disagree most (`most25`, `most50`) or least (`least25`, `least50`), and 0 elsewhere. The
+    mean of W is 1 in each.
+    box: the weight of the disagreement of boxes (ours; the paper's §5 names it as future work). It adds
+    box · max_c P_T · (1 − IoU) to D, with the IoU of the boxes that both models predict at the position. max_c P_T is
+    there because neither box means anything where the teacher sees nothing.
+
+    Ours: if both models agree exactly at all positions, `soft` is uniform, the limit of equal disagreement.
     """
 
     paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"
@@ -45,23 +53,23 @@ class PDF(Method):
         self.adapt = Adapter(shape)
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         assert level.teacher_logits is not None
         assert level.student_logits is not None
-        disagreement = disagree(level.teacher_logits, level.student_logits.detach(), self.distance)
+        disagreement = class_disagreement(level.teacher_logits, level.student_logits.detach(), self.distance)
         if self.wants_boxes:
-            disagreement = disagreement + self.box * disagree_on_boxes(level)
+            disagreement = disagreement + self.box * box_disagreement(level)
         return (position_weights(disagreement, self.weighting) * adapted_error(self.adapt, level)).mean()
 
 
-def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
-    """D: two (B, K, H, W) logits -> (B, H, W) float32, summed over classes."""
+def class_disagreement(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
+    """Return D of two (B, K, H, W) logits, summed over classes: (B, H, W) float32, at least 0."""
     t, s = teacher.float(), student.float()
     if distance == "kl":
-        # Each Bernoulli's KL from logits: log-probabilities by log-sigmoid stay finite where probabilities underflow.
+        # From logits by log-sigmoid: log-probabilities stay finite even if probabilities underflow.
         p = t.sigmoid()
         kl = p * (F.logsigmoid(t) - F.logsigmoid(s)) + (1 - p) * (F.logsigmoid(-t) - F.logsigmoid(-s))
-        return kl.sum(1).clamp(min=0)  # near agreement float32 cancels to less
+        return kl.sum(1).clamp(min=0)  # close to agreement, rounding in float32 can give less than 0
     difference = t.sigmoid() - s.sigmoid()
     if distance == "l1":
         return difference.abs().sum(1)
@@ -69,8 +77,8 @@ def disagree(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
     return squared.sqrt() if distance == "euclidean" else squared
 
 
-def disagree_on_boxes(level: Level) -> Tensor:
-    """max_c P_T · (1 − IoU) of the predicted boxes: (B, H, W) float32, no gradient."""
+def box_disagreement(level: Level) -> Tensor:
+    """Return max_c P_T · (1 − IoU) of the predicted boxes, (B, H, W) float32; no gradient."""
     assert level.teacher_logits is not None
     assert level.teacher_boxes is not None
     assert level.student_boxes is not None
@@ -79,7 +87,7 @@ def disagree_on_boxes(level: Level) -> Tensor:
 
 
 def position_weights(disagreement: Tensor, weighting: Weighting) -> Tensor:
-    """W: (B, H, W) disagreement >= 0 -> (B, H, W) weights."""
+    """Return W, (B, H, W), of a disagreement D, (B, H, W), that is nowhere negative."""
     b, h, w = disagreement.shape
     d = disagreement.flatten(1)
     if weighting == "uniform":
@@ -87,7 +95,7 @@ def position_weights(disagreement: Tensor, weighting: Weighting) -> Tensor:
     if weighting == "soft":
         total = d.sum(1, keepdim=True)
         return ((d * (h * w) / total.where(total > 0, 1)).where(total > 0, 1)).view(b, h, w)
-    share = 0.25 if weighting.endswith("25") else 0.5
-    kept = max(round(share * h * w), 1)
-    index = d.topk(kept, dim=1, largest=weighting.startswith("most")).indices
-    return d.new_zeros(d.shape).scatter(1, index, h * w / kept).view(b, h, w)
+    fraction = 0.25 if weighting.endswith("25") else 0.5
+    count = max(round(fraction * h * w), 1)
+    index = d.topk(count, dim=1, largest=weighting.startswith("most")).indices
+    return d.new_zeros(d.shape).scatter(1, index, h * w / count).view(b, h, w)

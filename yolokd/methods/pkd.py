@@ -10,10 +10,15 @@ from yolokd.methods.blocks import Adapter, adapted, standardized_error
 
 @register("pkd")
 class PKD(Method):
-    """Half the mean squared error of both maps, each channel standardized over batch and positions.
+    """Compare the feature maps by the correlation of their channels, so that neither mean nor scale counts.
 
-    That is 1 − r, r being Pearson's correlation of a channel's values, meaned over channels. F_S is the adapted
-    student map.
+    Paper: Cao et al., NeurIPS 2022, https://arxiv.org/abs/2207.02039
+
+        L = Σ (N(F_T) − N(F_S))² / (2·C·H·W), averaged over the batch
+
+    F_T: the teacher's map. F_S: the adapted student map. N: standardizes each channel over batch and positions. C, H,
+    W: channels, height and width of F_T. L equals 1 − r, where r is Pearson's correlation of a channel's values in
+    both maps, averaged over channels.
     """
 
     paper = "PKD: Pearson correlation, Cao et al., NeurIPS 2022"
@@ -23,5 +28,5 @@ class PKD(Method):
         self.adapt = Adapter(shape)
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         return standardized_error(adapted(self.adapt, level), level)

@@ -10,12 +10,18 @@ from yolokd.methods.blocks import squared_error
 
 @register("sl2")
 class SL2(Method):
-    """Weights the feature error at each position with the teacher's top class probability there.
+    """Weight the feature error at each position by the teacher's top class probability there.
 
-    With s_hw = max over the shared classes of the teacher's class probability,
-    L = Σ_hw s_hw Σ_c (F_T − F_S)² / (C · Σ_hw s_hw), both sums over the batch too. F_S is the student's map after
-    1x1-ReLU-1x1. The logits of an end-to-end teacher are the mean of its two branches'. Ultralytics' own takes all of
-    the teacher's classes, so it differs where the data set does not have them all.
+    Source: https://docs.ultralytics.com/guides/knowledge-distillation
+
+        L = Σ_hw s_hw Σ_c (F_T − F_S)² / (C · Σ_hw s_hw)
+
+    F_T: the teacher's map. F_S: the student's map after a projector, 1x1-ReLU-1x1. s_hw: the highest of the teacher's
+    probabilities of the shared classes; of an end-to-end teacher, from the mean of both branches' logits. C: channels
+    of F_T. The sums over positions also run over the batch.
+
+    Ours: only the shared classes count. Ultralytics takes all of the teacher's classes, so the two differ if the data
+    set lacks some of them.
     """
 
     paper = "Score-weighted L2, Ultralytics' own distill_model"
@@ -30,13 +36,13 @@ class SL2(Method):
         )
 
     def forward(self, level: Level) -> Tensor:
-        """Scalar float32 loss of one level."""
+        """Return the loss of one level, a float32 scalar."""
         score = top_score(level)
         error = squared_error(self.project(level.student), level.teacher)
-        return (score * error).sum() / (score.sum() + 1e-9)  # Ultralytics' guard
+        return (score * error).sum() / (score.sum() + 1e-9)  # Ultralytics' constant, against division by zero
 
 
 def top_score(level: Level) -> Tensor:
-    """The teacher's top class probability: (B, H, W) float32."""
+    """Return s, the teacher's top class probability at each position, (B, H, W) float32."""
     assert level.teacher_mean_logits is not None
     return level.teacher_mean_logits.float().amax(1).sigmoid()

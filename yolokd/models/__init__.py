@@ -1,1 +1,1 @@
-"""Detectors, as files and as modules."""
+"""Detectors as checkpoint files and as modules; the teacher, its precision and its score."""

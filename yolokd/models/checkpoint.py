@@ -1,4 +1,4 @@
-"""Models in: checkpoints loaded under restriction, and model objects as files."""
+"""Loading of checkpoints without running code from them, and saving of model objects that users pass."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.files import atomic_path
 
 Checkpoint = dict[str, Any]
-Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO`/`RTDETR` object, or a module
+Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO` or `RTDETR` object, or a module
 
 
 def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[Detector, Checkpoint]:
-    """Load an Ultralytics checkpoint as (float32 model in eval mode, checkpoint dict), running no code from it.
+    """Load an Ultralytics checkpoint; return the float32 model in eval mode and the checkpoint's dictionary.
 
-    Raises UserError, naming `argument`, where the file is missing, broken, or holds more than a known model.
+    Runs no code from the file unless `trust`. argument: the key that gave the path, for error messages.
+    Raises UserError if the file is missing, broken, or holds objects other than a known model.
     """
     name = f"{argument}={path}"
     check_path(path, argument)
     if Path(path).is_dir():
         raise UserError(name, "is a folder", "give a .pt checkpoint")
-    if Path(path).name != str(path) and not Path(path).exists():  # Ultralytics downloads bare names alone
+    if Path(path).name != str(path) and not Path(path).exists():  # Ultralytics downloads bare names only
         raise UserError(name, "no such file", "give the path of an existing .pt checkpoint")
     try:
         with safe_loading(trust):
@@ -43,7 +44,7 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
     except FileNotFoundError as e:
         raise UserError(name, "no such file", "give the path of an existing .pt checkpoint") from e
     except (ConnectionError, OSError) as e:
-        raise UserError(name, "not on disk, and the download failed", "check the path or the network") from e
+        raise UserError(name, "is not on disk, and its download failed", "check the path or the network") from e
     except Exception as e:
         raise UserError(name, _loading_problem(e), "give an intact Ultralytics .pt checkpoint") from e
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
@@ -52,28 +53,28 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
 
 
 def check_path(path: str | Path, argument: str) -> None:
-    """Raise UserError for a path whose checkpoints Ultralytics would look for elsewhere."""
+    """Raise UserError for a path with an apostrophe: Ultralytics drops it and would look elsewhere."""
     if "'" in str(path):
         raise UserError(f"{argument}={path}", "holds an apostrophe, which Ultralytics drops", "choose another name")
 
 
 def _loading_problem(error: Exception) -> str:
     if "outside the supported" in first_line(error):
-        return "holds objects other than a known model, which could run code (trust=True loads it all the same)"
+        return "holds objects other than a known model, which could run code; trust=True loads them"
     return "not a readable checkpoint"
 
 
 def as_path(source: Source | None, argument: str) -> str | None:
-    """A path to what was given; a model object is saved once, under the hash of its content.
+    """Return the path of a source; save a model object first, in the user's data folder under a hash of its content.
 
-    Training then has a file to name in checkpoints, to hash, and to load again in a resume or in another process.
-    Raises UserError for what is neither a path nor a model.
+    A training needs a file: checkpoints name it, and a resume or another process loads it again.
+    Raises UserError if the source is neither a path nor a model.
     """
     if source is None or isinstance(source, str | Path):
         return None if source is None else str(source)
     module = source.model if isinstance(source, Model) else source
     if not isinstance(module, nn.Module):
-        raise UserError(f"{argument}={source}", "is no model", "give a path, a YOLO object or a module")
+        raise UserError(f"{argument}={source}", "is not a model", "give a path, a YOLO object or a module")
     content = hashlib.sha256(repr((getattr(module, "names", None), getattr(module, "yaml", None))).encode())
     for key, value in module.state_dict().items():
         content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -85,21 +86,25 @@ def as_path(source: Source | None, argument: str) -> str | None:
 
 
 def as_paths(source: Any, argument: str) -> Any:
-    """`as_path` of one source, or of each of several."""
+    """Return `as_path` of one source, or a list of it for each source of a list or tuple."""
     return [as_path(s, argument) for s in source] if isinstance(source, list | tuple) else as_path(source, argument)
 
 
 def load_teacher(path: str | None, trust: bool) -> Detector:
-    """The teacher's model, from a .pt checkpoint; `UserError` where it is none."""
+    """Load a teacher from a .pt checkpoint. Raises UserError if the file is not a detector's checkpoint."""
     if not str(path).endswith(".pt"):
-        raise UserError(f"teacher={path}", "is no .pt checkpoint", "give a trained model, for example yolov8l.pt")
+        raise UserError(f"teacher={path}", "is not a .pt checkpoint", "give a trained model, for example yolov8l.pt")
     model, _ = load_model(str(path), "teacher", trust)
     check_detector(model, f"teacher={path}")
     return model
 
 
 def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
-    """The student's model, from a .yaml (random weights) or a .pt; `UserError` where it is no plain YOLO detector."""
+    """Load a student from a .pt, or build it with random weights from a .yaml.
+
+    data: Ultralytics' dictionary of the data set, which gives the numbers of classes and channels.
+    Raises UserError if the model is not a plain YOLO detector.
+    """
     name = f"student={path}"
     if str(path).endswith((".yaml", ".yml")):
         try:
@@ -117,7 +122,7 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     if task != "detect" or not isinstance(model.model[-1], Detect) or isinstance(model.model[-1], PROMPTED_HEADS):
         raise UserError(
             name,
-            f"is no plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
+            f"is not a plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
             "give a YOLO detection model",
         )
     return model

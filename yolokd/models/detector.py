@@ -1,4 +1,4 @@
-"""What yolokd needs to know of an Ultralytics model."""
+"""Questions about an Ultralytics model: its feature pyramid, and what its head detects."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ Detector: TypeAlias = Any
 
 @torch.no_grad()
 def read_pyramid(model: Detector, size: int = 256) -> dict[int, int]:
-    """{stride: channels} of the maps that enter a detector's last layer, finest first, read off one forward pass.
+    """Return {stride: channels} of the maps that enter a detector's head, finest first.
 
-    Works for any family: strides come from the maps' sizes. `size` (pixels) must be a multiple of every stride.
+    Runs one forward pass on a square image of `size` pixels, a multiple of every stride, and derives the strides from
+    the maps' sizes, so that it works for any family of models. The model's modes are restored.
     """
-    seen: list[Tensor] = []
+    maps: list[Tensor] = []
 
-    def keep(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.extend(m for m in inputs[0] if m.ndim == 4)  # YOLOE's head is given embeddings of classes, too
+    def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        maps.extend(m for m in inputs[0] if m.ndim == 4)  # YOLOE's head also gets embeddings of classes
 
     head = model.model[-1]
     modes = [(m, m.training) for m in model.modules()]
-    handle = head.register_forward_pre_hook(keep)
+    handle = head.register_forward_pre_hook(record)
     try:
         parameter = next(model.parameters())
         channels = model.yaml.get("channels", 3)
@@ -45,10 +46,10 @@ def read_pyramid(model: Detector, size: int = 256) -> dict[int, int]:
         handle.remove()
         for module, mode in modes:
             module.training = mode
-    return {size // m.shape[-1]: m.shape[1] for m in seen}
+    return {size // m.shape[-1]: m.shape[1] for m in maps}
 
 
-PROMPTED_HEADS = (WorldDetect, YOLOEDetect)  # heads that are given embeddings of the classes beside the maps
+PROMPTED_HEADS = (WorldDetect, YOLOEDetect)  # heads that get embeddings of the classes beside the maps
 
 
 def check_detector(model: Detector, argument: str) -> None:
@@ -57,9 +58,9 @@ def check_detector(model: Detector, argument: str) -> None:
     head = layers[-1] if isinstance(layers, nn.Sequential) else None
     if not isinstance(head, Detect | RTDETRDecoder):
         kind = type(head if head is not None else model).__name__
-        raise UserError(argument, f"is no detector (its last layer is {kind})", "give a YOLO or RT-DETR detector")
+        raise UserError(argument, f"is not a detector (its last layer is {kind})", "give a YOLO or RT-DETR detector")
 
 
 def only_detects(model: Detector) -> bool:
-    """Whether a model does nothing beyond detecting (segments, …), which Ultralytics' detection validator can score."""
+    """Return whether a model only detects (no segments, poses, …), so that the detection validator can score it."""
     return not isinstance(model.model[-1], Segment | YOLOESegment | Pose | OBB)

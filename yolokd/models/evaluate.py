@@ -1,4 +1,4 @@
-"""Scores a detector on the user's data, and says of a teacher's score what it means."""
+"""Scores of a detector on the user's data, and warnings about a teacher's score."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from yolokd.models.detector import Detector, only_detects
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.runtime.rng import preserve_random_state
 
-USELESS_MAP = 0.05  # ours: mAP50-95 under which a teacher has nothing to teach on this data
+USELESS_MAP = 0.05  # ours: a teacher of lower mAP50-95 has nothing to teach on this data
 
 
 @dataclass(frozen=True)
 class Scores:
-    """mAP50-95, mAP50, and AP50-95 of small (under 32² pixels of the picture), medium and large (over 96²) boxes.
+    """mAP50-95, mAP50, and AP50-95 of small (area under 32² pixels of the image), medium, and large (over 96²) boxes.
 
-    None where there is no box of that size, or sizes were not asked for.
+    The last three are None if there is no box of that size, or if sizes were not requested.
     """
 
     map: float
@@ -37,57 +37,60 @@ class Scores:
 
 
 def score(model: Detector, settings: Mapping[str, Any], save_dir: Path) -> Scores:
-    """Ultralytics' validation of a model; random streams are left as they were.
+    """Validate a model as Ultralytics does, and return its scores; the random states are left as they were.
 
-    settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores sizes too.
+    settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores by size, too.
     """
-    kind = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
+    validator = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
     with preserve_random_state():
         args = {"rect": True, **settings, "mode": "val", "task": "detect", "plots": False}
-        found = kind(save_dir=save_dir, args=args)(model=model)
+        metrics = validator(save_dir=save_dir, args=args)(model=model)
     sizes = {
         f"ap_{size}": round(float(value), 5)
         for size in ("small", "medium", "large")
-        if (value := found.get(f"metrics/mAP_{size}(B)", -1)) >= 0  # COCO's evaluation says -1 for none
+        if (value := metrics.get(f"metrics/mAP_{size}(B)", -1)) >= 0  # COCO's evaluation returns -1 if there is no box
     }
-    return Scores(float(found["metrics/mAP50-95(B)"]), float(found["metrics/mAP50(B)"]), **sizes)
+    return Scores(float(metrics["metrics/mAP50-95(B)"]), float(metrics["metrics/mAP50(B)"]), **sizes)
 
 
 def check_teacher(
     teacher: Detector, names: Mapping[int, str], classes: ClassPairing, settings: Mapping[str, Any], save_dir: Path
 ) -> float | None:
-    """Log the teacher's score and warn where it is useless or knows other classes; returns its mAP50-95.
+    """Log the teacher's score, warn if the score is useless or classes are unknown to it, and return its mAP50-95.
 
     names: the data set's classes. settings: Ultralytics' for validation (data, imgsz, batch, device, …).
-    None where there is nothing to score: no class is shared, or the teacher does not only detect (segments, …).
+    Returns None if there is nothing to score: no class in common, or a teacher that does more than detect.
     """
     if classes.objectness:
         LOGGER.warning(
             f"teacher: knows none of the data set's classes ({', '.join(names.values())}): its score is not measured; "
-            "features still carry over, class scores count as objectness only"
+            "its features are still distilled, its class scores count as objectness only"
         )
         return None
     head = teacher.model[-1]
     if not only_detects(teacher):
         LOGGER.info(f"teacher: does more than detect ({type(head).__name__}): its score is not measured")
         return None
-    found = score(aligned_copy(teacher, names, classes.mapping), settings, save_dir)
-    LOGGER.info(f"teacher: mAP50-95 {found.map:.3f}, mAP50 {found.map50:.3f} on the validation set")
+    scores = score(aligned_copy(teacher, names, classes.mapping), settings, save_dir)
+    LOGGER.info(f"teacher: mAP50-95 {scores.map:.3f}, mAP50 {scores.map50:.3f} on the validation set")
     unknown = [names[i] for i in sorted(set(names) - set(classes.student))]
     if unknown:
         LOGGER.warning(
-            f"teacher: does not know {', '.join(unknown)}: for these the student learns from the labels alone"
+            f"teacher: does not know {', '.join(unknown)}: these classes the student learns from the labels only"
         )
-    if found.map < USELESS_MAP:
+    if scores.map < USELESS_MAP:
         LOGGER.warning(
-            "teacher: useless on this validation set: the student is pulled towards maps that do not find these "
-            "objects and will likely end up worse than trained alone; use a teacher trained on such images"
+            "teacher: useless on this validation set: the student would imitate features that do not detect these "
+            "objects, and will likely score lower than without a teacher; use a teacher trained on such images"
         )
-    return found.map
+    return scores.map
 
 
 def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, int]) -> Detector:
-    """A copy whose class scores follow the data set's `names`: {data's class: teacher's}, 0 for those not known."""
+    """Return a copy of a teacher that scores the data set's classes `names`, and gives 0 to classes it does not know.
+
+    mapping: {the data set's class: the teacher's class}.
+    """
     copy = deepcopy(model).float().eval()
 
     def reorder(_module: nn.Module, _inputs: object, output: Any) -> Any:
@@ -97,11 +100,11 @@ def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int
         return torch.cat((y[:, :4], scores), 1), output[1]
 
     def relabel(head: Any, _inputs: object, output: Any) -> Any:
-        boxes, scores, classes = output[0].split((4, 1, 1), -1)  # (B, n, 6), chosen by the decoder itself
-        known_as = classes.new_full((head.nc,), -1)
+        boxes, scores, classes = output[0].split((4, 1, 1), -1)  # (B, n, 6): the decoder selects boxes by itself
+        data_classes = classes.new_full((head.nc,), -1)
         for data_class, teacher_class in mapping.items():
-            known_as[teacher_class] = data_class
-        labels = known_as[classes.long()]
+            data_classes[teacher_class] = data_class
+        labels = data_classes[classes.long()]
         return torch.cat((boxes, scores * (labels >= 0), labels.clamp(min=0)), -1), output[1]
 
     copy.end2end = False

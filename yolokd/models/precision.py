@@ -1,4 +1,4 @@
-"""Chooses the lowest precision in which a teacher runs fast and still sees what it sees in float32."""
+"""Choice of a low precision in which a teacher runs fast and its feature maps stay close to those in float32."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from yolokd.errors import first_line
 from yolokd.models.teacher import InferenceSettings, Teacher
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LIMIT = 0.02  # ours: largest relative L2 of a level's map to float32
-FASTER = 1.3  # ours: a CPU must run a low precision this much faster; a bare win could be chance, and flip between runs
+MAX_ERROR = 0.02  # ours: largest relative L2 distance of a level's map to that in float32
+# Ours: a low precision must be this many times as fast on a CPU. A smaller gain could be chance, and the choice would
+# then differ between runs.
+MIN_SPEEDUP = 1.3
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One precision, tried on a few images: how much faster than float32, and how far from it at each stride."""
+    """The measurements of one precision on a few images.
+
+    speedup: how many times as fast as float32. errors: {stride: relative L2 distance of the map to that in float32}.
+    """
 
     precision: str
     speedup: float
@@ -30,8 +35,8 @@ class Trial:
 
     @property
     def faithful(self) -> bool:
-        """Whether every level is within LIMIT; NaN is not."""
-        return all(error <= LIMIT for error in self.errors.values())
+        """Return whether the error of every level is at most MAX_ERROR; NaN is not."""
+        return all(error <= MAX_ERROR for error in self.errors.values())
 
     def __str__(self) -> str:
         errors = ", ".join(f"{error:.2%} at stride {stride}" for stride, error in self.errors.items())
@@ -39,22 +44,23 @@ class Trial:
 
 
 def name_of(dtype: torch.dtype) -> Precision:
-    """The precision's name, as `teacher_precision=` takes it."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    """Return the name of a precision, as `teacher_precision=` takes it."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def candidates(device: torch.device) -> tuple[Precision, ...]:
-    """The low precisions that `auto` tries on a device, best first."""
-    known: dict[str, tuple[Precision, ...]] = {"cpu": ("bf16",), "cuda": ("fp16", "bf16")}
-    return known.get(device.type, ())
+    """Return the low precisions that `auto` tries on a device, best first."""
+    by_device: dict[str, tuple[Precision, ...]] = {"cpu": ("bf16",), "cuda": ("fp16", "bf16")}
+    return by_device.get(device.type, ())
 
 
 def choose_precision(
     teacher: Teacher, images: Tensor, precision: Precision, compiled: bool, imgsz: int | None
 ) -> tuple[Teacher, list[str]]:
-    """The teacher as it will run on the device of `images` (B, channels, H, W), and what to tell the user about it.
+    """Return the teacher as it will run on the device of `images`, and notes on the choice for the user.
 
-    `auto` takes the first precision of `candidates` that is faithful, and on CPUs fast; else float32.
+    `auto` takes the first of `candidates` that is faithful and, on CPUs, fast; otherwise float32.
+    images: (B, channels, H, W) in 0..1. compiled: whether to use torch.compile. imgsz: as in InferenceSettings.
     """
     plain = teacher.with_settings(InferenceSettings(channels_last=images.device.type in {"cpu", "cuda"}, imgsz=imgsz))
     chosen, notes = _choose(plain, images, precision)
@@ -69,32 +75,32 @@ def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teach
     notes: list[str] = []
     for name in candidates(images.device) if precision == "auto" else (precision,):
         low = plain.with_settings(replace(plain.settings, dtype=DTYPES[name]))
-        trial = attempt(name, plain, low, images)
+        trial = measure_precision(name, plain, low, images)
         if precision != "auto":
-            return low, [f"{trial}" if trial.faithful else f"{trial}, more than the {LIMIT:.0%} that auto allows"]
-        if trial.faithful and (images.device.type != "cpu" or trial.speedup >= FASTER):
+            return low, [f"{trial}" if trial.faithful else f"{trial}, more than the {MAX_ERROR:.0%} that auto allows"]
+        if trial.faithful and (images.device.type != "cpu" or trial.speedup >= MIN_SPEEDUP):
             return low, [*notes, f"{trial}: taken"]
         notes.append(f"{trial}: not taken")
     return plain, notes
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Return the time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def attempt(name: str, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
-    """Time both, in turn, on the images, and compare their maps."""
-    reference, found = plain(images).maps, low(images).maps  # the first run of each is its warm-up too
-    errors = {s: _relative(found[s], reference[s]) for s in reference}
+def measure_precision(name: str, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
+    """Compare a teacher in the precision `name` with `plain`, in float32: their times, in turn, and their maps."""
+    reference, maps = plain(images).maps, low(images).maps  # also the warm-up of both
+    errors = {stride: _relative_error(maps[stride], reference[stride]) for stride in reference}
     rounds = [(_seconds(lambda: plain(images), images), _seconds(lambda: low(images), images)) for _ in range(ROUNDS)]
     return Trial(name, median(p / q for p, q in rounds), errors)
 
 
-def _relative(found: Tensor, reference: Tensor) -> float:
-    return float((found.float() - reference).norm() / reference.norm())
+def _relative_error(actual: Tensor, reference: Tensor) -> float:
+    return float((actual.float() - reference).norm() / reference.norm())
 
 
 def _seconds(run: Callable[[], object], images: Tensor) -> float:
@@ -104,7 +110,7 @@ def _seconds(run: Callable[[], object], images: Tensor) -> float:
 
 
 def _compile(teacher: Teacher, images: Tensor, notes: list[str]) -> tuple[Teacher, list[str]]:
-    """The teacher compiled, or as it is where the compiler cannot."""
+    """Return the compiled teacher, or the teacher itself if the compilation fails."""
     compiled = teacher.with_settings(replace(teacher.settings, compiled=True))
     try:
         compiled(images)

@@ -1,4 +1,4 @@
-"""The teacher: frozen, run once a batch, read at its neck."""
+"""The teacher: a frozen detector that returns its neck maps and, if requested, its predictions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect
 
 from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector, read_pyramid
-from yolokd.pyramid.boxes import decoded
+from yolokd.pyramid.boxes import decode_distances
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """What the teacher sees in a batch, by stride: maps (B, C, H, W), and logits (B, nc, H, W) where asked for.
+    """The teacher's output for a batch, each a dictionary by stride; empty if it was not requested or has no branch.
 
-    mean_logits: the mean of an end-to-end teacher's two branches, of others the logits, where asked for.
-    boxes: (B, 4, H, W) distances left, top, right, bottom, in cells, where asked for.
+    maps: (B, C, H, W) neck maps, in the teacher's dtype. logits: (B, nc, H, W) class scores before the sigmoid.
+    mean_logits: the mean of the logits of an end-to-end teacher's two branches; the logits for other teachers.
+    boxes: (B, 4, H, W) distances left, top, right, bottom from the cell's center, in cells.
     """
 
     maps: dict[int, Tensor]
@@ -32,10 +33,22 @@ class TeacherOutput:
 
 
 @dataclass(frozen=True)
-class InferenceSettings:
-    """How a teacher runs: precision of weights and maps, memory format, compiled or not, and at what image size.
+class RequestedOutputs:
+    """The predictions that a step needs beside the neck maps; other branches of the head do not run."""
 
-    imgsz: the longest side in pixels at which it sees a batch; None for that of the student.
+    logits: bool = False
+    mean_logits: bool = False
+    boxes: bool = False
+
+
+MAPS_ONLY = RequestedOutputs()
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How a teacher runs: the precision of weights and maps, the memory format, compilation, and the image size.
+
+    imgsz: the longest side in pixels to which a batch is resized for the teacher; None for the student's size.
     """
 
     dtype: torch.dtype = torch.float32
@@ -45,12 +58,11 @@ class InferenceSettings:
 
 
 class Teacher:
-    """A frozen detector of any Ultralytics family, read before its head.
+    """A frozen detector of any Ultralytics family, whose maps are taken where they enter the head.
 
-    It is no nn.Module, so that neither state_dict, optimizer nor EMA copies of the student ever see it.
-    The model given is copied, never changed; its convolutions and batch norms are fused in the copy.
-
-    Raises UserError for a model that detects nothing (a classifier, say).
+    It is not an nn.Module, so that it stays out of the student's state_dict, optimizer and EMA copies.
+    The given model is copied, never changed; convolutions and batch norms are fused in the copy.
+    Raises UserError for a model that is not a detector, such as a classifier.
     """
 
     def __init__(self, model: Detector) -> None:
@@ -59,7 +71,7 @@ class Teacher:
         self.names: dict[int, str] = dict(model.names)
         self.channels: int = model.yaml.get("channels", 3)
         self.pyramid = read_pyramid(model)
-        model.end2end = False  # an end-to-end teacher would lose its one-to-many branch when fused
+        model.end2end = False  # otherwise fusing removes the one-to-many branch of an end-to-end teacher
         model.model[-1] = _Tap(model.model[-1])
         self.settings = InferenceSettings()
         self._model = model.fuse(verbose=False)
@@ -73,14 +85,14 @@ class Teacher:
 
     @property
     def has_logits(self) -> bool:
-        """Whether its head scores classes at every position."""
+        """Return whether the head scores classes at every position."""
         return self._tap.one2many is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
 
     def with_settings(self, settings: InferenceSettings) -> Teacher:
-        """The same teacher, run another way; this one stays as it is."""
+        """Return a copy of the teacher that runs with other settings."""
         other = copy(self)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         other.settings, other._async_forward = settings, _AsyncForward()
@@ -88,38 +100,40 @@ class Teacher:
         other._forward = _compiled(other._model) if settings.compiled else other._model
         return other
 
-    def start(self, images: Tensor, logits: bool = False, mean_logits: bool = False, boxes: bool = False) -> None:
-        """On CUDA, run on a stream of its own while the student's forward runs; the next call collects the output."""
-        if images.is_cuda:
-            self._async_forward.start(images, lambda: self._run(images, logits, mean_logits, boxes))
+    def start(self, images: Tensor, requested: RequestedOutputs = MAPS_ONLY) -> None:
+        """Start on CUDA, so that the teacher runs on its own stream during the student's forward; does nothing on CPUs.
 
-    def __call__(
-        self, images: Tensor, logits: bool = False, mean_logits: bool = False, boxes: bool = False
-    ) -> TeacherOutput:
-        """Run on (B, channels, H, W) images in 0..1; the branches of its head run only where asked for."""
-        return self._async_forward.collect(images) or self._run(images, logits, mean_logits, boxes)
+        The next call with the same `images` returns the output; `requested` must be the same.
+        """
+        if images.is_cuda:
+            self._async_forward.start(images, lambda: self._run(images, requested))
+
+    def __call__(self, images: Tensor, requested: RequestedOutputs = MAPS_ONLY) -> TeacherOutput:
+        """Return the output for (B, channels, H, W) images in 0..1, or collect it if `start` was called with them."""
+        return self._async_forward.collect(images) or self._run(images, requested)
 
     @torch.no_grad()  # not inference_mode: losses save the maps for backward
-    def _run(self, images: Tensor, logits: bool, mean_logits: bool, boxes: bool) -> TeacherOutput:
+    def _run(self, images: Tensor, requested: RequestedOutputs) -> TeacherOutput:
         # A student trained under autocast must not change the teacher's arithmetic.
         with torch.autocast(images.device.type, enabled=False):
             maps = self._maps(images)
-            many = _scores(self._tap.one2many if logits or mean_logits else None, maps)
-            one = _scores(self._tap.one2one if mean_logits else None, maps)
-            raw = _scores(self._tap.boxes if boxes else None, maps)
-            mean = [(m + o) / 2 for m, o in zip(many, one, strict=True)] if one else many
+            tap, needs_logits = self._tap, requested.logits or requested.mean_logits
+            one2many = _branch_outputs(tap.one2many if needs_logits else None, maps)
+            one2one = _branch_outputs(tap.one2one if requested.mean_logits else None, maps)
+            raw_boxes = _branch_outputs(tap.boxes if requested.boxes else None, maps)
+            mean = [(m + o) / 2 for m, o in zip(one2many, one2one, strict=True)] if one2one else one2many
             return TeacherOutput(
-                self._by_stride(maps),
-                self._by_stride(many if logits else []),
-                self._by_stride(mean if mean_logits else []),
-                self._by_stride([decoded(r, self._tap.bins) for r in raw]),
+                maps=self._by_stride(maps),
+                logits=self._by_stride(one2many if requested.logits else []),
+                mean_logits=self._by_stride(mean if requested.mean_logits else []),
+                boxes=self._by_stride([decode_distances(raw, tap.bins) for raw in raw_boxes]),
             )
 
     def _by_stride(self, values: list[Tensor]) -> dict[int, Tensor]:
         return dict(zip(self.pyramid, values, strict=False))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """The neck maps; images are padded for a teacher with coarser levels than the student's, and the maps cut."""
+        """Return the neck maps; images are padded to the teacher's coarsest stride, and the maps cut back."""
         images = self._resized(images)
         height, width = images.shape[-2:]
         coarsest = max(self.pyramid)
@@ -133,25 +147,28 @@ class Teacher:
         if self.settings.imgsz is None:
             return images
         scale = self.settings.imgsz / max(images.shape[-2:])
-        coarsest = max(
-            self.pyramid
-        )  # else the last cells would see padding, and the maps would not lie on the student's
+        # Multiples of the coarsest stride need no padding, so that the maps cover the same area as the student's.
+        coarsest = max(self.pyramid)
         size = [max(round(side * scale / coarsest), 1) * coarsest for side in images.shape[-2:]]
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
 
     def to(self, device: torch.device) -> Teacher:
-        """Move to a device."""
+        """Move the teacher to a device, and return it."""
         self._model.to(device)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every parameter and buffer, for tests that nothing here ever changes."""
+        """Return every parameter and buffer; tests check that none of them ever changes."""
         state: dict[str, Tensor] = self._model.state_dict()
         return state
 
 
 class _AsyncForward:
-    """One run of a teacher on a CUDA stream of its own, from `start` to `collect`."""
+    """Runs the teacher on a CUDA stream of its own, so that it overlaps the student's forward.
+
+    `start` queues one run and returns at once. `collect` lets the current stream wait for that run, and returns its
+    output. No memory is freed while a stream may still use it.
+    """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -159,14 +176,15 @@ class _AsyncForward:
         self._output: TeacherOutput | None = None
 
     def start(self, images: Tensor, run: Callable[[], TeacherOutput]) -> None:
+        """Queue `run` on the teacher's stream, after the work that made `images`."""
         self._stream = self._stream or torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(self._stream):
             self._images, self._output = images, run()
-        images.record_stream(self._stream)  # its memory must not be reused before the teacher has read it
+        images.record_stream(self._stream)  # keeps their memory until the teacher has read them
 
     def collect(self, images: Tensor) -> TeacherOutput | None:
-        """The output for these very images, once the current stream waits for it; None where nothing was started."""
+        """Return the output for these images, or None if the last `start` was not given the same tensor."""
         output, self._output = self._output, None
         if self._images is not images:
             output = None
@@ -177,11 +195,12 @@ class _AsyncForward:
         current.wait_stream(self._stream)
         for values in (output.maps, output.logits, output.mean_logits, output.boxes):
             for tensor in values.values():
-                tensor.record_stream(current)  # allocated on the other stream, used on this one
+                tensor.record_stream(current)  # allocated on the teacher's stream, used on this one
         return output
 
 
-def _scores(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:
+def _branch_outputs(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:
+    """Return the output of a head's branch at each level; nothing if there is no branch."""
     return [convs(m) for convs, m in zip(branch, maps, strict=True)] if branch is not None else []
 
 
@@ -192,22 +211,26 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
 
 
 class _Tap(nn.Module):
-    """Stands in for the head: returns the neck maps, and keeps the head's branches at hand."""
+    """Replaces the teacher's head: its forward returns the neck maps that enter it and runs no branch.
 
-    export = False  # which YOLO-World asks its head
+    It keeps the branches, each None if the head has none, so that a step can run those that it needs.
+    one2many, one2one: class scores per level. boxes: raw box distances per level, in `bins` bins per side.
+    """
+
+    export = False  # YOLO-World reads this attribute of its head
 
     def __init__(self, head: Any) -> None:
         super().__init__()
-        self.f, self.i = head.f, head.i  # where Ultralytics' forward feeds it from
+        self.f, self.i = head.f, head.i  # Ultralytics' forward reads from these which layers feed it
         dense = isinstance(head, Detect) and not isinstance(head, PROMPTED_HEADS)
         one2one = getattr(head, "one2one_cv3", None) if dense else None
-        many = head.cv3 if dense else None
-        self.one2many: nn.ModuleList | None = many if many is not None else one2one
+        one2many = head.cv3 if dense else None
+        self.one2many: nn.ModuleList | None = one2many if one2many is not None else one2one
         self.one2one: nn.ModuleList | None = one2one
         self.bins: int = getattr(head, "reg_max", 1)
         self.boxes: nn.ModuleList | None = None
         if dense:
-            self.boxes = head.cv2 if many is not None else getattr(head, "one2one_cv2", None)
+            self.boxes = head.cv2 if one2many is not None else getattr(head, "one2one_cv2", None)
 
     def forward(self, maps: list[Tensor], *_: object) -> list[Tensor]:
         return list(maps)

@@ -1,1 +1,12 @@
-"""Every name of Ultralytics that yolokd replaces while it runs, and why."""
+"""Every name of Ultralytics or torch that yolokd replaces; each is replaced inside a `with` block only.
+
+- `patched.patched`: the tool that all others use; replaces one attribute.
+- `safe_loading.safe_loading`: checkpoints and data sets run no code.
+- `training_loop.bfloat16_on_cpu`: `amp=bf16` works on CPUs.
+- `training_loop.atomic_stripping`: a finished checkpoint is never left half written.
+- `training_loop.adapters_not_counted`: loggers count the student's own parameters only.
+- `ddp_on_cpu.ddp_on_cpu`: several processes train on CPUs.
+- `no_autoinstall.no_autoinstall`: an export installs no packages.
+
+Each docstring says what is replaced, why, and what would make the replacement unnecessary.
+"""

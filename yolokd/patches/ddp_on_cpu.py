@@ -1,4 +1,4 @@
-"""Ultralytics' training over several processes, without GPUs."""
+"""Ultralytics' training in several processes, on CPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from yolokd.patches.patched import patched
 
 
 class _AnyDeviceDDP(DistributedDataParallel):
-    """torch's, without the device's index that Ultralytics gives: a CPU has none."""
+    """torch's DistributedDataParallel, which ignores the device index None that Ultralytics passes for a CPU."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, **settings: Any) -> None:
         super().__init__(module, None if device_ids == [None] else device_ids, **settings)
@@ -23,20 +23,27 @@ class _AnyDeviceDDP(DistributedDataParallel):
 
 @contextmanager
 def ddp_on_cpu() -> Iterator[None]:
-    """Within it, Ultralytics' training over several processes needs no GPU: the one place where it insists on them."""
-    backend = validator.AutoBackend
+    """Let Ultralytics train in several processes on CPUs inside the block.
 
-    class _Index:
+    Replaces: `torch.nn.parallel.DistributedDataParallel`, and `AutoBackend` and `get_torch_device_backend` in
+    `engine.validator`.
+    Why: Ultralytics passes `device_ids=[None]` for a CPU, which torch rejects, and in a process of a distributed run
+    its validator always takes a GPU.
+    Unnecessary once: the trainer omits `device_ids` on CPUs, and the validator takes the trainer's device.
+    """
+    original_backend = validator.AutoBackend
+
+    class _DeviceBackend:
         @staticmethod
         def current_device() -> int:
             return 0
 
-    def on_cpu(*args: Any, **settings: Any) -> Any:
-        return backend(*args, **{**settings, "device": torch.device("cpu")})
+    def backend_on_cpu(*args: Any, **settings: Any) -> Any:
+        return original_backend(*args, **{**settings, "device": torch.device("cpu")})
 
     with (
         patched(nn.parallel, "DistributedDataParallel", _AnyDeviceDDP),
-        patched(validator, "AutoBackend", on_cpu),
-        patched(validator, "get_torch_device_backend", lambda _: _Index),
+        patched(validator, "AutoBackend", backend_on_cpu),
+        patched(validator, "get_torch_device_backend", lambda _: _DeviceBackend),
     ):
         yield

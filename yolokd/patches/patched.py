@@ -1,4 +1,4 @@
-"""The few places where Ultralytics leaves no other seam: one of its names, replaced for a while."""
+"""The tool that replaces an attribute for a while."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 
 @contextmanager
-def patched(owner: Any, name: str, substitute: Any) -> Iterator[None]:
-    """Within it, `owner.name` is the substitute.
+def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """Replace the attribute `name` of a module or object by `replacement` inside the block.
 
     >>> import math
-    >>> with stand_in(math, "pi", 3):
+    >>> with patched(math, "pi", 3):
     ...     math.pi
     3
     """
     namespace = vars(owner)
-    had, theirs = name in namespace, namespace.get(name)  # a module may use a builtin, which is not its own
-    setattr(owner, name, substitute)
+    existed, original = name in namespace, namespace.get(name)  # a builtin that a module uses is not in its namespace
+    setattr(owner, name, replacement)
     try:
         yield
     finally:
-        if had:
-            setattr(owner, name, theirs)
+        if existed:
+            setattr(owner, name, original)
         else:
             delattr(owner, name)

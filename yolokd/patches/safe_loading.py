@@ -1,4 +1,4 @@
-"""No file runs code: neither a checkpoint's pickle nor a data set's download script, unless trusted."""
+"""Loading of checkpoints and data sets without running code from them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,18 @@ from yolokd.patches.patched import patched
 
 @contextmanager
 def safe_loading(trust: bool = False) -> Iterator[None]:
-    """Within it, Ultralytics rebuilds checkpoints from known classes alone, and runs download scripts of its own alone.
+    """Load checkpoints and data sets inside the block without running code from them; `trust=True` allows the code.
 
-    `trust=True` leaves its ordinary (unrestricted) ways in force. Holds for the whole process: not for threads side by
-    side. Raises UserError, within, for a data set whose images are missing and whose `download:` is code.
+    A checkpoint may then hold objects of known classes only. A data set's `download:` may be an archive's address, or
+    the Python code of a data set that Ultralytics ships; other code and shell commands do not run.
+    The replacements hold for the whole process: do not use this in two threads at once.
+    Raises UserError if torch is too old for restricted loading and, inside the block, for a data set whose images are
+    missing and whose `download:` is refused.
+
+    Replaces: `nn.tasks.SAFE_LOAD`, and the names `exec` and `subprocess` in `data.utils`.
+    Why: a pickle or a download script can run any code. Ultralytics allows both by default: it reads
+    ULTRALYTICS_SAFE_LOAD once, when imported, `load_checkpoint` has no argument for it, and scripts always run.
+    Unnecessary once: `load_checkpoint`, `YOLO` and `check_det_dataset` take an argument that forbids such code.
     """
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
         raise UserError("torch", f"{torch.__version__} cannot load checkpoints safely", "install torch >= 2.6")
@@ -36,11 +44,12 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
 
 
 def _refuse(*_: Any, **__: Any) -> None:
-    raise UserError("data", "its images are missing, and its download: is code", "fetch them, or trust=True runs it")
+    cure = "download the images yourself, or give trust=True to run it"
+    raise UserError("data", "its images are missing, and its download: is code", cure)
 
 
 def _exec(code: str, scope: dict[str, Any]) -> None:
-    """Run what Ultralytics ships, such as coco.yaml's own script."""
+    """Run a data set's download script if Ultralytics ships its .yaml, such as coco.yaml; raise UserError otherwise."""
     if ROOT.resolve() not in Path(scope["yaml"]["yaml_file"]).resolve().parents:
         _refuse()
     exec(code, scope)

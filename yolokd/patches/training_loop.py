@@ -1,4 +1,4 @@
-"""Functions of Ultralytics, replaced while its training loop runs."""
+"""Functions that Ultralytics' training loop calls."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from yolokd.runtime.files import atomic_path
 
 @contextmanager
 def bfloat16_on_cpu() -> Iterator[None]:
-    """Within it, `amp=bf16` works on CPUs too, where Ultralytics' loop refuses it; other settings are as ever."""
-    theirs = engine.autocast
+    """Allow `amp=bf16` on CPUs inside the block; all other settings of autocast work as before.
+
+    Replaces: `engine.trainer.autocast`.
+    Why: Ultralytics raises RuntimeError for bfloat16 on anything but CUDA, although torch supports it on CPUs.
+    Unnecessary once: Ultralytics' `autocast` accepts bfloat16 on CPUs.
+    """
+    original_autocast = engine.autocast
 
     def autocast(enabled: bool | torch.dtype, device: str = "cuda") -> Any:
         if device == "cpu" and enabled is torch.bfloat16:
             return torch.autocast("cpu", torch.bfloat16)
-        return theirs(enabled, device)
+        return original_autocast(enabled, device)
 
     with patched(engine, "autocast", autocast):
         yield
@@ -33,20 +38,25 @@ def bfloat16_on_cpu() -> Iterator[None]:
 
 @contextmanager
 def atomic_stripping() -> Iterator[None]:
-    """Within it, Ultralytics' stripping of finished checkpoints replaces them whole or not at all."""
-    theirs = engine.strip_optimizer
+    """Let Ultralytics strip a finished checkpoint into a temporary file, renamed when it is complete.
+
+    Replaces: `engine.trainer.strip_optimizer`.
+    Why: Ultralytics overwrites best.pt and last.pt in place: an interruption or a full disk would destroy them.
+    Unnecessary once: Ultralytics writes the stripped checkpoint to another file and renames it.
+    """
+    original_strip = engine.strip_optimizer
 
     def strip(f: str | Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        def name(record: LogRecord) -> bool:
+        def show_final_name(record: LogRecord) -> bool:
             record.msg = str(record.msg).replace(str(temporary), str(s or f))
             return True
 
         with atomic_path(Path(s or f)) as temporary:
-            LOGGER.addFilter(name)
+            LOGGER.addFilter(show_final_name)
             try:
-                return theirs(f, str(temporary), updates)
+                return original_strip(f, str(temporary), updates)
             finally:
-                LOGGER.removeFilter(name)
+                LOGGER.removeFilter(show_final_name)
 
     with patched(engine, "strip_optimizer", strip):
         yield
@@ -54,11 +64,16 @@ def atomic_stripping() -> Iterator[None]:
 
 @contextmanager
 def adapters_not_counted() -> Iterator[None]:
-    """Within it, what loggers tell of a student's size leaves out what serves its training alone."""
+    """Let loggers count a student's parameters without those of the criterion, which serve its training only.
+
+    Replaces: `utils.torch_utils.get_num_params`.
+    Why: Ultralytics counts all parameters of the live model, adapters included; the finished student has none.
+    Unnecessary once: Ultralytics counts the parameters of the EMA model, which is what it saves.
+    """
 
     def count(model: nn.Module) -> int:
-        own = torch_utils.unwrap_model(model).named_parameters()
-        return sum(parameter.numel() for name, parameter in own if not name.startswith("criterion."))
+        parameters = torch_utils.unwrap_model(model).named_parameters()
+        return sum(parameter.numel() for name, parameter in parameters if not name.startswith("criterion."))
 
     with patched(torch_utils, "get_num_params", count):
         yield

@@ -1,4 +1,4 @@
-"""One pyramid level: its shape, its maps of a batch, and operations on maps."""
+"""A pyramid level: its shape, its maps of one batch, and operations on maps."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from yolokd.pyramid.boxes import Labels, inverse_areas
 
 @dataclass(frozen=True)
 class LevelShape:
-    """One paired level: its stride in pixels, and the channels of both models' maps there.
+    """The shape of one level that both models have.
 
-    stage: which of several teachers it belongs to, counted from 0, the weakest.
+    stride: in pixels of the image. student_channels, teacher_channels: of the models' maps. stage: the number of the
+    teacher, counted from 0, the weakest.
     """
 
     stride: int
@@ -28,13 +29,14 @@ class LevelShape:
 
 @dataclass(eq=False)
 class Level:
-    """One stride's maps of a batch, on the student's grid.
+    """The maps and predictions of both models at one level, for one batch; all on the student's grid.
 
-    student: (B, C_S, H, W), carries gradient. teacher: (B, C_T, H, W), no gradient.
-    student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None where no method wants them.
-    teacher_mean_logits: the mean of the logits of an end-to-end teacher's two branches; of others the logits; or None.
+    student: (B, C_S, H, W) map, carries gradient. teacher: (B, C_T, H, W) map, no gradient.
+    student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None if no method wants them.
+    teacher_mean_logits: (B, K, H, W), the mean of the logits of an end-to-end teacher's two branches, for any other
+    teacher its logits, or None.
     student_boxes, teacher_boxes: (B, 4, H, W) predicted distances left, top, right, bottom, in cells, or None.
-    labels: the batch's boxes. seed: for what a method draws in this step; the same when a resumed run does it again.
+    labels: the batch's labelled boxes. seed: of the random numbers of this step; a resumed run has the same seed there.
     """
 
     stride: int
@@ -49,27 +51,27 @@ class Level:
     seed: int = 0
     _computed: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` gives, computed for the first of the methods that ask for `key` and shared by the others."""
+    def compute_once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the tensor stored under `key`; the first call computes and stores it, so that methods can share it."""
         if key not in self._computed:
             self._computed[key] = compute()
         return self._computed[key]
 
     def inverse_areas(self) -> Tensor:
-        """`boxes.inverse_areas` of the labels on this level's grid: (B, H, W) float32."""
+        """Return `boxes.inverse_areas` of the labels on this level's grid, (B, H, W) float32."""
         labels = self.labels
         assert labels is not None
         b, _, h, w = self.student.shape
-        return self.once("inverse areas", lambda: inverse_areas(labels, b, h, w))
+        return self.compute_once("inverse areas", lambda: inverse_areas(labels, b, h, w))
 
-    def uniform(self, *size: int) -> Tensor:
-        """Random numbers in 0..1, float32, from the step's seed and not from torch's own stream."""
+    def draw_uniform(self, *size: int) -> Tensor:
+        """Return float32 random numbers in 0..1, drawn with the step's seed and not from torch's global generator."""
         generator = torch.Generator().manual_seed(hash((self.seed, self.stride)) % 2**63)
         return torch.rand(*size, generator=generator).to(self.student.device)
 
 
 def level_name(stride: int) -> str:
-    """The field's name of a pyramid level.
+    """Return the usual name of the pyramid level of a stride in pixels.
 
     >>> level_name(8)
     'P3'
@@ -78,20 +80,24 @@ def level_name(stride: int) -> str:
 
 
 def resize_to(reference: Tensor, maps: Tensor) -> Tensor:
-    """Resample `maps` (B, C, h, w) bilinearly to the grid of `reference` (B, *, H, W); untouched where equal."""
+    """Return `maps` (B, C, h, w) on the grid of `reference` (B, *, H, W), resampled bilinearly if the grids differ."""
     if maps.shape[-2:] == reference.shape[-2:]:
         return maps
     return F.interpolate(maps.float(), size=reference.shape[-2:], mode="bilinear", align_corners=False).to(maps.dtype)
 
 
 def split_levels(flat: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-    """Cut a head's (B, C, anchors) output into one (B, C, H, W) per map."""
+    """Return a head's output (B, C, anchors), split by level: one (B, C, H, W) for each (B, *, H, W) in `maps`."""
     sizes = [m.shape[-2] * m.shape[-1] for m in maps]
     parts = torch.split(flat, sizes, dim=-1)
     return [p.view(*p.shape[:2], *m.shape[-2:]) for p, m in zip(parts, maps, strict=True)]
 
 
 def confidence_shares(logits: Sequence[Tensor]) -> Tensor:
-    """(L,) share of each level in the teacher's confidence: the sum over positions of its top class probability."""
+    """Return (L,) shares of the levels in the teacher's confidence, float32; their sum is 1.
+
+    logits: (B, K, H, W) for each of the L levels. A level's confidence is the sum over batch and positions of the top
+    class probability.
+    """
     sums = torch.stack([t.float().amax(1).sigmoid().sum() for t in logits])
     return sums / sums.sum()

@@ -1,4 +1,4 @@
-"""What teacher and student share: strides of their feature pyramids, and classes."""
+"""The pairing of a teacher and a student: the pyramid levels and classes that both have."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from yolokd.pyramid.level import LevelShape
 
 @dataclass(frozen=True)
 class ClassPairing:
-    """Which class channels of both heads mean the same; empty where no name is shared.
+    """The class channels of both heads that mean the same.
 
-    With no shared name the highest class score of each model stands in, as a single objectness channel.
+    teacher, student: the K shared classes' indices in each head, in the same order; empty if no class name is shared.
+    The highest class score of each model then serves as a single objectness channel (K = 1).
     """
 
     teacher: tuple[int, ...]
@@ -24,16 +25,16 @@ class ClassPairing:
 
     @property
     def objectness(self) -> bool:
-        """Whether no class is shared."""
+        """Return whether no class is shared, so that objectness is compared instead."""
         return not self.teacher
 
     @property
     def mapping(self) -> dict[int, int]:
-        """{student's class: teacher's class}."""
+        """Return {index of a student's class: index of the teacher's class of that name}."""
         return dict(zip(self.student, self.teacher, strict=True))
 
     def describe(self, names: Mapping[int, str]) -> str:
-        """One line for people. names: of the student's classes."""
+        """Return a line for the log. names: the student's classes by index."""
         if self.objectness:
             return "classes paired: none shared by name; the highest score of each model is one objectness channel"
         missing = [name for i, name in names.items() if i not in self.student]
@@ -41,20 +42,20 @@ class ClassPairing:
         paired = _first_ten([names[i] for i in self.student])
         return f"classes paired: {len(self.student)} of {len(names)} ({paired}){unknown}"
 
-    def of_teacher(self, logits: Tensor) -> Tensor:
-        """(B, nc_T, H, W) -> (B, K, H, W)."""
-        return _pick(logits, self.teacher)
+    def select_teacher(self, logits: Tensor) -> Tensor:
+        """Return the teacher's logits of the shared classes: (B, nc_T, H, W) -> (B, K, H, W)."""
+        return _select(logits, self.teacher)
 
-    def of_student(self, logits: Tensor) -> Tensor:
-        """(B, nc_S, H, W) -> (B, K, H, W)."""
-        return _pick(logits, self.student)
+    def select_student(self, logits: Tensor) -> Tensor:
+        """Return the student's logits of the shared classes: (B, nc_S, H, W) -> (B, K, H, W)."""
+        return _select(logits, self.student)
 
 
 def _first_ten(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
 
 
-def _pick(logits: Tensor, index: tuple[int, ...]) -> Tensor:
+def _select(logits: Tensor, index: tuple[int, ...]) -> Tensor:
     if not index:
         return logits.amax(1, keepdim=True)
     return logits if index == tuple(range(logits.shape[1])) else logits[:, list(index)]
@@ -62,37 +63,41 @@ def _pick(logits: Tensor, index: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairing:
-    """How a teacher and a student fit: the levels and classes that they share."""
+    """The levels and classes that a teacher and a student share.
+
+    student_strides: of all the student's maps, in the order of its head, in pixels.
+    """
 
     levels: tuple[LevelShape, ...]
-    student_strides: tuple[int, ...]  # of all the student's maps, in the order of its head
+    student_strides: tuple[int, ...]
     classes: ClassPairing
 
 
 def pair_classes(teacher: Mapping[int, str], student: Mapping[int, str]) -> ClassPairing:
-    """Pair classes by name, ignoring case and surrounding space, in the student's order.
+    """Return the pairing of two models' classes, {index: name}, by name, in the student's order.
 
-    Of a teacher's classes of one name the first counts. Raises UserError where two of the data's have one name.
+    Case and surrounding space are ignored. If several of the teacher's classes have the same name, the first is paired.
+    Raises UserError if two of the student's classes, which are the data set's, have the same name.
 
     >>> pair_classes({0: "dog", 1: "Cat "}, {0: "cat", 1: "cow"})
     ClassPairing(teacher=(1,), student=(0,))
     """
-    twice = [name for name, count in Counter(map(_normal, student.values())).items() if count > 1]
-    if twice:
-        raise UserError("data", f"two classes are called {twice[0]!r}", "give each class a name of its own")
-    index = {_normal(name): i for i, name in reversed(list(teacher.items()))}
-    pairs = [(index[_normal(name)], i) for i, name in student.items() if _normal(name) in index]
+    duplicates = [name for name, count in Counter(map(_normalize, student.values())).items() if count > 1]
+    if duplicates:
+        raise UserError("data", f"two classes are called {duplicates[0]!r}", "give each class a name of its own")
+    index = {_normalize(name): i for i, name in reversed(list(teacher.items()))}
+    pairs = [(index[_normalize(name)], i) for i, name in student.items() if _normalize(name) in index]
     return ClassPairing(tuple(t for t, _ in pairs), tuple(s for _, s in pairs))
 
 
-def _normal(name: str) -> str:
+def _normalize(name: str) -> str:
     return str(name).strip().lower()
 
 
 def pair_levels(teacher: Mapping[int, int], student: Mapping[int, int]) -> list[LevelShape]:
-    """Pair the pyramids, given as {stride: channels}, at the strides that both have, finest first.
+    """Return the levels at the strides that both models have, finest first.
 
-    Raises UserError where there is none.
+    teacher, student: {stride in pixels: channels}. Raises UserError if the models have no stride in common.
 
     >>> pair_levels({8: 64, 16: 128}, {4: 16, 8: 32})
     [LevelShape(stride=8, student_channels=32, teacher_channels=64, stage=0)]

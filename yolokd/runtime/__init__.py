@@ -1,1 +1,1 @@
-"""Processes, signals, threads, files and the terminal: nothing of distillation."""
+"""Processes, signals, threads, random state, files and the terminal; knows nothing of distillation."""

@@ -1,4 +1,4 @@
-"""Where commands print: paths and sentences unbroken, tables as wide as they need."""
+"""The console that commands print on; it wraps neither paths nor sentences."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 CONSOLE = Console(soft_wrap=True)
-WIDE = 210  # columns for a table where no terminal says how many there are
+TABLE_WIDTH = 210  # in characters, for output to a file or a pipe, which has no width of its own
 
 
 def print_table(table: Table) -> None:
-    """Print a table, whole also into a file or a pipe."""
-    (CONSOLE if CONSOLE.is_terminal else Console(width=WIDE)).print(table)
+    """Print a table; do not cut it off in a file or a pipe."""
+    (CONSOLE if CONSOLE.is_terminal else Console(width=TABLE_WIDTH)).print(table)

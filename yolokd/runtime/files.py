@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and known by what they hold."""
+"""Files that are replaced atomically, hashed, and cleaned up; file errors as user errors."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from yolokd.errors import UserError, first_line
 
-DISK_FULL_BYTES = 2**20  # ours: bytes below which a disk is full
+DISK_FULL_BYTES = 2**20  # ours: a disk with fewer free bytes counts as full
 
 
 def sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     with open(path, "rb") as f:
         return hashlib.sha256(f.read()).hexdigest()
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, synced and renamed to `path` when the block succeeds: never half a file.
+    """Yield a temporary path in the same folder, and rename that file to `path` if the block succeeds.
 
-    Raises UserError where it cannot be written, as on a full disk; what was at `path` stays then.
+    So `path` never holds half a file. The file is synced to disk before the rename.
+    Raises UserError if the file cannot be written, as on a full disk; `path` then keeps its old content.
     """
     temporary = Path(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
@@ -36,17 +37,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as e:
-        full = shutil.disk_usage(path.parent).free < DISK_FULL_BYTES
-        if not (full or isinstance(e, OSError) or "inline_container" in str(e)):  # so torch's writer names itself
+        disk_is_full = shutil.disk_usage(path.parent).free < DISK_FULL_BYTES
+        from_torch_writer = "inline_container" in str(e)  # torch raises a RuntimeError that names this source file
+        if not (disk_is_full or isinstance(e, OSError) or from_torch_writer):
             raise
-        why = os.strerror(errno.ENOSPC) if full else getattr(e, "strerror", None) or first_line(e)
-        raise UserError(f"{path}", f"cannot be written: {why}", "what was there is kept; free space or rights") from e
+        reason = os.strerror(errno.ENOSPC) if disk_is_full else getattr(e, "strerror", None) or first_line(e)
+        cure = "the old file is kept; free some space, or get the right to write there"
+        raise UserError(f"{path}", f"cannot be written: {reason}", cure) from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last; not every system lets a folder be opened."""
+    """Sync a folder, so that a rename in it survives a power failure. Only POSIX systems can open a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -56,15 +59,36 @@ def _sync_folder(folder: Path) -> None:
 
 
 class AtomicPath(type(Path())):  # type: ignore[misc]
-    """A path whose `write_bytes` replaces a file whole or not at all: what Ultralytics writes in place."""
+    """A path whose `write_bytes` replaces the file atomically.
+
+    Ultralytics writes checkpoints by `trainer.last.write_bytes(…)`, in place. With an AtomicPath there, a process that
+    is killed while it writes leaves the old checkpoint intact. Paths that are built from it (`path / name`) are
+    AtomicPaths too.
+    """
 
     def write_bytes(self, data: Any) -> int:
-        """Write to a temporary file, sync, rename."""
+        """Write to a temporary file, sync it, and rename it. Raises UserError as `atomic_path` does."""
         with atomic_path(self) as temporary:
             return temporary.write_bytes(data)
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed while it wrote."""
+    """Remove the temporary files that a process left when it was killed while writing."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def os_errors_as_user_errors(cure: Callable[[], str]) -> Iterator[None]:
+    """Raise UserError for an OSError about a file inside the block: no rights, a full disk, an image that is gone.
+
+    cure: returns the cure that the error names. Other errors, of a network for example, pass unchanged.
+    """
+    try:
+        yield
+    except OSError as e:
+        image_is_gone = "Image Not Found" in str(e)
+        if not (image_is_gone or e.filename or e.errno == errno.ENOSPC):
+            raise
+        problem = f"{e.strerror}: {e.filename}" if e.filename else str(e.strerror)
+        raise UserError("files", first_line(e) if image_is_gone else problem, cure()) from e

@@ -1,4 +1,4 @@
-"""Finds what ships beside the code: cfg/ and export/."""
+"""Location of the folders that ship with the code: cfg/ and export/."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def bundled_folder(folder: str) -> Path:
-    """The folder `cfg` or `export`: inside the package in a wheel, beside it in a checkout or an editable install.
+    """Return the folder `cfg` or `export`: in the package of a wheel, beside it in a checkout or editable install.
 
-    >>> (shipped("cfg") / "default.yaml").is_file()
+    >>> (bundled_folder("cfg") / "default.yaml").is_file()
     True
     """
     package = Path(__file__).resolve().parents[1]

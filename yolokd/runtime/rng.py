@@ -1,4 +1,4 @@
-"""Random streams of Python, NumPy and torch: kept, saved and restored."""
+"""Saving and restoring the random states of Python, NumPy and torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy and torch, as plain data."""
+    """Return the random states of Python, NumPy and torch (CPU and CUDA) as plain data that a checkpoint can hold."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -23,7 +23,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore `random_state`."""
+    """Restore what `random_state` returned; CUDA's only if the number of devices is the same."""
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -34,7 +34,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Leaves the random streams as they were: a run's augmentations must not depend on whether it has a teacher."""
+    """Restore the random states after the block: a run's augmentations must not depend on whether it has a teacher."""
     state = random_state()
     try:
         yield

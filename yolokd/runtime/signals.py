@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a training at the end of a step; a second one stops it at once."""
+"""Handling of Ctrl-C and SIGTERM: the first stops a training after its step, a second one at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A training that was told to stop; `signum` says how, the message how to go on."""
+    """Raised in a training that a signal stops; `signum` is the signal, the message says how to resume."""
 
     def __init__(self, signum: int, message: str = "") -> None:
         super().__init__(message)
@@ -20,13 +20,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A wish to stop, once a signal has come."""
+    """The request to stop that a signal makes; `signum` is None until one arrives."""
 
     def __init__(self) -> None:
         self.signum: int | None = None
 
     def receive(self, signum: int, _frame: Any) -> None:
-        """Take note of a signal; raises Interrupted for the second."""
+        """Note a signal, as a signal handler. Raises Interrupted for the second signal."""
         if self.signum is not None:
             raise Interrupted(signum, "stopped at once")
         self.signum = signum
@@ -34,19 +34,19 @@ class StopRequest:
 
 @contextmanager
 def handle_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
-    """Within it, signals become a request: the one given, or a new one.
+    """Turn SIGINT and SIGTERM into a request to stop inside the block, and yield it: the one given, or a new one.
 
-    Nothing changes outside the main thread, where Python has no signals, and for a signal that was ignored before, as
-    shells have it for what runs in the background.
+    Changes nothing outside the main thread, where Python cannot handle signals, and nothing for a signal that was
+    ignored before: shells let background processes ignore SIGINT.
     """
     request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    taken = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, request.receive) for number in taken}
+    handled = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    original_handlers = {signum: signal.signal(signum, request.receive) for signum in handled}
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in original_handlers.items():
+            signal.signal(signum, handler)

@@ -1,4 +1,4 @@
-"""How many threads torch trains with on CPUs."""
+"""The number of threads that torch trains with on CPUs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import torch
 
 from yolokd.runtime import distributed
 
-MOST_THREADS = 8  # Ultralytics' own bound on torch's threads on CPUs; it leaves one core idle besides
+MAX_THREADS = 8  # as in Ultralytics, which also leaves one core idle
 
 
 def training_threads() -> int:
-    """How many threads torch trains with on CPUs: one for each core that this process may use, up to Ultralytics' 8.
+    """Return the number of threads that torch trains with on CPUs: one per usable core, at most MAX_THREADS.
 
-    Several processes on one machine share its cores.
+    The processes of one training on one machine share its cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(MOST_THREADS, cores // distributed.LOCAL_WORLD_SIZE), 1)
+    return max(min(MAX_THREADS, cores // distributed.LOCAL_WORLD_SIZE), 1)
 
 
 def use_all_cores(device: torch.device) -> None:
-    """Give torch all `training_threads()` on CPUs; Ultralytics' device selection resets them."""
-    # Measured on 2 cores: faster than a core kept free, also for a worker or a thread that prepares batches.
+    """Set torch's number of threads to `training_threads()` on CPUs; Ultralytics' device selection resets it."""
+    # Measured on 2 cores: this is faster than to leave a core free for a worker or thread that prepares batches.
     if device.type == "cpu":
         torch.set_num_threads(training_threads())

@@ -1,4 +1,4 @@
-"""Starts and ends of the processes of one training."""
+"""How the processes of one training start and end, under Ultralytics' launch and under torchrun."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from yolokd.runtime.signals import Interrupted, StopRequest, handle_signals
 
 
 class SignalRelay(StopRequest):
-    """The request of a process that launches the training: those at work are told, and ended by a second."""
+    """Passes signals from the launching process to the training processes; a second signal kills them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._before = set(psutil.Process().children())  # the user's own
+        self._before = set(psutil.Process().children())  # children that the user's program started
 
     def receive(self, signum: int, frame: Any) -> None:
-        """Pass a signal on; raises Interrupted for the second."""
+        """Pass a signal on. Raises Interrupted for the second one."""
         launchers = set(psutil.Process().children()) - self._before
-        heard = signum == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()  # a terminal tells launchers
+        from_terminal = signum == signal.SIGINT and sys.stdin is not None and sys.stdin.isatty()  # sends it to all
         for launcher in launchers:
             with suppress(psutil.NoSuchProcess):
                 if self.signum is not None:
                     for process in [*launcher.children(recursive=True), launcher]:
                         with suppress(psutil.NoSuchProcess):
                             process.kill()
-                elif not heard:
+                elif not from_terminal:
                     launcher.send_signal(signum)
         super().receive(signum, frame)
 
 
 def supervise_launch(launch: Callable[[], T], resume_hint: Callable[[], str]) -> T:
-    """Launch the processes of a training, and wait for them.
+    """Launch the processes of a training, wait for them, and return what `launch` returns.
 
-    Raises Interrupted where this process was told to stop, and UserError where one of them has failed.
+    Raises Interrupted if this process received a signal, and UserError if one of the processes failed.
     """
     with handle_signals(SignalRelay()) as request:
         try:
@@ -56,14 +56,17 @@ def supervise_launch(launch: Callable[[], T], resume_hint: Callable[[], str]) ->
 
 @contextmanager
 def worker_process(device: torch.device, request: StopRequest, resume_hint: Callable[[], str]) -> Iterator[None]:
-    """Within it, this process trains with the others; it ends in few words, whatever has launched it."""
+    """Train as one of several processes inside the block; end the process with one line if it fails or is stopped.
+
+    Without it, each process would print a traceback under torchrun and Ultralytics' launcher.
+    """
     try:
         with ddp_on_cpu() if device.type == "cpu" else nullcontext():
             yield
     except UserError as e:
         print(f"yolokd: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except (Interrupted, RuntimeError):  # the latter where another process, told to stop as well, has gone first
+    except (Interrupted, RuntimeError):  # RuntimeError if another process stopped first
         if request.signum is None:
             raise
         if IS_MAIN:

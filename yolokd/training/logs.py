@@ -1,17 +1,21 @@
-"""What a training says of itself: which maps and classes are paired, and how gradients compare."""
+"""What a training writes beside its checkpoints: log lines, columns of results.csv, distill.yaml."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, YAML
 
 from yolokd.pyramid.level import level_name
 from yolokd.training.plan import TrainPlan
 
+OF_ONE_RUN = frozenset({"save_dir", "resume", "mode", "task", "cfg"})  # settings that a repeated run must not take
+
 
 def log_pairing(plan: TrainPlan) -> None:
-    """Log what is paired with what."""
+    """Log which levels and classes of each teacher are paired with the student's."""
     for paired in plan.teachers:
         name = f"distil from {Path(paired.file).name}"
         for level in paired.pairing.levels:
@@ -22,14 +26,53 @@ def log_pairing(plan: TrainPlan) -> None:
         LOGGER.info(f"{name}, {paired.pairing.classes.describe(plan.data['names'])}")
 
 
-def balance_summary(plan: TrainPlan, means: dict[str, float], clip: float) -> str:
-    """Ratios of distillation to task gradient, level by level, as one line of log."""
-    names = [key.partition("/")[0] for key in means if key.endswith("/share")]
+def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) -> str:
+    """Return one log line: how hard each method pulls at each level, beside the YOLO loss.
+
+    means: the measurements of an epoch by column name (`P3/pdf_ratio`, `P3/share`, …). clip: the mean factor by which
+    the student's gradients were clipped.
+    """
+    levels = [key.partition("/")[0] for key in means if key.endswith("/share")]
     ratios = (
-        f"{part.name} " + " ".join(f"{n} {means[f'{n}/{part.name}_ratio']:.3g}" for n in names)
-        for part in plan.config.method_configs
+        f"{method.name} " + ", ".join(f"{level} {means[f'{level}/{method.name}_ratio']:.3g}" for level in levels)
+        for method in plan.config.method_configs
     )
-    share = " ".join(f"{n} {means[f'{n}/share']:.2%}" for n in names)
+    confidence = ", ".join(f"{level} {means[f'{level}/share']:.2%}" for level in levels)
     return (
-        f"gradients, distillation/task: {'; '.join(ratios)}; teacher's confidence: {share}; student's clip {clip:.3g}"
+        f"distillation gradient as a multiple of the YOLO loss's: {'; '.join(ratios)}. "
+        f"Teacher's confidence by level: {confidence}. Student's gradients were clipped to {clip:.3g} of their norm."
     )
+
+
+def distillation_metrics(means: Mapping[str, float], clip: float, dropped: int) -> dict[str, float]:
+    """Return yolokd's columns of results.csv. dropped: the steps of the epoch without distillation."""
+    levels = {f"level/{name}": value for name, value in means.items()}
+    return levels | {"clip/student": clip, "distill/dropped": dropped}
+
+
+def without_distillation(labels: Any, prefix: str, plan: TrainPlan) -> Any:
+    """Return a list or dict of labelled loss items without yolokd's (`val/dfd_loss`, …): a validation has none."""
+    methods = [method.name for method in plan.config.method_configs]
+    distillation = {f"{prefix}/{name}_{item}" for name in methods for item in ("loss", "gain")}
+    kept = [label for label in labels if label not in distillation]
+    return kept if isinstance(labels, list) else {label: labels[label] for label in kept}
+
+
+def rotate_results_csv(path: Path, metrics: Mapping[str, Any], epoch: int) -> None:
+    """Rename results.csv if its columns changed, as with another method after a resume.
+
+    Otherwise Ultralytics would append rows that do not fit the header.
+    """
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as f:
+        columns = f.readline().strip().split(",")
+    if columns != ["epoch", "time", *metrics]:
+        path.rename(path.with_stem(f"results-to-{epoch}"))
+
+
+def write_distill_yaml(save_dir: Path, keys: Mapping[str, Any]) -> None:
+    """Write distill.yaml, from which `yolokd train cfg=` repeats the run. keys: yolokd's own, and the run's name."""
+    settings = YAML.load(save_dir / "args.yaml")
+    repeated = {key: value for key, value in settings.items() if key not in OF_ONE_RUN}
+    YAML.save(save_dir / "distill.yaml", repeated | dict(keys))

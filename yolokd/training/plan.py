@@ -1,4 +1,4 @@
-"""What a run will do, known (and refused, if it must be) before anything is written."""
+"""The plan of a run: everything is loaded, paired and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from ultralytics.utils.checks import check_imgsz
 
-from yolokd.config.parse import check_keys, is_yolokd_key, parse
+from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import load_data
@@ -20,23 +20,29 @@ from yolokd.models.detector import Detector, read_pyramid
 from yolokd.models.teacher import Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.files import sha256
-from yolokd.training.settings import _check_settings
+from yolokd.training.settings import check_settings
 
 
 @dataclass(frozen=True)
 class PairedTeacher:
-    """One teacher, as loaded and as it will run, and how the student fits it."""
+    """One teacher, as loaded and as it will run, and its pairing with the student.
+
+    sha256: of its file. model: the whole detector, head included, until its score is measured; then None.
+    """
 
     file: str
     sha256: str
-    model: Detector | None  # head included: what `check_teacher` scores; then dropped
+    model: Detector | None
     teacher: Teacher
     pairing: Pairing
 
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A checked run: its configuration and, unless method=none, its teachers, weakest first."""
+    """A checked run: configuration, data, Ultralytics' settings, student, and teachers, weakest first.
+
+    With method=none there is no teacher.
+    """
 
     config: DistillationConfig
     data: dict[str, Any]
@@ -48,27 +54,27 @@ class TrainPlan:
 def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
 
-    Reads files, may download what Ultralytics can download, trains nothing and writes nothing.
-    Raises UserError naming the first argument that cannot work; its images are left to `check_images`.
+    Reads files, and downloads what Ultralytics can download; trains nothing and writes nothing.
+    Raises UserError, naming the first argument that cannot work. `check_images` checks the images, separately.
     """
     check_keys(keys, KNOWN_KEYS)
     config = parse(keys)
-    settings = {k: v for k, v in keys.items() if not is_yolokd_key(k)}
-    args = _check_settings(settings, config)
+    settings = split_keys(keys).ultralytics
+    args = check_settings(settings, config)
     files = config.teachers if config.method_configs else ()
     for file in files:
         _check_distinct(file, settings.get("model"))
     models = {file: load_teacher(file, config.trust) for file in files}
-    # After the teachers: the embedded set is made on first use.
+    # Data after the teachers: the embedded set is drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
     if files:
         _check_stages(config, args.epochs)
-    teachers = tuple(_lesson(file, model, config, data, read_pyramid(student)) for file, model in models.items())
+    teachers = tuple(_pair_teacher(file, model, config, data, read_pyramid(student)) for file, model in models.items())
     return TrainPlan(config, data, args, student, teachers)
 
 
-def _lesson(
+def _pair_teacher(
     file: str, model: Detector, config: DistillationConfig, data: Mapping[str, Any], strides: Mapping[int, int]
 ) -> PairedTeacher:
     teacher = Teacher(model)
@@ -89,7 +95,7 @@ def _check_stages(config: DistillationConfig, epochs: int) -> None:
 
 
 def training_imgsz(imgsz: object, plan: TrainPlan) -> int:
-    """The image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
+    """Return the image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
     largest = max([32, *map(int, plan.student.stride)])
     return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))
 
@@ -108,10 +114,10 @@ def _check_fit(file: str, teacher: Teacher, config: DistillationConfig, data: Ma
             f"takes {teacher.channels} channels, the data {data['channels']}",
             "use a teacher trained on such images",
         )
-    wanting = [p.name for p in config.method_configs if registered()[p.name].wants_scores()]
-    if wanting and not teacher.has_logits:
+    needing = [method.name for method in config.method_configs if registered()[method.name].wants_scores()]
+    if needing and not teacher.has_logits:
         raise UserError(
             f"teacher={file}",
-            f"has no class scores per position, which {wanting[0]} needs",
+            f"has no class scores per position, which {needing[0]} needs",
             "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
         )

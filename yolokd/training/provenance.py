@@ -1,4 +1,4 @@
-"""Where a student comes from."""
+"""What a distilled checkpoint says of its origin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from yolokd.version import __version__
 
 
 def provenance(plan: TrainPlan) -> dict[str, Any]:
-    """Teacher, method, constants and versions, as plain data that travels in the student's checkpoint."""
+    """Return teacher, method, constants and versions, as plain data that is saved inside the student's checkpoint."""
     config = plan.config
     teachers = [_teacher(paired) for paired in plan.teachers]
     return {
@@ -22,21 +22,21 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
         "method": config.method,
         "balance": config.balance,
         "level_weights": config.level_weights,
-        "gains": {p.name: p.gain for p in config.method_configs} if config.balance == "off" else {},
-        "schedules": {p.name: p.schedule.model_dump() for p in config.method_configs},
+        "gains": {method.name: method.gain for method in config.method_configs} if config.balance == "off" else {},
+        "schedules": {method.name: method.schedule.model_dump() for method in config.method_configs},
         "stages": list(config.stages or ()),
-        "constants": {p.name: p.constants for p in config.method_configs},
+        "constants": {method.name: method.constants for method in config.method_configs},
         "versions": versions(),
     }
 
 
 def _teacher(paired: PairedTeacher) -> dict[str, str]:
-    precision = name_of(paired.teacher.settings.dtype)  # which `auto` may choose otherwise another time
+    precision = name_of(paired.teacher.settings.dtype)  # `auto` may choose another one in a repeated run
     return {"file": Path(paired.file).name, "sha256": paired.sha256, "precision": precision}
 
 
 def versions() -> dict[str, str]:
-    """Of what a student depends on."""
+    """Return the versions of the libraries that a training depends on."""
     return {
         "yolokd": __version__,
         "ultralytics": ultralytics.__version__,

@@ -1,25 +1,41 @@
-"""Exact resumes: all that a training is at the end of an epoch, beside last.pt, and back again.
+"""How an interrupted run continues: which keys it takes, what is refused, and what is restored.
 
-Ultralytics' own checkpoint holds a float16 average of the weights and of the optimizer's state, and no random stream.
-The sidecar holds the rest in full precision, as tensors and plain data that load without running code.
+Ultralytics' checkpoint holds a float16 average of the weights and of the optimizer's state, and no random state. The
+sidecar beside it (sidecar.py) holds the rest in full precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-from yolokd.config.parse import is_yolokd_key, method_names
+import torch
+from ultralytics.utils import LOCAL_RANK, LOGGER
+from ultralytics.utils.torch_utils import torch_distributed_zero_first
+
+from yolokd.config.parse import method_names, split_keys
+from yolokd.config.ultralytics_keys import KNOWN_KEYS
+from yolokd.data.dataset import check_images
+from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
-from yolokd.training.sidecar import State, load_sidecar
+from yolokd.models.detector import Detector
+from yolokd.runtime.distributed import IS_MAIN
+from yolokd.runtime.files import remove_temporary_files
+from yolokd.training.plan import TrainPlan, make_plan
+from yolokd.training.sidecar import State, load_sidecar, sidecars
+from yolokd.training.state import restore_state
+
+CHANGEABLE = frozenset({"teacher", "trust", "force"})  # yolokd's keys that a resumed run may be given anew
 
 
 @dataclass(frozen=True)
-class Resumption:
-    """A run to go on with: its checkpoint, the keys that it was started with, and its sidecar, where there is one."""
+class SavedRun:
+    """An interrupted run: its last.pt, the keys that it was started with, and its sidecar's content if there is one."""
 
     last: Path
     keys: dict[str, Any]
@@ -27,14 +43,14 @@ class Resumption:
 
     @property
     def trained(self) -> bool:
-        """Whether all its epochs are done, and the final evaluation alone is left."""
+        """Return whether all its epochs are done, so that only the final evaluation remains."""
         return self.state is not None and bool(self.state["stop"])
 
 
-def load_resumption(keys: Mapping[str, Any]) -> Resumption:
-    """What `resume=` goes on with.
+def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
+    """Load the run that `resume=` names.
 
-    Raises UserError where there is nothing to resume, and for settings that cannot change on the way.
+    Raises UserError if there is nothing to resume, and for a key that cannot change in a resumed run.
     """
     last = Path(str(keys["resume"] if keys["resume"] is not True else keys.get("model")))
     _, checkpoint = load_model(last, "resume", bool(keys.get("trust")))
@@ -43,7 +59,7 @@ def load_resumption(keys: Mapping[str, Any]) -> Resumption:
     if finished and (state is None or not state["stop"]):
         raise UserError(f"resume={last}", "is finished, nothing to resume", f"start a new run with student={last}")
     saved = dict(checkpoint.get("train_args", {})) | (state["own"] if state is not None else {})
-    if not any(map(is_yolokd_key, saved)):
+    if not split_keys(saved).distillation:
         saved |= {} if keys.get("teacher") else {"method": "none"}  # a run of plain Ultralytics, unless told otherwise
     elif keys.get("teacher") and not keys.get("method") and saved.get("method") == "none":
         raise UserError("teacher", "would not teach: the run has method=none", "drop it, or give method= and force=")
@@ -52,10 +68,147 @@ def load_resumption(keys: Mapping[str, Any]) -> Resumption:
         saved = {k: v for k, v in saved.items() if "." not in k or k.partition(".")[0] in names}
     else:
         _check_unchanged(keys, saved)
-    return Resumption(last, saved, state)
+    return SavedRun(last, saved, state)
 
 
 def _check_unchanged(keys: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    for key, value in keys.items():
-        if is_yolokd_key(key) and key not in {"teacher", "trust", "force"} and saved.get(key) != value:
+    for key, value in split_keys(keys).distillation.items():
+        if key not in CHANGEABLE and saved.get(key) != value:
             raise UserError(key, "cannot change in a resumed run", "start a new run, drop it, or give force=True")
+
+
+def merge_keys(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> dict[str, Any]:
+    """Return the flat keys of the run: those given, over a resumed checkpoint's, over those of Ultralytics' `cfg`."""
+    base = {k: v for k, v in (dict(cfg) if isinstance(cfg, dict) else {}).items() if k in KNOWN_KEYS}
+    if saved_run is None:
+        return base | dict(keys)
+    saved = split_keys(saved_run.keys)
+    saved_settings = {k: v for k, v in saved.ultralytics.items() if k in KNOWN_KEYS}
+    given = {k: v for k, v in keys.items() if v is not None}
+    last = str(saved_run.last)
+    return base | saved_settings | saved.distillation | given | {"model": last, "resume": last}
+
+
+def device_of_run(keys: Mapping[str, Any], saved_run: SavedRun | None) -> object:
+    """Return the `device` that is given, or else the one that a resumed run began with."""
+    device = keys.get("device")
+    return saved_run.keys.get("device") if device is None and saved_run is not None else device
+
+
+def plan_run(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> TrainPlan:
+    """Plan and check a run in every process; the first one goes ahead, since it may have to download.
+
+    Raises UserError for what cannot work, and for a resumed run that would be another one.
+    """
+    with torch_distributed_zero_first(LOCAL_RANK):
+        plan = make_plan(merge_keys(cfg, keys, saved_run))
+        if saved_run is not None:
+            check_same_run(plan, saved_run)
+        check_images(plan.data, plan.args)
+    return plan
+
+
+def check_same_run(plan: TrainPlan, saved_run: SavedRun) -> None:
+    """Raise UserError if a resumed run has another teacher or other classes than it began with, unless force=True."""
+    state = saved_run.state
+    if state is None or plan.config.force:
+        return
+    if state["teachers"] != [paired.sha256 for paired in plan.teachers]:
+        raise UserError("teacher", "is another than the run began with", "give that one, or force=True")
+    if state["names"] != dict(plan.data["names"]):
+        raise UserError("data", "has other classes than the run began with", "give that set, or force=True")
+
+
+def teacher_precisions(saved_run: SavedRun | None, plan: TrainPlan, device: torch.device) -> list[Any]:
+    """Return a precision for each teacher: what the run began with if it resumes on the same kind of device."""
+    state = saved_run.state if saved_run is not None else None
+    saved = list(state["precisions"]) if state is not None and state["device"] == device.type else []
+    count = len(plan.teachers)
+    return saved if len(saved) == count else [plan.config.teacher_precision] * count
+
+
+def optimizer_matches(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether the checkpoint's optimizer knows the same parameters: the same teachers, method and adapters."""
+    plan, state = trainer.plan, trainer.saved_run.state if trainer.saved_run is not None else None
+    if state is not None and state["teachers"] != [paired.sha256 for paired in plan.teachers]:
+        return False
+    if state is not None and state["own"].get("method") != plan.config.method:
+        return False
+    saved = [len(group["params"]) for group in (checkpoint.get("optimizer") or {}).get("param_groups", [])]
+    return saved == [len(group["params"]) for group in trainer.optimizer.param_groups]
+
+
+@contextmanager
+def criterion_set_aside(student: Detector) -> Iterator[None]:
+    """Take yolokd's criterion off the student inside the block, and give it the base criterion that is built there.
+
+    On end-to-end heads Ultralytics assigns its own criterion in a resume, which a submodule of that name forbids.
+    """
+    criterion = student._modules.pop("criterion", None)
+    yield
+    if criterion is not None:
+        base = student.__dict__.pop("criterion", None)
+        student.criterion = criterion
+        if base is not None:
+            criterion.base = base
+
+
+def evaluate_trained_run(trainer: Any) -> None:
+    """Make the final evaluation of a run that was interrupted after its last epoch."""
+    LOGGER.info("resume: all epochs are done; only the final evaluation runs")
+    trainer.plan = replace(trainer.plan, teachers=())
+    trainer._setup_train()
+    trainer.epoch = trainer.saved_run.state["epoch"]
+    trainer.final_eval()
+    if IS_MAIN:
+        remove_temporary_files(trainer.wdir)
+        if trainer.args.plots:
+            trainer.plot_metrics()
+        trainer.run_callbacks("on_train_end")
+
+
+def restore_run(trainer: Any) -> None:
+    """Put the trainer where the sidecar says; warn if there is none, since the run then continues inexactly."""
+    saved_run: SavedRun = trainer.saved_run
+    last, state = saved_run.last, saved_run.state
+    if IS_MAIN:
+        remove_temporary_files(trainer.wdir)
+        remove_temporary_files(trainer.save_dir)
+    if state is None:
+        LOGGER.warning(
+            f"resume: {last} has no sidecar of its epoch, so the run does not continue exactly: weights and optimizer "
+            "come from float16; random state, adapters and gradient measurements start anew"
+        )
+        return
+    if trainer.adapters_changed:
+        state |= {"optimizer": trainer.optimizer.state_dict(), "gradients": {}}
+    restore_state(trainer, state)
+    if not trainer.adapters_changed and trainer.criterion is not None:
+        restore_criterion(trainer.criterion, state)
+    if IS_MAIN and state["fitness"] == state["best_fitness"] and last.exists():
+        trainer.best.write_bytes(last.read_bytes())  # the run was cut after it wrote last.pt and before best.pt
+
+
+def restore_criterion(criterion: DistillationCriterion, state: State) -> None:
+    """Restore adapters, confidence shares and gradient measurements."""
+    criterion.load_private_state(state["criterion"])
+    criterion.recorder.last = state["measured"]
+
+
+def close_mosaic_again(trainer: Any, state: State) -> None:
+    """Close the mosaic at once if the run had closed it: Ultralytics' loop would close it later and shuffle anew."""
+    state["close_mosaic"] = last_epochs = trainer.args.close_mosaic
+    if last_epochs and trainer.start_epoch > trainer.epochs - last_epochs:
+        trainer._close_dataloader_mosaic()
+        trainer.train_loader.reset()
+        trainer.args.close_mosaic = 0
+
+
+def resume_hint(trainer: Any) -> str:
+    """Return one sentence that tells the user how to continue an interrupted run."""
+    last: Path = trainer.last
+    if not trainer.resume and not (last.exists() and last.stat().st_mtime >= trainer.begun):
+        return "there is no finished epoch to resume"
+    if trainer.finished or (trainer.ddp and not sidecars(last)):
+        return "the training is finished"
+    return f"go on with: yolokd train resume={quote(str(trainer.save_dir))}"

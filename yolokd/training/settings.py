@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
 from ultralytics.cfg import get_cfg, get_save_dir
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
@@ -13,38 +14,45 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 from yolokd.config.defaults import defaults
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import OPTIMIZERS
+from yolokd.config.validate import validate
 from yolokd.errors import UserError, first_line
 from yolokd.models.checkpoint import check_path
 from yolokd.runtime.distributed import WORLD_SIZE
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a new run, defaults filled in: the student becomes Ultralytics' `model`."""
+    """Return the keys of a new run with defaults filled in; `student` becomes Ultralytics' `model`."""
     student = keys.get("student") or keys.get("model") or defaults()["student"]
     rest = {k: v for k, v in keys.items() if k not in {"student", "model"}}
     return {"data": defaults()["data"]} | rest | {"model": str(student) if isinstance(student, Path) else student}
 
 
 def check_device(device: object) -> str:
-    """Ultralytics' name of a device; `UserError` where there is none such here."""
+    """Return Ultralytics' name of a device.
+
+    Raises UserError if this machine has no such device.
+    """
     try:
-        found = parse_device("" if device is None else device)
-        select_device(found, verbose=False)
+        name = parse_device("" if device is None else device)
+        select_device(name, verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError(f"device={device}", first_line(e), "give one that is here, for example device=cpu") from e
-    return str(found)
+    return str(name)
 
 
-def _check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> Any:
-    """Ultralytics' settings; what it would refuse too late is refused, and what does not go with a teacher."""
+def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> Any:
+    """Return Ultralytics' settings as its own object.
+
+    Raises UserError for what Ultralytics would refuse only after it has written files, and for what does not work with
+    a teacher.
+    """
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
-        args.imgsz = check_imgsz(args.imgsz, max_dim=1)  # of several, as [640, 480], the largest
+        args.imgsz = check_imgsz(args.imgsz, max_dim=1)  # [640, 480] means the larger one in a training
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     devices = check_device(args.device)
-    if not isinstance(args.epochs, int) or args.epochs < 1:
-        raise UserError(f"epochs={args.epochs}", "must be a whole number of at least 1", "for example epochs=100")
+    validate("epochs", args.epochs, PositiveInt, "must be a whole number of at least 1", "for example epochs=100")
     check_path(get_save_dir(args), "project")
     processes = max(WORLD_SIZE, len(devices.split(",")))
     if processes > 1 and args.batch < processes:

@@ -1,4 +1,4 @@
-"""The sidecar of last.pt: the file that holds what an exact resume needs."""
+"""The sidecar of last.pt: a file beside it with all that an exact resume needs, as tensors and plain data."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from yolokd.version import __version__
 State = dict[str, Any]
 
 
-FORMAT = 1  # of sidecars: to be raised where older ones no longer serve
+FORMAT = 1  # of sidecars: raise it when older ones can no longer be read
 
 
 def sidecar_path(checkpoint: Path, epoch: int) -> Path:
-    """Where the sidecar of `last.pt` lies at an epoch, from 0: beside it, under no name that Ultralytics looks for.
+    """Return the path of the sidecar of `checkpoint` at an epoch, from 0.
 
-    Each epoch has a name of its own: the new one is there before last.pt is replaced, the old one until after.
+    It lies beside the checkpoint, under a name that Ultralytics does not look for. Each epoch has its own name, so that
+    the new sidecar exists before the checkpoint is replaced, and the old one until after.
     """
     return checkpoint.with_name(f"distill-{checkpoint.stem}-{epoch}.pt")
 
 
 def sidecars(checkpoint: Path) -> list[Path]:
-    """All sidecars beside `checkpoint`: one, or two while it is being replaced."""
-    found = checkpoint.parent.glob(f"distill-{checkpoint.stem}-*.pt")
-    return sorted(found, key=lambda path: int(path.stem.rpartition("-")[2]))
+    """Return the sidecars beside `checkpoint`, oldest first: one, or two while the checkpoint is being replaced."""
+    paths = checkpoint.parent.glob(f"distill-{checkpoint.stem}-*.pt")
+    return sorted(paths, key=lambda path: int(path.stem.rpartition("-")[2]))
 
 
 def save_sidecar(checkpoint: Path, epoch: int, state: State) -> None:
@@ -38,27 +39,27 @@ def save_sidecar(checkpoint: Path, epoch: int, state: State) -> None:
 
 
 def load_sidecar(checkpoint: Path, epoch: int) -> State | None:
-    """Read the sidecar of an epoch, or None where there is none; never runs code from it.
+    """Return the state in the sidecar of an epoch, or None if there is none; runs no code from the file.
 
-    epoch: -1, as a finished checkpoint says, for the only one that is there.
-    Raises UserError where it cannot be read, or another yolokd wrote it in another format.
+    epoch: -1, which a finished checkpoint holds, means the newest sidecar.
+    Raises UserError if the file cannot be read, or if another version of yolokd wrote it in another format.
     """
-    found = sidecars(checkpoint) if epoch < 0 else [sidecar_path(checkpoint, epoch)]
-    if not found or not found[-1].is_file():
+    paths = sidecars(checkpoint) if epoch < 0 else [sidecar_path(checkpoint, epoch)]
+    if not paths or not paths[-1].is_file():
         return None
     try:
-        state: State = torch.load(found[-1], map_location="cpu", weights_only=True)
+        state: State = torch.load(paths[-1], map_location="cpu", weights_only=True)
         written = state.get("format")
     except Exception as e:
-        raise UserError(f"resume={checkpoint}", f"its sidecar {found[-1].name} is unreadable", "start a new run") from e
+        raise UserError(f"resume={checkpoint}", f"its sidecar {paths[-1].name} is unreadable", "start a new run") from e
     if written != FORMAT:
-        why = f"its sidecar {found[-1].name} has the format of yolokd {state.get('yolokd', 'before 0.1.0')}"
+        why = f"its sidecar {paths[-1].name} has the format of yolokd {state.get('yolokd', 'before 0.1.0')}"
         raise UserError(f"resume={checkpoint}", why, "resume with that version, or start a new run")
     return state
 
 
 def drop_sidecars(checkpoint: Path, but_epoch: int | None = None) -> None:
-    """Remove the sidecars, but for that of one epoch."""
+    """Remove all sidecars except that of `but_epoch`."""
     kept = None if but_epoch is None else sidecar_path(checkpoint, but_epoch)
     for path in sidecars(checkpoint):
         if path != kept:

@@ -1,8 +1,9 @@
-"""The state of a trainer at the end of an epoch: captured, and restored in place."""
+"""The state of a trainer at the end of an epoch: capture it, and restore it in place."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,41 @@ import torch
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolokd.config.parse import is_yolokd_key
+from yolokd.config.parse import split_keys
+from yolokd.models.precision import name_of
 from yolokd.runtime.distributed import IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import atomic_path
 from yolokd.runtime.rng import random_state, set_random_state
 from yolokd.training.sidecar import State
 
 
-def capture(trainer: Any) -> State:
-    """A trainer at the end of an epoch: weights, averages, optimizer, unused gradients, scores."""
+def capture_state(trainer: Any, streams_by_rank: Sequence[State]) -> State:
+    """Return all that a resume needs of a trainer at the end of an epoch, as tensors and plain data.
+
+    streams_by_rank: `capture_streams` of every process. The names of the keys are those of sidecars: to change one,
+    raise sidecar.FORMAT.
+    """
+    state = _training_state(trainer) | {
+        "streams": streams_by_rank,
+        "epoch": trainer.epoch,
+        "device": trainer.device.type,
+        "names": dict(trainer.data["names"]),
+        "precisions": [name_of(paired.teacher.settings.dtype) for paired in trainer.plan.teachers],
+        "teachers": [paired.sha256 for paired in trainer.plan.teachers],
+    }
+    if trainer.criterion is not None:
+        state |= {"criterion": trainer.criterion.private_state(), "measured": trainer.criterion.recorder.last}
+    return state
+
+
+def _training_state(trainer: Any) -> State:
+    """Return weights, averages, optimizer, gradients that wait for it, scores and results.csv."""
     model = unwrap_model(trainer.model)
     return {
         "model": model.state_dict(),
         "gradients": {k: p.grad for k, p in model.named_parameters() if p.grad is not None},
-        "pending": trainer.pending,
-        "own": {k: v for k, v in vars(trainer.args).items() if is_yolokd_key(k)},
+        "pending": trainer.steps.pending,
+        "own": split_keys(vars(trainer.args)).distillation,
         "ema": {"state": trainer.ema.ema.state_dict(), "updates": int(trainer.ema.updates)},
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
@@ -38,67 +59,73 @@ def capture(trainer: Any) -> State:
     }
 
 
-def streams(loader: Any) -> State:
-    """Random streams, the sampler's, and the mosaic's buffer: a process's own among several."""
+def capture_streams(loader: Any) -> State:
+    """Return this process's random state, its sampler's, and the indices of the images in the mosaic's buffer."""
     return {
         "random": random_state(),
         "sampler": loader.generator.get_state() if loader.generator is not None else None,
         "buffer": list(getattr(loader.dataset, "buffer", [])),
-        "images": _images(loader),
+        "images": _hash_of_images(loader),
     }
 
 
-def _images(loader: Any) -> str:
-    """A hash of the training images' names: the buffer and the sampler mean them by number."""
+def _hash_of_images(loader: Any) -> str:
+    """Return a hash of the training images' names: the buffer and the sampler refer to them by index."""
     return hashlib.sha256("\n".join(Path(f).name for f in loader.dataset.im_files).encode()).hexdigest()
 
 
-def restore(trainer: Any, state: State) -> None:
-    """Put weights, averages, optimizer, scores and results.csv back, in place."""
+def restore_state(trainer: Any, state: State) -> None:
+    """Restore weights, averages, optimizer, scores and results.csv in place."""
     unwrap_model(trainer.model).load_state_dict(state["model"])
     trainer.ema.ema.load_state_dict(state["ema"]["state"])
     trainer.ema.updates = state["ema"]["updates"]
     for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True):
-        saved["fused"] = group.get("fused")  # the device's choice, not the checkpoint's
+        saved["fused"] = group.get("fused")  # depends on the device of this run
     trainer.optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:  # one that is off, as on CPUs, has no state
+    if state["scaler"]:  # a disabled scaler, as on CPUs, has no state
         trainer.scaler.load_state_dict(state["scaler"])
-    vars(trainer.stopper).update({k: v for k, v in state["stopper"].items() if k != "patience"})  # which may change
+    # Without the patience, which the user may change.
+    vars(trainer.stopper).update({k: v for k, v in state["stopper"].items() if k != "patience"})
     trainer.best_fitness, trainer.fitness = state["best_fitness"], state["fitness"]
     trainer.metrics = state["metrics"]
-    if IS_MAIN and state["csv"]:  # rows that were written after the checkpoint are written again
+    if IS_MAIN and state["csv"]:  # epochs after the checkpoint are trained, and written, again
         with atomic_path(trainer.csv) as temporary:
             temporary.write_text(state["csv"], encoding="utf-8")
 
 
 def restore_streams(trainer: Any, state: State) -> None:
-    """Put gradients, random streams and the mosaic's buffer back: the last thing before the first batch."""
-    trainer.pending = state["pending"]
+    """Restore gradients, random state and the mosaic's buffer; call it last before the first batch.
+
+    Warns if the run cannot continue exactly: with data workers, other images, or another number of processes.
+    """
+    trainer.steps.pending = state["pending"]
     for name, parameter in unwrap_model(trainer.model).named_parameters():
         if name in state["gradients"] and parameter.requires_grad:  # it may have been frozen since
             parameter.grad = state["gradients"][name].to(parameter.device)
-    loader, saved = trainer.train_loader, state["streams"]
+    loader, streams = trainer.train_loader, state["streams"]
     if loader.num_workers:
-        LOGGER.warning("resume: with workers=0 it would be exact; workers hold random streams that are lost")
-    if len(saved) != WORLD_SIZE:
-        LOGGER.warning(f"resume: not exact, {len(saved)} processes have become {WORLD_SIZE}")
+        LOGGER.warning(
+            "resume: not exact, because the random state of data workers is not saved; with workers=0 it would be"
+        )
+    if len(streams) != WORLD_SIZE:
+        LOGGER.warning(f"resume: not exact, the run began with {len(streams)} processes and now has {WORLD_SIZE}")
         return
-    own = saved[max(RANK, 0)]
-    if own["images"] != _images(loader):
-        LOGGER.warning("resume: not exact, the training images are others than the run began with")
+    saved = streams[max(RANK, 0)]
+    if saved["images"] != _hash_of_images(loader):
+        LOGGER.warning("resume: not exact, because the training images are not those that the run began with")
         return
-    for index in own["buffer"] if not loader.num_workers else []:
+    for index in saved["buffer"] if not loader.num_workers else []:
         loader.dataset.load_image(index)  # fills the buffer in its old order
     loader.iterator = loader._get_iterator()
     for _ in range(0 if loader.num_workers else len(loader)):
-        loader.iterator._next_index()  # it ends an epoch with a draw that is made when the next one begins
-    if own["sampler"] is not None:
-        loader.generator.set_state(own["sampler"])
-    set_random_state(own["random"])
+        loader.iterator._next_index()  # an exhausted iterator draws once more, when the next epoch begins
+    if saved["sampler"] is not None:
+        loader.generator.set_state(saved["sampler"])
+    set_random_state(saved["random"])
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, in a value or a dict of them."""
+    """Return Python numbers for NumPy's and torch's, in a value or in a dict of them."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return value.item() if isinstance(value, np.generic | torch.Tensor) else value

@@ -1,4 +1,4 @@
-"""One way to train, whose steps are run and timed one at a time from outside."""
+"""One way to train, whose training steps are run and timed one at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
-from yolokd.config.parse import is_yolokd_key
+from yolokd.config.parse import split_keys
 from yolokd.errors import UserError
 from yolokd.models.precision import clock
 from yolokd.patches.safe_loading import safe_loading
@@ -31,26 +31,26 @@ ENDLESS = 10**9  # epochs
 
 @dataclass(frozen=True)
 class BenchSetting:
-    """What is fixed while contenders take turns."""
+    """The settings that all candidates of one comparison share."""
 
-    teacher: str  # a checkpoint
+    teacher: str  # path of a checkpoint
     student: str
     imgsz: int
     batch: int
     data: str
-    folder: str  # for the run folders that trainers insist on
-    rest: tuple[tuple[str, Any], ...] = ()  # other keys of `yolokd train`
+    folder: str  # for the run folders that trainers create
+    other_keys: tuple[tuple[str, Any], ...] = ()  # other keys of `yolokd train`
 
     def keys(self, amp: object, name: str) -> dict[str, Any]:
-        """Keys of training, Ultralytics' and (with a dot, or known) yolokd's."""
-        fixed = {"model": self.student, "imgsz": self.imgsz, "batch": self.batch, "nbs": self.batch, "data": self.data}
-        quiet = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2, "close_mosaic": 0}
-        return dict(self.rest) | fixed | quiet | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
+        """Return the keys of one training, both Ultralytics' and yolokd's. name: of the run folder."""
+        shared = {"model": self.student, "imgsz": self.imgsz, "batch": self.batch, "nbs": self.batch, "data": self.data}
+        fixed = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2, "close_mosaic": 0}
+        return dict(self.other_keys) | shared | fixed | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
 
 
 @dataclass
-class Seconds:
-    """Of one step: all of it, and what of it waited for data and ran the teacher."""
+class StepSeconds:
+    """The seconds of one step: in total, waiting for data, and running the teacher."""
 
     step: float
     data: float
@@ -58,34 +58,40 @@ class Seconds:
 
 
 class Candidate:
-    """A trainer, set up by itself, whose steps are run one at a time from outside."""
+    """A trainer that is ready to train, and runs one step per call.
+
+    method: a method or composition, PLAIN, NATIVE or NATIVE_ALL. Raises UserError for what cannot be trained.
+    """
 
     def __init__(self, setting: BenchSetting, method: str, amp: object) -> None:
         self.method, self.amp, self.batch = method, str(amp), setting.batch
         keys = setting.keys(amp, f"{method}-{amp}".replace(", ", "-"))
         self.trainer: Any = (
-            _native_trainer(setting, keys) if method.startswith(NATIVE) else our_trainer(setting, keys, method)
+            build_native_trainer(setting, keys)
+            if method.startswith(NATIVE)
+            else build_yolokd_trainer(setting, keys, method)
         )
-        with bfloat16_on_cpu(), safe_loading(bool(dict(setting.rest).get("trust"))):
+        with bfloat16_on_cpu(), safe_loading(bool(dict(setting.other_keys).get("trust"))):
             self.trainer._setup_train()
         self.trainer._model_train()
-        # Steps go on past the keys' two epochs, after which a gain would have fallen to 0 and no teacher would run.
+        # A benchmark may take more steps than fit into two epochs. After the last epoch a scheduled gain would be 0,
+        # and the teacher would no longer run.
         self.trainer.epoch, self.trainer.epochs = 0, ENDLESS
         self.trainer.run_callbacks("on_train_epoch_start")
         self.threads = training_threads() if method == NATIVE_ALL else torch.get_num_threads()
         if len(self.trainer.train_loader.dataset) < setting.batch:
             raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
-        self._batches = self._endless()
+        self._batches = self._endless_batches()
         self._teacher_seconds = 0.0
-        self._watch_teacher()
+        self._time_teacher()
 
-    def _endless(self) -> Iterator[Any]:
-        """Full batches, epoch after epoch."""
+    def _endless_batches(self) -> Iterator[Any]:
+        """Yield full batches, epoch after epoch."""
         while True:
             yield from (batch for batch in self.trainer.train_loader if len(batch["img"]) == self.batch)
 
-    def step(self) -> Seconds:
-        """One step as Ultralytics' loop makes it: forward, loss, backward, clip, optimizer, EMA."""
+    def step(self) -> StepSeconds:
+        """Run one step as Ultralytics' loop does: forward, loss, backward, clipping, optimizer, EMA."""
         torch.set_num_threads(self.threads)
         trainer = self.trainer
         started = self._now()
@@ -97,13 +103,13 @@ class Candidate:
             loss, _ = trainer.model(trainer.preprocess_batch(batch))
         trainer.scaler.scale(loss.sum()).backward()
         trainer.optimizer_step()
-        return Seconds(self._now() - started, loaded - started, self._teacher_seconds)
+        return StepSeconds(self._now() - started, loaded - started, self._teacher_seconds)
 
     def _now(self) -> float:
         return clock(self.trainer.device)
 
-    def _watch_teacher(self) -> None:
-        """Add up the seconds of the teacher; on CUDA, where it overlaps the student, they would mean nothing."""
+    def _time_teacher(self) -> None:
+        """Measure the teacher's seconds; not on CUDA, where the teacher runs at the same time as the student."""
         if self.trainer.device.type == "cuda":
             return
         model = unwrap_model(self.trainer.model)
@@ -114,6 +120,8 @@ class Candidate:
             vars(teacher)["_run"] = self._timed(teacher._run)
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function so that its seconds are added to the teacher's."""
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             output = run(*args, **kwargs)
@@ -124,39 +132,40 @@ class Candidate:
 
 
 class TeacherAlone:
-    """A contender's teacher, backbone and neck alone, on one batch of its own."""
+    """The backbone and neck of a candidate's teacher, run alone on one random batch."""
 
-    def __init__(self, contender: Candidate) -> None:
-        trainer = contender.trainer
-        self._teacher, self._threads = trainer.criterion.stage.teacher, contender.threads
+    def __init__(self, candidate: Candidate) -> None:
+        trainer = candidate.trainer
+        self._teacher, self._threads = trainer.criterion.stage.teacher, candidate.threads
         size = trainer.args.imgsz
-        self._images = torch.rand(contender.batch, trainer.data["channels"], size, size).to(trainer.device)
-        self._now = contender._now
+        self._images = torch.rand(candidate.batch, trainer.data["channels"], size, size).to(trainer.device)
+        self._now = candidate._now
 
-    def step(self) -> Seconds:
-        """One forward pass."""
+    def step(self) -> StepSeconds:
+        """Run one forward pass."""
         torch.set_num_threads(self._threads)
         started = self._now()
         self._teacher(self._images)
         seconds = self._now() - started
-        return Seconds(seconds, 0.0, seconds)
+        return StepSeconds(seconds, 0.0, seconds)
 
 
-def our_trainer(setting: BenchSetting, keys: Mapping[str, Any], method: str) -> DistillationTrainer:
-    """A trainer of `method`, with those of the constants that are its own."""
-    own = {k: v for k, v in keys.items() if constant_applies(k, method)}
+def build_yolokd_trainer(setting: BenchSetting, keys: Mapping[str, Any], method: str) -> DistillationTrainer:
+    """Build yolokd's trainer of a method, without the constants of other methods."""
+    overrides = {k: v for k, v in keys.items() if constant_applies(k, method)}
     teacher = {"teacher": setting.teacher} if method != PLAIN else {}
-    return DistillationTrainer(overrides=own | teacher | {"method": method, "check_teacher": False})
+    return DistillationTrainer(overrides=overrides | teacher | {"method": method, "check_teacher": False})
 
 
-def _native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> DetectionTrainer:
-    theirs = {k: v for k, v in keys.items() if not is_yolokd_key(k)}
-    return DetectionTrainer(overrides=theirs | {"distill_model": setting.teacher})
+def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> DetectionTrainer:
+    """Build Ultralytics' own trainer with its own distillation, without yolokd's keys."""
+    overrides = split_keys(keys).ultralytics
+    return DetectionTrainer(overrides=overrides | {"distill_model": setting.teacher})
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Ultralytics' log held down to warnings."""
+def warnings_only() -> Iterator[None]:
+    """Set Ultralytics' log level to warnings inside the block."""
     level = LOGGER.level
     LOGGER.setLevel(logging.WARNING)
     try:

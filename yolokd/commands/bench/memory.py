@@ -1,4 +1,4 @@
-"""Peak memory of a contender, in a process of its own."""
+"""Measures the peak memory of a candidate in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from yolokd.commands.bench.candidate import BenchSetting, Candidate, quiet
+from yolokd.commands.bench.candidate import BenchSetting, Candidate, warnings_only
 
 
-def peak_mib(setting: BenchSetting, contender: Candidate) -> float | None:
-    """Peak memory of a process of its own that makes two steps: resident on CPUs, allocated on CUDA.
+def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:
+    """Return the peak memory in MiB of a new process that runs two steps: resident on CPUs, allocated on CUDA.
 
-    None where it does not come back: beside this process there may be no room for another.
+    Returns None if that process dies; the memory may not suffice for two processes.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, setting, contender.method, contender.trainer.args.amp))
+    process = context.Process(target=_report_peak, args=(sender, setting, candidate.method, candidate.trainer.args.amp))
     process.start()
     sender.close()
     try:
@@ -31,19 +31,21 @@ def peak_mib(setting: BenchSetting, contender: Candidate) -> float | None:
 
 
 def _report_peak(sender: Any, setting: BenchSetting, method: str, amp: object) -> None:
-    with quiet():
-        contender = Candidate(setting, method, amp)
+    """Run two steps in this process and send its peak memory in MiB."""
+    with warnings_only():
+        candidate = Candidate(setting, method, amp)
         for _ in range(2):
-            contender.step()
-    if contender.trainer.device.type == "cuda":
-        sender.send(torch.cuda.max_memory_allocated(contender.trainer.device) / 2**20)
+            candidate.step()
+    if candidate.trainer.device.type == "cuda":
+        sender.send(torch.cuda.max_memory_allocated(candidate.trainer.device) / 2**20)
         return
     sender.send(_peak_resident_mib())
 
 
 def _peak_resident_mib() -> float:
+    """Return the largest amount of resident memory that this process has had, in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux' getrusage would count what the parent process held before this one was started
+    if status.exists():  # on Linux, getrusage would include what the parent process held when it started this one
         line = next(text for text in status.read_text().splitlines() if text.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes, as on macOS

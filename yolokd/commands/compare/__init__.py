@@ -1,4 +1,4 @@
-"""`yolokd compare`: methods and seeds side by side, each run once, and an honest verdict."""
+"""`yolokd compare`: train methods with several seeds, each run once, and print a verdict on their differences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from yolokd.commands.candidates import DEFAULT_METHODS, PLAIN, parse_candidates
+from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.ledger import TEACHER, append, read
 from yolokd.commands.compare.plan import plan_runs
+from yolokd.commands.compare.process import execute_run, kill_running
 from yolokd.commands.compare.report import report, report_all
-from yolokd.commands.compare.runs import ComparisonRun, execute_run, kill_running, make_row
+from yolokd.commands.compare.row import make_row
 from yolokd.config.arguments import as_list
 from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE
 from yolokd.training.settings import check_device
+
+DEFAULT_SEEDS = (0, 1, 2)
 
 
 def run_compare(
@@ -31,82 +35,108 @@ def run_compare(
     device: object = None,
     **keys: Any,
 ) -> Path:
-    """Train each method with each seed, unless the CSV already holds that run; prints the verdict.
+    """Train each method with each seed, unless the ledger already holds that run; return the ledger's path.
 
-    method: `none,native,sl2,…` unless given. seeds: 0, 1 and 2. keys: those of `yolokd train`; a method's constants go
-    to the methods that have them. csv: where finished runs are kept (PROJECT/compare.csv); alone, it is shown as it
-    is. split: what final checkpoints are scored on (val); only `test` is not also what selects them. device: several
-    (`0,1`) work at once. Prints the verdict on these methods and seeds, and writes tables and a picture beside the CSV,
-    whose path it returns, of all that it holds on the same data set, split and settings of Ultralytics'. The baseline
-    is `none`, as far as the CSV holds it, or the first method.
-    Raises UserError, before anything is trained, for what cannot work, and RuntimeError where runs have failed.
+    method: `none,native,sl2,…` unless given. seeds: 0, 1 and 2 unless given. split: the split that scores final
+    checkpoints (val); only `test` was not also used to choose these checkpoints. csv: the ledger, which keeps finished
+    runs (PROJECT/compare.csv); without other keys, its verdict is shown and nothing is trained. device: several
+    (`0,1`) execute runs at the same time. keys: those of `yolokd train`; a method's constants apply to the candidates
+    that contain this method.
+
+    Prints the verdict on these methods and seeds. Writes, beside the ledger, tables and a plot of all its runs with the
+    same student, data set, split and settings of Ultralytics. The baseline is `none` if the ledger holds it, otherwise
+    the first method.
+    Raises UserError, before anything is trained, for what cannot work, and RuntimeError if runs have failed.
     """
     path = Path(str(csv)) if csv else Path(str(project)) / "compare.csv"
     if csv and not keys:
-        for key, value in (("method", method), ("seeds", seeds), ("split", split)):
-            if value is not None:
-                raise UserError(key, "chooses what to train, with nothing to train on", "give teacher= and data=, too")
-        held = list(read(path).values())
-        if all(row.method == TEACHER for row in held):
-            raise UserError(f"csv={csv}", "holds no runs", "give teacher=, data= and the rest of a comparison")
-        report_all(held, path)
+        _show_ledger(path, {"method": method, "seeds": seeds, "split": split})
         return path
-    methods = parse_candidates(method or DEFAULT_METHODS, keys)
-    if len(set(methods)) < len(methods):
-        raise UserError(f"method={method}", "names a method twice", "name each once")
-    for one in as_list(device):
-        check_device(one)
+    devices = as_list(device)
+    methods = _check_methods(method, devices, keys)
     with_baseline = methods if PLAIN in methods else [PLAIN, *methods]
     folder = Path(str(project)).absolute()
-    every, images = plan_runs(with_baseline, (0, 1, 2) if seeds is None else seeds, split or "val", folder, keys)
-    runs = [run for run in every if run.method in (TEACHER, *methods)]
-    held_rows = read(path)
-    open_runs = [run for run in runs if run.hash not in held_rows]
+    planned, images = plan_runs(with_baseline, DEFAULT_SEEDS if seeds is None else seeds, split or "val", folder, keys)
+    runs = [run for run in planned if run.method in (TEACHER, *methods)]
+    ledger = read(path)
+    open_runs = [run for run in runs if run.hash not in ledger]
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
-    failed = _carry_out_all(open_runs, as_list(device), path, images)
-    held_rows = read(path)
-    report([held_rows[run.hash] for run in every if run.hash in held_rows], list(held_rows.values()), methods, path)
-    if missing := [why for run, why in failed.items() if run not in held_rows]:  # another comparison may have done it
+    failures = _execute_all(open_runs, devices, path, images)
+    ledger = read(path)
+    report([ledger[run.hash] for run in planned if run.hash in ledger], list(ledger.values()), methods, path)
+    if missing := [why for run, why in failures.items() if run not in ledger]:  # another comparison may have done it
         raise RuntimeError("; ".join(missing))
     return path
 
 
-def _carry_out_all(runs: Sequence[ComparisonRun], devices: Sequence[Any], path: Path, images: int) -> dict[str, str]:
-    """One run after another on each device, a row for each that is done; {hash: what failed, in words}."""
-    free: SimpleQueue[Any] = SimpleQueue()
-    for device in devices:
-        free.put(device)
+def _show_ledger(path: Path, training_keys: dict[str, object]) -> None:
+    """Print and write the verdict on all runs of a ledger.
 
-    def work(run: ComparisonRun) -> None:
-        device = free.get()
+    Raises UserError if one of `training_keys` is given, which choose what to train, and if the ledger holds no runs.
+    """
+    for key, value in training_keys.items():
+        if value is not None:
+            raise UserError(key, "chooses what to train, with nothing to train on", "give teacher= and data=, too")
+    rows = list(read(path).values())
+    if all(row.method == TEACHER for row in rows):
+        raise UserError(f"csv={path}", "holds no runs", "give teacher=, data= and the other keys of a comparison")
+    report_all(rows, path)
+
+
+def _check_methods(method: str | None, devices: Sequence[object], keys: dict[str, Any]) -> list[str]:
+    """Return the methods to compare. Raises UserError for methods or devices that cannot be used."""
+    methods = parse_candidates(method or DEFAULT_METHODS, keys)
+    if len(set(methods)) < len(methods):
+        raise UserError(f"method={method}", "names a method twice", "name each once")
+    for device in devices:
+        check_device(device)
+    return methods
+
+
+def _execute_all(runs: Sequence[ComparisonRun], devices: Sequence[Any], path: Path, images: int) -> dict[str, str]:
+    """Execute runs, one at a time on each device, and append a row to the ledger at `path` for each finished one.
+
+    images: how many an epoch of training has. Returns {hash of a run that failed: why}.
+    """
+    free_devices: SimpleQueue[Any] = SimpleQueue()
+    for device in devices:
+        free_devices.put(device)
+
+    def execute_on_free_device(run: ComparisonRun) -> None:
+        device = free_devices.get()
         try:
             execute_run(run, device)
         finally:
-            free.put(device)
+            free_devices.put(device)
 
-    failed: dict[str, str] = {}
+    failures: dict[str, str] = {}
     with ThreadPoolExecutor(len(devices)) as pool, Progress(console=Console(stderr=True), transient=True) as progress:
-        waiting: dict[Future[None], ComparisonRun] = {pool.submit(work, run): run for run in runs}
-        epochs = sum(run.epochs for run in runs)
-        task = progress.add_task("", total=epochs)
+        waiting: dict[Future[None], ComparisonRun] = {pool.submit(execute_on_free_device, run): run for run in runs}
+        task = progress.add_task("", total=sum(run.epochs for run in runs))
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                 for future in done:
                     run = waiting.pop(future)
                     if (error := future.exception()) is not None:
-                        failed[run.hash] = str(error)
-                        continue
-                    row = make_row(run, images)
-                    append(path, row)
-                    CONSOLE.print(f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s")
-                progress.update(task, completed=sum(min(run.epochs_done(), run.epochs) for run in runs))
+                        failures[run.hash] = str(error)
+                    else:
+                        _record(run, path, images)
+                epochs_done = sum(min(run.epochs_done(), run.epochs) for run in runs)
                 busy = ", ".join(f"{run.method} seed {run.seed}" for f, run in waiting.items() if f.running())
-                progress.update(task, description=f"{len(runs) - len(waiting)} of {len(runs)} runs; {busy}")
+                description = f"{len(runs) - len(waiting)} of {len(runs)} runs; {busy}"
+                progress.update(task, completed=epochs_done, description=description)
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             kill_running()
             if isinstance(e, KeyboardInterrupt):
-                raise KeyboardInterrupt("the same command goes on") from e
+                raise KeyboardInterrupt("repeat the same command to continue") from e
             raise
-    return failed
+    return failures
+
+
+def _record(run: ComparisonRun, path: Path, images: int) -> None:
+    """Append a finished run's row to the ledger, and print its score."""
+    row = make_row(run, images)
+    append(path, row)
+    CONSOLE.print(f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s")

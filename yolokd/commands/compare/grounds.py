@@ -1,4 +1,4 @@
-"""Grounds: which rows of a ledger may be compared with which, and by what names."""
+"""Grounds: the groups of a ledger's rows that may be compared, and the names that tell their rows apart."""
 
 from __future__ import annotations
 
@@ -10,62 +10,72 @@ from yolokd.commands.compare.ledger import TEACHER, VERSIONS, LedgerRow
 
 
 def by_ground(rows: Iterable[LedgerRow]) -> dict[str, list[LedgerRow]]:
-    """The rows of students on each ground (student, data, split, Ultralytics' settings), in order of appearance."""
-    found: dict[str, list[LedgerRow]] = {}
+    """Group students' rows by their ground (student, data, split, Ultralytics' settings), in order of appearance."""
+    grounds: dict[str, list[LedgerRow]] = {}
     for row in rows:
         if row.method != TEACHER:
-            found.setdefault(row.ground, []).append(row)
-    return found
+            grounds.setdefault(row.ground, []).append(row)
+    return grounds
 
 
-def teachers_of(rows: Iterable[LedgerRow], held: Iterable[LedgerRow]) -> list[LedgerRow]:
-    """The rows among those held with the scores of these rows' teachers."""
-    known = {row.teacher_row for row in rows}
-    return [row for row in held if row.method == TEACHER and row.hash in known]
+def teachers_of(rows: Iterable[LedgerRow], ledger: Iterable[LedgerRow]) -> list[LedgerRow]:
+    """Return the rows of a ledger that hold the scores of these rows' teachers."""
+    hashes = {row.teacher_row for row in rows}
+    return [row for row in ledger if row.method == TEACHER and row.hash in hashes]
 
 
 def mixed_versions(rows: Sequence[LedgerRow]) -> str:
-    """What of yolokd, Ultralytics and torch differs between rows, in words; empty where nothing does."""
-    found = {name: sorted({str(getattr(row, name)) for row in rows}) for name in VERSIONS}
-    return ", ".join(f"{name} {' and '.join(values)}" for name, values in found.items() if len(values) > 1)
+    """Return which versions of yolokd, Ultralytics and torch differ between rows, as text; empty if none differs."""
+    versions = {name: sorted({str(getattr(row, name)) for row in rows}) for name in VERSIONS}
+    return ", ".join(f"{name} {' and '.join(values)}" for name, values in versions.items() if len(values) > 1)
 
 
-def labelled(rows: Sequence[LedgerRow]) -> tuple[str, list[LedgerRow]]:
-    """The settings that rows share, wherever they apply, and the rows with those of their own in the method's name.
+def name_configurations(rows: Sequence[LedgerRow]) -> tuple[str, list[LedgerRow]]:
+    """Return the settings that all rows have in common, as text, and the rows with the others in the method's name.
 
-    A configuration may have been told in several words (a file moved, a default given): its first ones are its name.
-    Where words do not tell configurations apart (files of one name, another release's defaults), their hashes do.
+    A setting is common if every row has it to which it applies. Rows of one configuration may name it differently (a
+    file was moved, a default was given): its first row's settings name it. If two configurations would have the same
+    name (files of one name, another release's defaults), their hashes are added.
     """
-    words = {row.config: [*row.settings.split(), *_teacher(row)] for row in reversed(rows)}
-    settings = [words[row.config] for row in rows]
-    shared = [
-        word
-        for word in dict.fromkeys(word for line in settings for word in line)
-        if all(
-            word in line or not _setting_applies_to_row(word.partition("=")[0], row)
-            for row, line in zip(rows, settings, strict=True)
-        )
-    ]
+    settings_of = {row.config: [*row.settings.split(), *_teacher_setting(row)] for row in reversed(rows)}
+    settings = [settings_of[row.config] for row in rows]
+    distinct = dict.fromkeys(setting for row_settings in settings for setting in row_settings)
+    common = [setting for setting in distinct if _is_common(setting, rows, settings)]
     names = [
-        " ".join([row.method, *(w for w in line if w not in shared)]) for row, line in zip(rows, settings, strict=True)
+        " ".join([row.method, *(setting for setting in row_settings if setting not in common)])
+        for row, row_settings in zip(rows, settings, strict=True)
     ]
     configs = {(name, row.config) for name, row in zip(names, rows, strict=True)}
-    meant = Counter(name for name, _ in configs)
-    full = [f"{name} ({row.config[:6]})" if meant[name] > 1 else name for name, row in zip(names, rows, strict=True)]
-    common = " ".join(_brief(shared, {word for line in settings for word in line}))
-    return common, [row.model_copy(update={"method": name}) for row, name in zip(rows, full, strict=True)]
+    configs_of_name = Counter(name for name, _ in configs)
+    unique_names = [
+        f"{name} ({row.config[:6]})" if configs_of_name[name] > 1 else name
+        for name, row in zip(names, rows, strict=True)
+    ]
+    named = [row.model_copy(update={"method": name}) for row, name in zip(rows, unique_names, strict=True)]
+    return " ".join(_merge_schedules(common, distinct)), named
 
 
-def _brief(shared: Sequence[str], told: Iterable[str]) -> Iterable[str]:
-    """What rows share, with their methods' schedules as one word where all are the same: there may be a dozen."""
-    if len({word.partition(".schedule=")[2] for word in told if ".schedule=" in word}) != 1:
-        return shared
-    return dict.fromkeys(word[word.index("schedule=") :] if ".schedule=" in word else word for word in shared)
+def _is_common(setting: str, rows: Sequence[LedgerRow], settings: Sequence[Sequence[str]]) -> bool:
+    """Return whether every row has a setting (`key=value`) to which its key applies."""
+    key = setting.partition("=")[0]
+    return all(
+        setting in row_settings or not _setting_applies_to_row(key, row)
+        for row, row_settings in zip(rows, settings, strict=True)
+    )
+
+
+def _merge_schedules(common: Sequence[str], settings: Iterable[str]) -> Iterable[str]:
+    """Return common settings; `NAME.schedule=…` of all methods become one `schedule=…` if all settings agree on it."""
+    if len({setting.partition(".schedule=")[2] for setting in settings if ".schedule=" in setting}) != 1:
+        return common
+    return dict.fromkeys(
+        setting[setting.index("schedule=") :] if ".schedule=" in setting else setting for setting in common
+    )
 
 
 def _setting_applies_to_row(key: str, row: LedgerRow) -> bool:
     return bool(row.teacher) if key == "teacher" else setting_applies(key, row.method)
 
 
-def _teacher(row: LedgerRow) -> list[str]:
+def _teacher_setting(row: LedgerRow) -> list[str]:
     return [f"teacher={row.teacher.replace(' ', ',')}"] if row.teacher else []

@@ -1,4 +1,4 @@
-"""The ledger of a comparison: one CSV row for each finished run, which is never run again."""
+"""The ledger of a comparison: a CSV with one row for each finished run, which is never run again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ TEACHER = "teacher"  # the `method` of the row that holds the teacher's own scor
 
 
 class LedgerRow(BaseModel):
-    """A finished run: what it was, its scores in 0..1, and what it took.
+    """A finished run: its identity, its scores in 0..1, and its cost.
 
-    hash: of all of it. config: of what shapes the training, but for the seed. ground: of what rows have in common that
-    may be compared. teacher_row: the hash of the row with the teacher's own score; empty where there is none. Names of
-    files are for people. An AP is None where the split has no box of that size. images_per_second: of training, by the
-    time of the whole run, validation included. curve: mAP50-95 on the validation set, epoch by epoch.
+    hash: of the whole identity. config: hash of all that shapes the training, except the seed. ground: hash of what
+    rows must have in common to be compared. teacher_row: the hash of the row with the teacher's own score; empty if
+    there is none. teacher, student, data: names of files, for people. ap_small, ap_medium, ap_large: None if the split
+    has no box of that size. images_per_second: of training, over the time of the whole run, validation included.
+    curve: mAP50-95 on the validation set, epoch by epoch.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +53,7 @@ class LedgerRow(BaseModel):
 
     @property
     def epochs(self) -> list[float]:
-        """mAP50-95 epoch by epoch."""
+        """Return mAP50-95 epoch by epoch."""
         return [float(v) for v in self.curve.split()]
 
 
@@ -60,16 +61,16 @@ COLUMNS = list(LedgerRow.model_fields)
 
 
 def read(path: Path) -> dict[str, LedgerRow]:
-    """The rows by hash; none where there is no file, or nothing in it yet.
+    """Return the rows of a ledger by their hashes; no rows if there is no file, or if it is empty.
 
-    Raises UserError where the file is no ledger.
+    Raises UserError if the file is no ledger.
     """
     if not path.exists() or path.stat().st_size == 0:
         return {}
     try:
         with open(path, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
-            rows = [LedgerRow.model_validate(_typed(line)) for line in reader]
+            rows = [LedgerRow.model_validate(_empty_ap_as_none(line)) for line in reader]
             if reader.fieldnames != COLUMNS:
                 raise KeyError(reader.fieldnames)
     except (ValidationError, TypeError, KeyError, UnicodeDecodeError, OSError, csv.Error) as e:
@@ -77,12 +78,15 @@ def read(path: Path) -> dict[str, LedgerRow]:
     return {row.hash: row for row in rows}
 
 
-def _typed(line: dict[str, Any]) -> dict[str, Any]:
+def _empty_ap_as_none(line: dict[str, Any]) -> dict[str, Any]:
     return {k: None if v == "" and k.startswith("ap_") else v for k, v in line.items()}
 
 
 def append(path: Path, row: LedgerRow) -> None:
-    """Add a row, unless it is there; comparisons which share the file keep each other's rows."""
+    """Add a row to a ledger, unless it is there.
+
+    A lock keeps the rows of several comparisons that share the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         rows = read(path)
@@ -91,8 +95,8 @@ def append(path: Path, row: LedgerRow) -> None:
 
 
 def write(rows: Iterable[LedgerRow], path: Path) -> None:
-    """Make a ledger of rows, whole or not at all."""
-    with atomic_path(path) as whole, open(whole, "w", newline="", encoding="utf-8") as f:
+    """Write rows as a ledger, replacing the file in one step."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, fieldnames=COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(row.model_dump() for row in rows)

@@ -1,4 +1,4 @@
-"""The verdict of a comparison: tables and a picture for each ground."""
+"""The verdict of a comparison: tables and a plot for each ground."""
 
 from __future__ import annotations
 
@@ -8,60 +8,62 @@ from pathlib import Path
 
 from yolokd.commands.candidates import NATIVE, PLAIN
 from yolokd.commands.compare import show
-from yolokd.commands.compare.grounds import by_ground, labelled, mixed_versions, teachers_of
+from yolokd.commands.compare.grounds import by_ground, mixed_versions, name_configurations, teachers_of
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.commands.compare.statistics import Summary, summarize
 from yolokd.runtime.console import CONSOLE, print_table
 
 
-def report(shown: Sequence[LedgerRow], held: Sequence[LedgerRow], methods: Sequence[str], path: Path) -> None:
-    """Print the verdict on the rows of one comparison; write that on their whole ground beside the ledger at `path`.
+def report(compared: Sequence[LedgerRow], ledger: Sequence[LedgerRow], methods: Sequence[str], path: Path) -> None:
+    """Print the verdict on the rows of one comparison, and write the verdict on their whole ground.
 
-    held: all rows of the ledger. methods: of the comparison; the baseline is `none`, or the first where it has no row.
+    compared: the comparison's rows. ledger: all rows of the ledger at `path`, beside which the files are written.
+    methods: those of the comparison; the baseline is `none`, or the first one if `none` has no row.
     """
-    rows = [row for row in shown if row.method != TEACHER]
+    rows = [row for row in compared if row.method != TEACHER]
     if not rows:
         return
-    _print(_verdict(rows, held, methods))
-    grounds, ground = by_ground(held), rows[0].ground
-    _write(_verdict(grounds[ground], held, methods), _base(path, list(grounds).index(ground)))
+    _print(_make_verdict(rows, ledger, methods))
+    grounds, ground = by_ground(ledger), rows[0].ground
+    _write(_make_verdict(grounds[ground], ledger, methods), _base_path(path, list(grounds).index(ground)))
 
 
-def report_all(held: Sequence[LedgerRow], path: Path) -> None:
+def report_all(ledger: Sequence[LedgerRow], path: Path) -> None:
     """Print and write the verdict on each ground of the ledger at `path`.
 
     The baseline is `none`, or a ground's first method.
     """
-    for number, rows in enumerate(by_ground(held).values()):
-        verdict = _verdict(rows, held, [row.method for row in rows])
+    for number, rows in enumerate(by_ground(ledger).values()):
+        verdict = _make_verdict(rows, ledger, [row.method for row in rows])
         _print(verdict)
-        _write(verdict, _base(path, number))
+        _write(verdict, _base_path(path, number))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is told of some rows of one ground."""
+    """The summaries of some rows of one ground, the rows of their teachers, and a title."""
 
     title: str
-    found: Sequence[Summary]
+    summaries: Sequence[Summary]
     teachers: Sequence[LedgerRow]
 
     @property
     def lines(self) -> list[tuple[str, ...]]:
-        """A table's."""
-        return [*(show.cells(summary) for summary in self.found), *(show.teacher_cells(row) for row in self.teachers)]
+        """Return the lines of a table, in the columns of `show.HEADERS`."""
+        teachers = [show.teacher_cells(row) for row in self.teachers]
+        return [*(show.summary_cells(summary) for summary in self.summaries), *teachers]
 
 
-def _base(path: Path, number: int) -> Path:
-    """Where the files of a ground begin, by its number in the ledger: one's are not overwritten by another's."""
+def _base_path(path: Path, number: int) -> Path:
+    """Return the path of a ground's files without their endings; `number` keeps those of several grounds apart."""
     return path.with_name(path.stem if number == 0 else f"{path.stem}-{number + 1}")
 
 
-def _verdict(rows: Sequence[LedgerRow], held: Sequence[LedgerRow], methods: Sequence[str]) -> Verdict:
-    common, named = labelled(rows)
-    names: dict[str, list[str]] = {}  # those by which each method goes
-    for old, new in zip(rows, named, strict=True):
-        names.setdefault(old.method, []).append(new.method)
+def _make_verdict(rows: Sequence[LedgerRow], ledger: Sequence[LedgerRow], methods: Sequence[str]) -> Verdict:
+    common, named = name_configurations(rows)
+    names: dict[str, list[str]] = {}  # method: the names of its configurations
+    for row, named_row in zip(rows, named, strict=True):
+        names.setdefault(row.method, []).append(named_row.method)
     baseline = next((names[method][0] for method in (PLAIN, methods[0]) if method in names), None)
     natives = set(names.get(NATIVE, ()))
     native = natives.pop() if len(natives) == 1 else None
@@ -69,17 +71,19 @@ def _verdict(rows: Sequence[LedgerRow], held: Sequence[LedgerRow], methods: Sequ
     title = f"{first.student} on {first.data} (ground {first.ground[:6]}), scored on {first.split}: {common}"
     if versions := mixed_versions(rows):
         title += f"; rows of different versions: {versions}"
-    teachers = teachers_of(rows, held)
+    teachers = teachers_of(rows, ledger)
     return Verdict(title, summarize(named, baseline, native, teachers), teachers)
 
 
 def _print(verdict: Verdict) -> None:
-    print_table(show.terminal(verdict.lines, verdict.title))
+    print_table(show.terminal_table(verdict.lines, verdict.title))
 
 
 def _write(verdict: Verdict, base: Path) -> None:
-    markdown = show.markdown(verdict.lines, verdict.title)
-    base.with_name(f"{base.name}-summary.md").write_text(markdown, encoding="utf-8")
-    show.write_csv(verdict.found, verdict.teachers, base.with_name(f"{base.name}-summary.csv"))
-    show.picture(verdict.found, verdict.teachers, verdict.title).savefig(base.with_name(f"{base.name}.png"), dpi=150)
+    """Write a verdict's Markdown table, CSV and plot, and print their paths."""
+    text = show.markdown(verdict.lines, verdict.title)
+    base.with_name(f"{base.name}-summary.md").write_text(text, encoding="utf-8")
+    show.write_csv(verdict.summaries, verdict.teachers, base.with_name(f"{base.name}-summary.csv"))
+    plot = show.draw_plot(verdict.summaries, verdict.teachers, verdict.title)
+    plot.savefig(base.with_name(f"{base.name}.png"), dpi=150)
     CONSOLE.print(f"{base}-summary.md", f"{base}-summary.csv", f"{base}.png", sep="\n")

@@ -1,4 +1,4 @@
-"""What seeds say: paired differences to the baseline, with their intervals."""
+"""Statistics over seeds: paired differences to the baseline, with their 95 % intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and its 95 % interval; without bounds where one seed alone is there, or nothing bounds it."""
+    """A mean over seeds and its 95 % interval.
+
+    low, high: None if there is one seed only, or if the values give no bounds.
+    """
 
     mean: float
     low: float | None
@@ -24,7 +27,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether it has bounds and both lie on one side of 0."""
+        """Return whether there are bounds and both lie on one side of 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
@@ -34,7 +37,7 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95 % interval of independent values.
+    """Return the mean and the 95 % interval (Student's t) of independent values.
 
     >>> str(interval([0.01, 0.02, 0.03]))
     '+0.020 (-0.005 to +0.045)'
@@ -46,26 +49,27 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def ratio(parts: Sequence[float], wholes: Sequence[float]) -> Interval:
-    """The ratio of two means over the same seeds, with Fieller's 95 % interval: the noise of both counts.
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interval:
+    """Return the ratio of two means over the same seeds, with Fieller's 95 % interval.
 
-    It excludes 0 where that of the mean part does; without bounds where the mean whole may itself be 0.
+    The interval counts the noise of both means. It excludes 0 if the interval of the numerators' mean does. It has no
+    bounds if the denominators' mean may be 0.
 
-    >>> found = ratio([0.9, 1.1], [2.0, 2.0])  # a whole that is known
-    >>> [round(v, 3) for v in (found.mean, found.low, found.high)]
+    >>> result = ratio([0.9, 1.1], [2.0, 2.0])  # the denominator has no noise
+    >>> [round(v, 3) for v in (result.mean, result.low, result.high)]
     [0.5, -0.135, 1.135]
     """
-    part, whole, n = fmean(parts), fmean(wholes), len(parts)
+    numerator, denominator, n = fmean(numerators), fmean(denominators), len(numerators)
     if n < 2:
-        return Interval(part / whole, None, None)
+        return Interval(numerator / denominator, None, None)
     noise = _quantile(n) ** 2 / n
-    a = whole**2 - noise * variance(wholes)
-    b = part * whole - noise * covariance(parts, wholes)
-    c = part**2 - noise * variance(parts)
+    a = denominator**2 - noise * variance(denominators)
+    b = numerator * denominator - noise * covariance(numerators, denominators)
+    c = numerator**2 - noise * variance(numerators)
     if a <= 0:
-        return Interval(part / whole, None, None)
+        return Interval(numerator / denominator, None, None)
     half = sqrt(max(b**2 - a * c, 0.0)) / a
-    return Interval(part / whole, b / a - half, b / a + half)
+    return Interval(numerator / denominator, b / a - half, b / a + half)
 
 
 def _quantile(n: int) -> float:
@@ -74,30 +78,36 @@ def _quantile(n: int) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """One method over its seeds, and against the baseline's same seeds."""
+    """One method over its seeds, compared with the baseline's same seeds.
+
+    difference: of mAP50-95 to the baseline's, paired by seed; None for the baseline itself, and without common seeds.
+    gap_closed: the part of the gap between baseline and teacher that the method closes; None if there is no gap.
+    against_native: the difference to Ultralytics' own distillation, likewise. improved: how many of the `pairs` common
+    seeds are better than the baseline's.
+    """
 
     method: str
     is_baseline: bool
     rows: tuple[LedgerRow, ...]
-    difference: Interval | None  # of mAP50-95, paired by seed; None for the baseline itself, and without common seeds
-    share: Interval | None  # of the gap to the teacher that is closed; None where there is no gap
-    against_native: Interval | None  # as difference, to Ultralytics' own distillation
+    difference: Interval | None
+    gap_closed: Interval | None
+    against_native: Interval | None
     improved: int
     pairs: int
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of mAP50-95 over seeds."""
+        """Return the standard deviation of mAP50-95 over seeds; None if there is one seed."""
         return stdev(row.map for row in self.rows) if len(self.rows) > 1 else None
 
     @property
     def images_per_second(self) -> float:
-        """Mean over seeds."""
+        """Return the mean of the rows' images per second."""
         return fmean(row.images_per_second for row in self.rows)
 
     @property
     def verdict(self) -> str:
-        """In words; never better than its interval."""
+        """Return the verdict as text; `better` or `worse` only if the difference's interval excludes 0."""
         if self.is_baseline:
             return "baseline"
         if self.difference is None:
@@ -112,39 +122,50 @@ class Summary:
 def summarize(
     rows: Sequence[LedgerRow], baseline: str | None, native: str | None, teachers: Sequence[LedgerRow]
 ) -> list[Summary]:
-    """Each method's summary, in order of first appearance, of rows that each have a method and a seed of their own.
+    """Return each method's summary, in order of first appearance.
 
-    baseline, native: the names by which these two go among the rows. teachers: those that the rows name, as far as they
-    have a score; each method is told by its own.
+    rows: at most one for each method and seed. baseline, native: the names of the baseline and of Ultralytics' own
+    distillation among the methods. teachers: the rows that hold teachers' scores; each method's gap is that to its own
+    teacher.
     """
-    scores = {teacher.hash: teacher.map for teacher in teachers}
-    base = _by_seed(rows, baseline)
-    found = []
+    teacher_scores = {teacher.hash: teacher.map for teacher in teachers}
+    baseline_scores, native_scores = _scores_by_seed(rows, baseline), _scores_by_seed(rows, native)
+    summaries = []
     for method in dict.fromkeys(row.method for row in rows):
-        own = tuple(sorted((row for row in rows if row.method == method), key=lambda row: row.seed))
-        reference = base if method != baseline else {}
-        differences = _differences(own, reference)
-        taught = scores.get(own[0].teacher_row)
-        gaps = [taught - reference[row.seed] for row in own if row.seed in reference] if taught is not None else []
-        against = _differences(own, _by_seed(rows, native)) if method not in (baseline, native) else []
-        found.append(
+        method_rows = tuple(sorted((row for row in rows if row.method == method), key=lambda row: row.seed))
+        reference = baseline_scores if method != baseline else {}
+        differences = _differences(method_rows, reference)
+        to_native = _differences(method_rows, native_scores) if method not in (baseline, native) else []
+        summaries.append(
             Summary(
-                method,
-                method == baseline,
-                own,
-                interval(differences) if differences else None,
-                ratio(differences, gaps) if gaps and fmean(gaps) > 0 else None,
-                interval(against) if against else None,
-                sum(d > 0 for d in differences),
-                len(differences),
+                method=method,
+                is_baseline=method == baseline,
+                rows=method_rows,
+                difference=interval(differences) if differences else None,
+                gap_closed=_gap_closed(method_rows, reference, teacher_scores.get(method_rows[0].teacher_row)),
+                against_native=interval(to_native) if to_native else None,
+                improved=sum(difference > 0 for difference in differences),
+                pairs=len(differences),
             )
         )
-    return found
+    return summaries
 
 
-def _by_seed(rows: Sequence[LedgerRow], method: str | None) -> dict[int, float]:
+def _scores_by_seed(rows: Sequence[LedgerRow], method: str | None) -> dict[int, float]:
     return {row.seed: row.map for row in rows if row.method == method}
 
 
 def _differences(rows: Sequence[LedgerRow], reference: Mapping[int, float]) -> list[float]:
+    """Return the differences of rows to a reference's scores, for the seeds that both have."""
     return [row.map - reference[row.seed] for row in rows if row.seed in reference]
+
+
+def _gap_closed(rows: Sequence[LedgerRow], reference: Mapping[int, float], teacher: float | None) -> Interval | None:
+    """Return which part of the gap between a reference's scores and the teacher's score is closed by rows.
+
+    None if the teacher has no score, if there are no common seeds, and if the teacher is not better.
+    """
+    if teacher is None:
+        return None
+    gaps = [teacher - reference[row.seed] for row in rows if row.seed in reference]
+    return ratio(_differences(rows, reference), gaps) if gaps and fmean(gaps) > 0 else None

@@ -1,4 +1,4 @@
-"""The committed comparisons: their tables are those of their rows, in the README, too."""
+"""The comparisons in runs/reference: their tables follow from their CSV files, in the README, too."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from yolokd.commands.compare import run_compare
 
 ROOT = Path(__file__).parents[1]
 LEDGERS = sorted(path for path in (ROOT / "runs/reference/compare").glob("*.csv") if not path.stem.endswith("-summary"))
-CLAIMED = ("bccd-fresh", "bccd-quarter-fresh", "shapes-fresh", "shapes-test")
+QUOTED = ("bccd-fresh", "bccd-quarter-fresh", "shapes-fresh", "shapes-test")
 
 
 @pytest.mark.parametrize("ledger", LEDGERS, ids=lambda path: path.stem)
-def test_tables_are_what_their_rows_give(ledger: Path, tmp_path: Path) -> None:
+def test_committed_tables_equal_those_computed_from_the_csv(ledger: Path, tmp_path: Path) -> None:
     run_compare(csv=shutil.copy(ledger, tmp_path))
     written = sorted(tmp_path.glob("*-summary.*"))
     assert written
@@ -23,8 +23,8 @@ def test_tables_are_what_their_rows_give(ledger: Path, tmp_path: Path) -> None:
         assert path.read_text() == ledger.with_name(path.name).read_text()
 
 
-@pytest.mark.parametrize("name", CLAIMED)
-def test_the_readme_holds_the_tables_as_they_came_out(name: str) -> None:
+@pytest.mark.parametrize("name", QUOTED)
+def test_the_readme_quotes_the_committed_tables(name: str) -> None:
     assert (ROOT / f"runs/reference/compare/{name}-summary.md").read_text() in (
         ROOT / "runs/reference/compare/README.md"
     ).read_text()

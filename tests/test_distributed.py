@@ -1,8 +1,7 @@
-"""Two processes train as one would: under Ultralytics' own launch, under torchrun, on several machines."""
+"""Training in two processes: launched by Ultralytics, by torchrun, and on two machines."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -15,10 +14,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import TINY, random_detector, save_checkpoint, states_equal
+from helpers.models import random_detector, save_checkpoint
+from helpers.results import repeatable_rows, saved_weights, states_equal
+from helpers.runs import TINY
 from ultralytics.utils.dist import find_free_network_port
 
-SCRIPT = str(Path(__file__).with_name("launched.py"))
+PROGRAM = str(Path(__file__).with_name("helpers") / "programs" / "launched_training.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -29,41 +30,38 @@ def _all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(data: str, teacher: str, folder: Path, **more: Any) -> dict[str, Any]:
-    own = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "method": "dfd+pdf", "probe": 2}
+    distillation = {
+        "teacher": teacher,
+        "teacher_precision": "fp32",
+        "check_teacher": False,
+        "method": "dfd+pdf",
+        "probe": 2,
+    }
     length = {"epochs": 3, "close_mosaic": 1, "deterministic": True, "device": "cpu", "val": True}
-    placed = {"data": data, "model": "yolov8n.yaml", "save_dir": str(folder)}
-    return {**TINY, **own, **length, **placed, "level_weights": "uniform", **more}
+    files = {"data": data, "model": "yolov8n.yaml", "save_dir": str(folder)}
+    return {**TINY, **distillation, **length, **files, "level_weights": "uniform", **more}
 
 
 def launch(keys: dict[str, Any], *before: str, core: int | None = None, **env: str) -> subprocess.Popen[str]:
-    command = [*before, SCRIPT, json.dumps(keys)] if before else [sys.executable, SCRIPT, json.dumps(keys)]
+    command = [*before, PROGRAM, json.dumps(keys)] if before else [sys.executable, PROGRAM, json.dumps(keys)]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **env},
         preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen[str], status: int = 0) -> str:
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == status, said[-4000:]
-    return said
+def output_of(process: subprocess.Popen[str], status: int = 0) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output[-4000:]
+    return output
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "results.csv") as f:
-        return [{k: v for k, v in row.items() if k != "time"} for row in csv.DictReader(f)]
+def last_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return saved_weights(folder / "weights" / "last.pt")
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "weights" / "last.pt", weights_only=False)["model"].state_dict()
-
-
-def held(folder: Path) -> list[dict[str, torch.Tensor]]:
-    return [torch.load(folder / f"held-{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def gone(folder: Path) -> bool:
-    """Whether the processes that trained there have ended."""
+def processes_ended(folder: Path) -> bool:
+    """Return whether the processes that trained in a folder end within a minute."""
     pids = [int(pid) for file in folder.glob("pids-*.txt") for pid in file.read_text().split()]
     assert pids
     deadline = time.time() + 60
@@ -84,78 +82,88 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def launched(data: str, teacher: str, batch: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run under Ultralytics' own launch, its gains balanced."""
+    """Return the folder of a run with balanced gains that Ultralytics launched."""
     folder = tmp_path_factory.mktemp("launched") / "run"
-    finished(launch(settings(data, teacher, folder, balance=0.3), LAUNCH="1"))
+    output_of(launch(settings(data, teacher, folder, balance=0.3), LAUNCH="1"))
     return folder
 
 
-def test_the_launched_processes_rebuild_the_training(launched: Path, teacher: str) -> None:
-    found = rows(launched)
-    assert len(found) == 3
-    assert all(float(row["train/dfd_loss"]) > 0 and float(row["level/P3/pdf_gain"]) > 0 for row in found)
+def test_a_run_launched_by_ultralytics_distils_and_writes_all_files(launched: Path, teacher: str) -> None:
+    results = repeatable_rows(launched)
+    assert len(results) == 3
+    assert all(row["train/dfd_loss"] > 0 and row["level/P3/pdf_gain"] > 0 for row in results)
     student = torch.load(launched / "weights" / "best.pt", weights_only=False)["model"]
     assert student.yolokd["teacher"]["file"] == Path(teacher).name
     assert student.yolokd["balance"] == 0.3
     assert "balance: 0.3" in (launched / "distill.yaml").read_text()
     assert sorted(p.name for p in (launched / "weights").iterdir()) == ["best.pt", "last.pt"]
-    assert gone(launched)
+    assert processes_ended(launched)
 
 
 def test_adapters_and_gains_are_the_same_in_all_processes(launched: Path) -> None:
-    check_equal(launched)
+    assert_processes_agree(launched)
 
 
-def check_equal(folder: Path) -> None:
-    first, second = held(folder)
+def assert_processes_agree(folder: Path) -> None:
+    first, second = (torch.load(folder / f"tensors-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert any(key.endswith("balance.pull") for key in first)
-    normalization = ("running_mean", "running_var")  # each process sees its own images
+    normalization = ("running_mean", "running_var")  # each process has its own images
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first if not k.endswith(normalization))
 
 
-def test_two_processes_give_the_gradient_of_the_sum_of_both_halves(
+def test_two_processes_compute_the_gradient_of_the_whole_batch(
     data: str, teacher: str, batch: str, tmp_path: Path
 ) -> None:
     student = save_checkpoint(random_detector("yolov8n.yaml", seed=5), tmp_path / "student.pt")
-    constant = {"dfd.schedule": "constant", "pdf.schedule": "constant"}  # one process takes the halves one step apart
-    keys = {"balance": "off", "epochs": 1, "model": str(student), **constant}  # from scratch, weights would differ
+    constant = {
+        "dfd.schedule": "constant",
+        "pdf.schedule": "constant",
+    }  # one process computes the halves one step apart
+    keys = {
+        "balance": "off",
+        "epochs": 1,
+        "model": str(student),
+        **constant,
+    }  # a .yaml would give random weights that differ
     both = launch(
         settings(data, teacher, tmp_path / "both", **keys), *TORCHRUN, "--standalone", "--nproc_per_node=2", BATCH=batch
     )
-    finished(both)
-    finished(launch(settings(data, teacher, tmp_path / "one", **keys), BATCH=batch))
+    output_of(both)
+    output_of(launch(settings(data, teacher, tmp_path / "one", **keys), BATCH=batch))
     expected = torch.load(tmp_path / "one" / "gradient--1.pt")
     assert any(key.startswith("criterion.") for key in expected)
     for rank in (0, 1):
-        found = torch.load(tmp_path / "both" / f"gradient-{rank}.pt")
-        assert found.keys() == expected.keys()
+        gradients = torch.load(tmp_path / "both" / f"gradient-{rank}.pt")
+        assert gradients.keys() == expected.keys()
         for key, gradient in expected.items():
             scale = float(gradient.abs().max())
-            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * scale)
+            torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", ["1:4", "0:5", "1:end"])
-def test_a_killed_process_fails_the_launch_and_a_resume_ends_as_if_nothing_had_happened(
+def test_a_killed_process_ends_the_launch_and_a_resume_ends_as_an_uninterrupted_run(
     kill: str, launched: Path, data: str, teacher: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     keys = settings(data, teacher, folder, balance=0.3)
-    said = finished(launch(keys, LAUNCH="1", KILL=kill), status=2)
-    assert "yolokd train resume=" in said
-    assert gone(folder)
-    finished(launch({"resume": str(folder / "weights" / "last.pt"), "save_dir": str(folder)}, LAUNCH="1"))
-    assert rows(folder) == rows(launched)
-    assert states_equal(weights(folder), weights(launched))
+    output = output_of(launch(keys, LAUNCH="1", KILL=kill), status=2)
+    assert "yolokd train resume=" in output
+    assert processes_ended(folder)
+    output_of(launch({"resume": str(folder / "weights" / "last.pt"), "save_dir": str(folder)}, LAUNCH="1"))
+    assert repeatable_rows(folder) == repeatable_rows(launched)
+    assert states_equal(last_weights(folder), last_weights(launched))
 
 
 @pytest.mark.slow
-def test_what_one_process_drops_leaves_all_of_them_equal(data: str, teacher: str, tmp_path: Path) -> None:
+def test_a_nonfinite_loss_in_one_process_leaves_all_processes_equal(data: str, teacher: str, tmp_path: Path) -> None:
     keys = settings(data, teacher, tmp_path / "run", balance=0.3)
-    finished(launch(keys, LAUNCH="1", NAN="1:3"))  # a step that measures: the other waits for its norms
-    assert [int(row["distill/dropped"]) for row in rows(tmp_path / "run")] == [1, 0, 0]
-    check_equal(tmp_path / "run")
+    output_of(
+        launch(keys, LAUNCH="1", NAN="1:3")
+    )  # a step in which gradients are measured: the other process waits for the norms
+    assert [row["distill/dropped"] for row in repeatable_rows(tmp_path / "run")] == [1, 0, 0]
+    assert_processes_agree(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -166,8 +174,8 @@ def test_sigterm_to_the_launcher_ends_all_processes(data: str, teacher: str, tmp
         assert process.poll() is None
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    finished(process, status=143)
-    assert gone(folder)
+    output_of(process, status=143)
+    assert processes_ended(folder)
 
 
 @pytest.mark.slow
@@ -180,19 +188,19 @@ def test_two_machines_train_as_two_processes_of_one(launched: Path, data: str, t
         "--master_addr=127.0.0.1",
         f"--master_port={find_free_network_port()}",
     ]
-    cores = (sorted(os.sched_getaffinity(0)) * 2)[:2]  # a core each, as the processes of one machine have
+    cores = (sorted(os.sched_getaffinity(0)) * 2)[:2]  # one core each, like the processes of one machine
     processes = [launch(keys, *machine, f"--node_rank={rank}", core=core) for rank, core in enumerate(cores)]
     for process in processes:
-        finished(process)
-    assert rows(tmp_path / "run") == rows(launched)
-    assert states_equal(weights(tmp_path / "run"), weights(launched))
+        output_of(process)
+    assert repeatable_rows(tmp_path / "run") == repeatable_rows(launched)
+    assert states_equal(last_weights(tmp_path / "run"), last_weights(launched))
 
 
 @pytest.mark.slow
-def test_torchrun_names_one_folder_and_says_what_does_not_fit_once(data: str, teacher: str, tmp_path: Path) -> None:
-    words = [f"data={data}", f"teacher={teacher}", "student=yolov8n.yaml", "epochs=1", "imgsz=64", "batch=4"]
-    words += ["check_teacher=False", "plots=False", f"project={tmp_path}", "device=cpu"]
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "yolokd", "train", *words]
+def test_processes_of_torchrun_use_one_folder_and_print_an_error_once(data: str, teacher: str, tmp_path: Path) -> None:
+    arguments = [f"data={data}", f"teacher={teacher}", "student=yolov8n.yaml", "epochs=1", "imgsz=64", "batch=4"]
+    arguments += ["check_teacher=False", "plots=False", f"project={tmp_path}", "device=cpu"]
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "yolokd", "train", *arguments]
     for folder in ("train", "train-2"):
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,7 @@
-"""A training that kills itself with SIGKILL at a chosen operation: `killed.py OPERATION NUMBER KEYS-AS-JSON`."""
+"""A training that kills itself at a chosen moment: `killed_training.py OPERATION NUMBER SETTINGS-AS-JSON`.
+
+It sends itself SIGKILL at the NUMBERth time that OPERATION happens: one of the names in the calls below, or `never`.
+"""
 
 from __future__ import annotations
 
@@ -18,29 +21,31 @@ count = 0
 
 
 def reached(operation: str) -> None:
+    """Count an operation; kill this process if it is the chosen one."""
     global count
     count += operation == OPERATION
     if operation == OPERATION and count == NUMBER:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def watched(owner: Any, name: str, before: str = "", after: str = "") -> None:
-    theirs: Callable[..., Any] = getattr(owner, name)
+def watch(owner: Any, name: str, before: str = "", after: str = "") -> None:
+    """Make calls of `owner.name` count as the operation `before` when they begin, and `after` when they end."""
+    original: Callable[..., Any] = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         reached(before)
-        result = theirs(*args, **kwargs)
+        result = original(*args, **kwargs)
         reached(after)
         return result
 
     setattr(owner, name, call)
 
 
-watched(os, "fsync", "written", "synced")
-watched(os, "replace", "renaming", "renamed")
-watched(os, "unlink", "dropping")
-watched(engine.BaseTrainer, "save_metrics", "row", "row written")
-watched(engine, "strip_optimizer", "stripping", "stripped")
+watch(os, "fsync", "written", "synced")
+watch(os, "replace", "renaming", "renamed")
+watch(os, "unlink", "dropping")
+watch(engine.BaseTrainer, "save_metrics", "row", "row written")
+watch(engine, "strip_optimizer", "stripping", "stripped")
 distiller = YoloDistiller()
 distiller.add_callback("on_train_batch_end", lambda _: reached("batch"))
 distiller.add_callback("on_train_epoch_end", lambda _: reached("epoch"))

@@ -1,8 +1,10 @@
-"""A training over two processes on CPUs: `launched.py KEYS-AS-JSON`, alone (Ultralytics' own launch) or under torchrun.
+"""A training over two processes on CPUs: `launched_training.py SETTINGS-AS-JSON`, or the same under torchrun.
 
-Each process leaves in the run's folder the gradient of its half of a batch, before the first step, and what its
-criterion holds at the end of each epoch. KILL=RANK:BATCH lets one of them kill itself, KILL=RANK:end when its last
-epoch is done; NAN=RANK:BATCH gives one a loss that is not finite.
+Environment variables:
+LAUNCH=1: Ultralytics launches the two processes. BATCH=FILE: before the first step, each process writes the gradient
+of its half of that batch into the run's folder. KILL=RANK:BATCH: this process kills itself after that batch, or, with
+KILL=RANK:end, after its last epoch. NAN=RANK:BATCH: this process gets a loss that is not finite.
+Each process writes its student's and its criterion's tensors into the run's folder at the end of each epoch.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from yolokd.training.trainer import DistillationTrainer
 
 
 def rank() -> int:
-    """Asked anew each time: callbacks travel to the launched processes with the globals of the launching one."""
+    """Return this process's rank, read each time: launched processes get the launcher's globals with its callbacks."""
     return int(os.environ.get("RANK", "-1"))
 
 
-def parts(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The two halves of a batch."""
+def halves_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the two halves of a batch."""
     middle = len(batch["img"]) // 2
     first = batch["batch_idx"] < middle
     halves = [{k: v[mask] for k, v in batch.items() if k != "img"} for mask in (first, ~first)]
@@ -39,40 +41,43 @@ def parts(batch: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def gradients(trainer: Any, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Of the sum of their losses, as the training loop takes it, with BatchNorm in eval mode; leaves no trace."""
+    """Return the gradient of the sum of the batches' losses, with BatchNorm in eval mode.
+
+    The trainer is unchanged afterwards.
+    """
     model = trainer.model
     trainer.criterion.begin_epoch(0, trainer.epochs, len(trainer.train_loader))
-    normalizing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     state = trainer.criterion.private_state()
     before = {k: v.clone() for k, v in state.items()}
     model.train()
-    for module in normalizing:
+    for module in batch_norms:
         module.eval()
     for batch in batches:
         loss, _ = model(batch)
         (loss.sum() * int(os.environ.get("WORLD_SIZE", "1"))).backward()
-    found = {k: p.grad.clone() for k, p in unwrap_model(model).named_parameters() if p.grad is not None}
+    result = {k: p.grad.clone() for k, p in unwrap_model(model).named_parameters() if p.grad is not None}
     trainer.optimizer.zero_grad()
     trainer.criterion.load_private_state(before)
-    for module in normalizing:
+    for module in batch_norms:
         module.train()
-    return found
+    return result
 
 
 def on_train_start(trainer: Any) -> None:
-    halves = parts(torch.load(os.environ["BATCH"]))
-    own = halves if rank() == -1 else [halves[rank()]]
-    torch.save(gradients(trainer, own), Path(trainer.save_dir) / f"gradient-{rank()}.pt")
+    halves = halves_of(torch.load(os.environ["BATCH"]))
+    batches = halves if rank() == -1 else [halves[rank()]]
+    torch.save(gradients(trainer, batches), Path(trainer.save_dir) / f"gradient-{rank()}.pt")
 
 
-def meant(order: str, now: object) -> bool:
-    """Whether an environment variable RANK:MOMENT means this process and moment."""
-    return os.environ.get(order) == f"{rank()}:{now}"
+def is_due(variable: str, moment: object) -> bool:
+    """Return whether an environment variable is RANK:MOMENT for this process and this moment."""
+    return os.environ.get(variable) == f"{rank()}:{moment}"
 
 
 def on_train_batch_start(trainer: Any) -> None:
     trainer.batches = getattr(trainer, "batches", 0) + 1
-    if meant("NAN", trainer.batches):
+    if is_due("NAN", trainer.batches):
         spoil = trainer.criterion.stage.methods[0].register_forward_hook(
             lambda _m, _i, losses: [loss * float("nan") for loss in losses]
         )
@@ -82,18 +87,18 @@ def on_train_batch_start(trainer: Any) -> None:
 def on_train_batch_end(trainer: Any) -> None:
     if hasattr(trainer, "spoil"):
         trainer.spoil.remove()
-    if meant("KILL", trainer.batches):
+    if is_due("KILL", trainer.batches):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def on_fit_epoch_end(trainer: Any) -> None:
-    if trainer.epoch + 1 == trainer.epochs and meant("KILL", "end"):
+    if trainer.epoch + 1 == trainer.epochs and is_due("KILL", "end"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def on_train_epoch_end(trainer: Any) -> None:
-    held = trainer.criterion.private_state() | unwrap_model(trainer.model).state_dict()
-    torch.save(held, Path(trainer.save_dir) / f"held-{rank()}.pt")
+    tensors = trainer.criterion.private_state() | unwrap_model(trainer.model).state_dict()
+    torch.save(tensors, Path(trainer.save_dir) / f"tensors-{rank()}.pt")
     with open(Path(trainer.save_dir) / f"pids-{rank()}.txt", "a") as f:
         f.write(f"{os.getpid()}\n")
 
@@ -104,7 +109,7 @@ def main() -> int:
         trainer.add_callback("on_train_start", on_train_start)
     for callback in (on_train_batch_start, on_train_batch_end, on_train_epoch_end, on_fit_epoch_end):
         trainer.add_callback(callback.__name__, callback)
-    if os.environ.get("LAUNCH"):  # as Ultralytics decides for device=0,1, which needs GPUs
+    if os.environ.get("LAUNCH"):  # what Ultralytics sets for device=0,1, which needs GPUs
         trainer.ddp, trainer.world_size = True, 2
     trainer.train()
     return 0

@@ -1,4 +1,4 @@
-"""Slow references in plain NumPy, written from the equations alone, position by position."""
+"""Slow references of the losses in plain NumPy, written from the papers' equations alone, position by position."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def fitnet(teacher: Array, student: Array) -> float:
 
 
 def correlation_loss(teacher: Array, student: Array) -> float:
-    """Half the squared error of maps that are standardized channel by channel, meaned: PKD's, and DFMSD's of R."""
+    """Half the mean squared error of maps that are standardized channel by channel: PKD's loss, and DFMSD's of R."""
     b, c, h, w = teacher.shape
     total = 0.0
     for k in range(c):
@@ -216,7 +216,7 @@ def frs(
 
 
 def covered(box: Array, h: int, w: int) -> list[tuple[int, int]]:
-    """The cells that a box (x1, y1, x2, y2 as shares) touches by 1e-4, or begins in; none where it has no area."""
+    """The cells that a box (x1, y1, x2, y2, relative to the image) overlaps by at least 1e-4, or begins in."""
     x1, y1, x2, y2 = box[0] * w, box[1] * h, box[2] * w, box[3] * h
     if not (x2 > x1 and y2 > y1):
         return []
@@ -225,7 +225,7 @@ def covered(box: Array, h: int, w: int) -> list[tuple[int, int]]:
 
 
 def touched(low: float, high: float, cells: int) -> list[int]:
-    """The cells of a line that a span touches by 1e-4 of one, or begins in."""
+    """The cells of a line that a span overlaps by at least 1e-4 of a cell, or begins in."""
     inner = max(low, 0) + np.float32(1e-4)
     return [i for i in range(cells) if i + 1 > inner and (i < high - np.float32(1e-4) or i == math.floor(inner))]
 
@@ -272,10 +272,10 @@ def fgd(
     return total / b + lambda_ * fitnet(*contexts)
 
 
-def most_attended(values: list[float], share: float) -> set[int]:
-    """Indices of the highest values, a share of them, the first of ties first."""
+def most_attended(values: list[float], fraction: float) -> set[int]:
+    """Indices of the highest values, `fraction` of all; among equal values the first."""
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    return set(order[: round(share * len(values))])
+    return set(order[: round(fraction * len(values))])
 
 
 def dfmsd_masks(teacher: Array, inverse: Array, rho_s: float, rho_inside: float, rho_c: float) -> tuple[Array, Array]:
@@ -296,7 +296,7 @@ def dfmsd_masks(teacher: Array, inverse: Array, rho_s: float, rho_inside: float,
 
 
 def iou(a: Array, b: Array) -> float:
-    """Of two boxes given as distances left, top, right, bottom from one point."""
+    """IoU of two boxes, each given as distances left, top, right, bottom from one point."""
     sides = [max(min(a[k], b[k]) + min(a[k + 2], b[k + 2]), 0) for k in (0, 1)]
     areas = [max(x[0] + x[2], 0) * max(x[1] + x[3], 0) for x in (a, b)]
     union = sum(areas) - sides[0] * sides[1]

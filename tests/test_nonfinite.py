@@ -1,4 +1,4 @@
-"""Distillation that blows up costs its own steps, never the student."""
+"""Losses and gradients that are not finite: their steps train without distillation, and the student stays finite."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logged, states_equal
-from results import rows, weights
+from helpers.results import rows, states_equal, weights
+from helpers.runs import captured_log
 from torch import Tensor, nn
 
 from yolokd import UserError, YoloDistiller, register
@@ -18,13 +18,13 @@ from yolokd.methods import Method
 from yolokd.models.teacher import Teacher, TeacherOutput
 
 
-def broken_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]) -> None:
-    """The teacher's second image is `value` at stride 16 in some steps."""
-    run, seen = Teacher._run, iter(range(10**6))
+def break_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]) -> None:
+    """Make the teacher's map of stride 16 `value` for the second image, in some steps."""
+    run, counter = Teacher._run, iter(range(10**6))
 
     def broken(self: Teacher, *args: Any) -> TeacherOutput:
         output = run(self, *args)
-        if next(seen) in steps:
+        if next(counter) in steps:
             output.maps[16][1] = value
         return output
 
@@ -33,27 +33,27 @@ def broken_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("balance", [0.3, "off"])
-def test_a_teachers_nan_costs_its_steps_alone(
+def test_steps_with_a_nonfinite_teacher_train_without_distillation(
     value: float, balance: Any, tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken_teacher(monkeypatch, value, {0, 1, 4})
+    break_teacher(monkeypatch, value, {0, 1, 4})
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf", balance=balance)
-    with logged() as lines:
+    with captured_log() as lines:
         d.train(**tiny | {"teacher_precision": "fp32", "probe": 2})
     assert [r["distill/dropped"] for r in rows(d.trainer)] == [2, 1]
     warnings = [line for line in lines if "is not finite" in line]
     assert len(warnings) == 2  # once an epoch
     assert "dfd's loss at P4" in warnings[0]
-    assert ".jpg);" in warnings[0]  # one image: the others were sound
+    assert ".jpg);" in warnings[0]  # one image: the other maps are finite
     assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())
     assert all(torch.isfinite(p).all() for p in d.trainer.criterion.parameters())
     assert torch.isfinite(d.trainer.criterion.stage.balance.pull).all()
 
 
-def test_after_many_in_a_row_it_is_an_error(
+def test_many_nonfinite_steps_in_a_row_are_an_error(
     tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken_teacher(monkeypatch, math.nan, set(range(1000)))
+    break_teacher(monkeypatch, math.nan, set(range(1000)))
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
     with pytest.raises(
         UserError, match=rf"fitnet's loss at P4 is not finite for {MAX_STEPS_IN_A_ROW} steps in a row \(images "
@@ -88,9 +88,7 @@ class Explosive(Method):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_gradient_that_is_not_finite_does_not_reach_the_student(
-    adapter: bool, tiny: dict[str, Any], teacher: str
-) -> None:
+def test_a_nonfinite_gradient_does_not_reach_the_student(adapter: bool, tiny: dict[str, Any], teacher: str) -> None:
     plain = YoloDistiller(student="yolov8n.yaml", method="none")
     plain.train(**tiny)
     d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="explosive", **{"explosive.adapter": adapter})
@@ -100,7 +98,9 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_student(
     assert all(torch.isfinite(p).all() for p in d.trainer.criterion.parameters())
 
 
-def test_float16_overflow_is_dropped(tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_which_float16_overflows_are_dropped(
+    tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Teacher._run
 
     def overflowing(self: Teacher, *args: Any) -> TeacherOutput:
@@ -114,7 +114,9 @@ def test_float16_overflow_is_dropped(tiny: dict[str, Any], teacher: str, monkeyp
     assert Path(d.trainer.best).exists()
 
 
-def test_all_zero_maps_train(tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_with_maps_of_zeros_trains(
+    tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Teacher._run
 
     def zeroed(self: Teacher, *args: Any) -> TeacherOutput:

@@ -1,0 +1,71 @@
+"""When the optimizer steps, and how gradients are clipped before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
+
+
+class StepAfterEveryBatch(int):
+    """A number of batches that makes Ultralytics' loop call `optimizer_step` after every batch.
+
+    The loop compares the batches since the last step, which it counts in a local variable, with `accumulate`. A resume
+    would lose that count. So every comparison succeeds here, and OptimizerSteps counts instead.
+    """
+
+    def __le__(self, _count: int) -> bool:
+        return True
+
+
+class OptimizerSteps:
+    """Counts the batches between two optimizer steps, and makes the steps of a distilling run.
+
+    pending: the number of batches whose gradients wait for the optimizer. clip_coefficients: one for each step since
+    they were last read: the factor, at most 1, that the student's gradient was multiplied by.
+    """
+
+    def __init__(self) -> None:
+        self.pending = 0
+        self.clip_coefficients: list[float] = []
+
+    def is_due(self, accumulate: int) -> bool:
+        """Count a batch; return whether `accumulate` of them are in, and start counting anew if so."""
+        self.pending += 1
+        if self.pending < accumulate:
+            return False
+        self.pending = 0
+        return True
+
+    def step(self, trainer: Any, adapters: Sequence[nn.Parameter]) -> None:
+        """Step as Ultralytics' `optimizer_step` does, but clip adapters and student each by their own norm.
+
+        In a joint norm, large adapter gradients would shrink the student's step.
+        """
+        adapter_ids = {id(parameter) for parameter in adapters}
+        student = [parameter for parameter in trainer.model.parameters() if id(parameter) not in adapter_ids]
+        trainer.scaler.unscale_(trainer.optimizer)
+        norm = clip_grad_norm_(student, max_norm=MAX_NORM)
+        clip_grad_norm_(adapters, max_norm=MAX_NORM)
+        if torch.isfinite(norm):
+            self.clip_coefficients.append(min(1.0, MAX_NORM / (float(norm) + 1e-6)))
+        trainer.scaler.step(trainer.optimizer)
+        trainer.scaler.update()
+        trainer.optimizer.zero_grad()
+        if trainer.ema:
+            trainer.ema.update(trainer.model)
+
+    def mean_clip_coefficient(self) -> float:
+        """Return the mean clip coefficient since the last call; 1 if no step was made."""
+        coefficients, self.clip_coefficients = self.clip_coefficients, []
+        return sum(coefficients) / len(coefficients) if coefficients else 1.0
+
+    def restart(self, accumulate: int) -> None:
+        """Forget measurements and step at the next batch, as Ultralytics' loop does after a recovery from NaN."""
+        self.clip_coefficients = []
+        self.pending = accumulate

@@ -1,0 +1,66 @@
+"""Set-up of the teachers of a run: the precision that each runs in, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from ultralytics.utils import LOGGER
+
+from yolokd.models.evaluate import check_teacher
+from yolokd.models.precision import choose_precision, name_of
+from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, broadcast
+from yolokd.training.plan import PairedTeacher, TrainPlan
+
+SCORING_SETTINGS = ("data", "imgsz", "device", "workers", "split", "single_cls")
+
+
+def optimize_teachers(plan: TrainPlan, precisions: Sequence[Any], images: Tensor) -> tuple[PairedTeacher, ...]:
+    """Return the plan's teachers as the run will run them: moved to the device, in a fast and faithful precision.
+
+    precisions: for each teacher one of `teacher_precision`'s values. images: (B, C, H, W) float32 in 0..1, on the
+    device of the training. All processes take the precision of the main one, because timings differ between them.
+    """
+    pairs = list(zip(plan.teachers, precisions, strict=True))
+    candidates = [_with_precision(plan, paired, precision, images) for paired, precision in pairs]
+    agreed = broadcast([_precision(candidate) for candidate in candidates])
+    return tuple(
+        candidate if _precision(candidate) == precision else _with_precision(plan, paired, precision, images)
+        for paired, candidate, precision in zip(plan.teachers, candidates, agreed, strict=True)
+    )
+
+
+def _precision(paired: PairedTeacher) -> str:
+    return name_of(paired.teacher.settings.dtype)
+
+
+def _with_precision(plan: TrainPlan, paired: PairedTeacher, precision: Any, images: Tensor) -> PairedTeacher:
+    config = plan.config
+    teacher, notes = choose_precision(
+        paired.teacher.to(images.device), images, precision, config.teacher_compile, config.teacher_imgsz
+    )
+    for note in notes if IS_MAIN else []:
+        LOGGER.info(f"teacher {Path(paired.file).name}: {note}")
+    return replace(paired, teacher=teacher)
+
+
+def score_teachers(plan: TrainPlan, args: Any, batch: int, save_dir: Path) -> float | None:
+    """Log the score of each teacher on the validation set; return the last one's mAP50-95, None if not measured.
+
+    args: Ultralytics' settings of the training. batch: images per batch of the validation.
+    """
+    if IS_DISTRIBUTED:  # Ultralytics' validators gather over all processes, and only the main one is here
+        LOGGER.info("teacher: its score is not measured in a run over several devices")
+        return None
+    settings = {key: getattr(args, key) for key in SCORING_SETTINGS} | {"batch": batch}
+    scores = [
+        check_teacher(paired.model, plan.data["names"], paired.pairing.classes, settings, save_dir)
+        for paired in plan.teachers
+    ]
+    known = [score for score in scores if score is not None]
+    if known != sorted(known):
+        LOGGER.warning("teacher: a later teacher scores lower than an earlier one; name the weakest teacher first")
+    return scores[-1]
