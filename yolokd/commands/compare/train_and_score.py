@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict
+from typing import Any
 from zipfile import is_zipfile
 
 from ultralytics.models.yolo.detect import DetectionTrainer
