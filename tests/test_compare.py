@@ -133,7 +133,7 @@ def test_rows_of_one_configuration_get_one_name() -> None:
 
 
 def shown(folder: Path, *rows: LedgerRow) -> dict[str, dict[str, dict[str, str]]]:
-    """What `compare csv=FILE` makes of rows: {summary's file: {method: its line}}."""
+    """Return what `compare csv=FILE` writes for rows: {summary's file: {method: its line}}."""
     for r in rows:
         append(folder / "c.csv", r)
     run_compare(csv=str(folder / "c.csv"))
@@ -141,7 +141,7 @@ def shown(folder: Path, *rows: LedgerRow) -> dict[str, dict[str, dict[str, str]]
 
 
 def table(path: Path) -> dict[str, dict[str, str]]:
-    """A summary's lines by method."""
+    """Return a summary's lines by method."""
     with open(path, encoding="utf-8") as file:
         return {line["method"]: line for line in csv.DictReader(file)}
 
@@ -217,7 +217,7 @@ def test_the_plot_ranks_methods_and_shows_the_range_in_which_they_differ() -> No
 
 
 def test_the_interval_of_the_closed_gap_includes_the_noise_of_the_gap() -> None:
-    """Fieller's interval holds those R for which a paired t test of d - R g finds nothing: tried one by one."""
+    """Fieller's interval holds the ratios R for which a paired t test of d - R g finds no effect (R is searched)."""
     rng, tried = np.random.default_rng(0), np.linspace(-1, 3, 4001)
     for _ in range(20):
         gaps = rng.normal(0.2, 0.02, 4)
@@ -286,7 +286,7 @@ def keys(data: str, teacher: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def training(keys: dict[str, Any]) -> dict[str, Any]:
-    """What is left of a comparison's keys for its trainings."""
+    """Return a comparison's keys without those that only `compare` has."""
     return {k: v for k, v in keys.items() if k not in ("method", "seeds", "project")}
 
 
@@ -403,7 +403,7 @@ def test_methods_share_a_ground_and_other_data_or_settings_give_another(keys: di
     other_data = write_dataset(tmp_path / "other", train=13)
     changes: list[dict[str, Any]] = [{"split": "train"}, {"epochs": 3}, {"student": "yolov8s.yaml"}]
     found = [grounds(), *(grounds(**change) for change in changes), grounds(data=str(other_data))]
-    assert [len(own) for own in found] == [1] * 5
+    assert [len(hashes) for hashes in found] == [1] * 5
     assert len(set.union(*found)) == 5
     assert grounds(balance=0.3, teacher=save_checkpoint(random_detector("yolov8n.yaml"), tmp_path / "t.pt")) == found[0]
 
@@ -491,7 +491,7 @@ def cut_in_half(path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[str, Any], tmp_path: Path) -> None:
-    """Ultralytics writes last.pt in place, then best.pt, and at the very end takes the teacher out of both."""
+    """Ultralytics writes last.pt in place, then best.pt, and at the very end removes the teacher from both."""
     keys |= {"method": "native", "epochs": EPOCHS}
     done = run_and_kill(keys)
     copies = [tmp_path / name for name in ("best", "last", "end")]

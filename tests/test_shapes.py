@@ -93,14 +93,14 @@ def test_images_are_three_channel_jpegs_of_the_stated_size(card: Path) -> None:
 def test_a_box_bounds_the_visible_part_of_its_object(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     painted = []
 
-    def paint_flat(rng: np.random.Generator, image: np.ndarray, thing: shapes._Thing, light: complex) -> np.ndarray:
+    def paint_flat(rng: np.random.Generator, image: np.ndarray, thing: shapes._Shape, light: complex) -> np.ndarray:
         painted.append(thing)
         return np.where(thing.cover >= 0.5, len(painted), image)
 
     monkeypatch.setattr(shapes, "_surface", lambda *args, **kwargs: np.zeros((shapes.SIZE, shapes.SIZE)))
     monkeypatch.setattr(shapes, "_paint", paint_flat)
     monkeypatch.setattr(shapes, "_photograph", lambda rng, image, light: image)
-    image, labels = shapes._picture(np.random.default_rng(number))
+    image, labels = shapes._draw_image(np.random.default_rng(number))
     expected = []
     for index, thing in reversed(list(enumerate(painted, start=1))):
         rows, columns = np.nonzero(image == index)
@@ -116,8 +116,8 @@ def test_every_object_is_visible_enough(number: int) -> None:
     things = list(shapes._scene(np.random.default_rng(number)))
     for before, thing in enumerate(things):
         nearer = np.any([other.cover >= 0.5 for other in things[:before]], axis=0)
-        assert not (thing.seen & nearer).any()
-        assert thing.seen.sum() >= shapes._SHOWING * (thing.cover >= 0.5).sum()
+        assert not (thing.visible & nearer).any()
+        assert thing.visible.sum() >= shapes._MIN_VISIBLE * (thing.cover >= 0.5).sum()
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -127,7 +127,7 @@ def test_painting_an_object_changes_its_visible_pixels_and_no_distant_ones(numbe
     ground = np.full((shapes.SIZE, shapes.SIZE, 3), 5, np.float32)  # brighter than any thing can be
     change = np.abs(shapes._paint(rng, ground, thing, light=1j) - ground).max(2)
     rows, columns = np.mgrid[: shapes.SIZE, : shapes.SIZE]
-    assert (change[thing.seen] > 1).all()
+    assert (change[thing.visible] > 1).all()
     assert change[np.hypot(columns - thing.centre.real, rows - thing.centre.imag) > 2.5 * thing.radius].max() < 0.1
 
 
@@ -148,7 +148,7 @@ def test_ultralytics_reads_the_set_from_any_working_folder(
 
 
 def test_an_interrupted_drawing_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, drawn = shapes._picture, []
+    real, drawn = shapes._draw_image, []
 
     def interrupted(rng: np.random.Generator) -> tuple[bytes, str]:
         if len(drawn) == 5:
@@ -156,7 +156,7 @@ def test_an_interrupted_drawing_leaves_no_files(tmp_path: Path, monkeypatch: pyt
         drawn.append(rng)
         return real(rng)
 
-    monkeypatch.setattr(shapes, "_picture", interrupted)
+    monkeypatch.setattr(shapes, "_draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shapes.ensure(root=tmp_path, counts=COUNTS)
     assert list(tmp_path.iterdir()) == []

@@ -1,8 +1,8 @@
 """`data=shapes`: a small detection data set that is drawn, not downloaded.
 
-Each picture is seeded by (seed, split, number) alone. Things are placed from front to back, and one is left out
-of the picture when too little of it would show: every drawn thing of a class is therefore labelled, and a box is
-tight to the pixels of it that can be seen.
+Each image is seeded by (seed, split, number) only. Shapes are placed from front to back, and a shape is left out of
+the image if too little of it would be visible. So every drawn shape of a class is labelled, and its box is tight to
+its visible pixels.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ CLASSES = ("disc", "ring", "triangle", "square", "star", "cross")
 COUNTS: Mapping[str, int] = MappingProxyType({"train": 480, "val": 120, "test": 120})
 SIZE = 128
 
-_VERSION = 2  # part of the folder's name: raise it whenever the pictures change
-_FINE = 4  # outlines are filled on a grid this much finer than the picture, for soft edges
-_SHOWING = 0.6  # the least share of a thing that must be seen
-_DISTRACTORS = ("blob", "bar")
+_VERSION = 2  # part of the folder's name: raise it whenever the images change
+_FINE = 4  # outlines are filled on a grid this many times as fine as the image, for soft edges
+_MIN_VISIBLE = 0.6  # the least fraction of a shape that must be visible
+_DISTRACTORS = ("blob", "bar")  # drawn, but not labelled
 
 
 def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = COUNTS) -> Path:
-    """The path of the data set's data.yaml; draws the set on first use, into the user's data folder or `root`.
+    """Return the path of the data set's data.yaml; draw the set on first use, into the user's data folder or `root`.
 
-    Raises UserError for a negative seed and OSError where the folder can't be written.
+    counts: {split: number of images}. Raises UserError for a negative seed, and OSError if the folder can't be written.
 
     >>> import tempfile
     >>> ensure(seed=1, root=Path(tempfile.mkdtemp()), counts={"train": 2, "val": 1}).name
@@ -51,58 +51,62 @@ def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = 
         raise UserError(f"seed={seed}", "must not be negative", "try seed=0")
     root = root or platformdirs.user_data_path("yolokd")
     sizes = [] if counts == COUNTS else [f"{split}{count}" for split, count in counts.items()]
-    home = root / "-".join(["shapes", str(seed), f"v{_VERSION}", *sizes])
-    if not (home / "data.yaml").exists():
+    folder = root / "-".join(["shapes", str(seed), f"v{_VERSION}", *sizes])
+    if not (folder / "data.yaml").exists():
         root.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=root, prefix=f".{home.name}-") as scratch:
-            _publish(_generate(Path(scratch) / home.name, seed, counts), home)
-    return home / "data.yaml"
+        with TemporaryDirectory(dir=root, prefix=f".{folder.name}-") as temporary:
+            _publish(_generate(Path(temporary) / folder.name, seed, counts), folder)
+    return folder / "data.yaml"
 
 
-def _publish(drawn: Path, home: Path) -> None:
+def _publish(drawn: Path, folder: Path) -> None:
+    """Move the complete data set to its final folder, unless another process has put it there meanwhile."""
     try:
-        os.rename(drawn, home)
-    except OSError:  # another process was first: its set is the same as ours
-        if not (home / "data.yaml").exists():
+        os.rename(drawn, folder)
+    except OSError:  # the other process's set is the same as ours
+        if not (folder / "data.yaml").exists():
             raise
 
 
 def _generate(folder: Path, seed: int, counts: Mapping[str, int]) -> Path:
+    """Draw the images, write them with their labels and the data.yaml into a folder, and return it."""
     for kind in ("images", "labels"):
         for split in counts:
             (folder / kind / split).mkdir(parents=True)
     jobs = [(split, number) for split, count in counts.items() for number in range(count)]
     for split, number in track(jobs, "Drawing the shapes data set", console=Console(stderr=True), transient=True):
-        # By name and not by position: a set without `test` has the same training pictures.
+        # Seeded by the split's name, not its position: a set without `test` has the same training images.
         rng = np.random.default_rng([seed, *split.encode(), number])
-        jpeg, labels = _picture(rng)
+        jpeg, labels = _draw_image(rng)
         (folder / "images" / split / f"{number:04}.jpg").write_bytes(jpeg)
         (folder / "labels" / split / f"{number:04}.txt").write_bytes(labels.encode())
-    # No `path`: Ultralytics then resolves the splits against this file's folder.
-    card = {**{split: f"images/{split}" for split in counts}, "names": dict(enumerate(CLASSES))}
-    (folder / "data.yaml").write_bytes(yaml.safe_dump(card, sort_keys=False).encode())
+    # No `path`: Ultralytics then looks for the splits beside this file.
+    description = {**{split: f"images/{split}" for split in counts}, "names": dict(enumerate(CLASSES))}
+    (folder / "data.yaml").write_bytes(yaml.safe_dump(description, sort_keys=False).encode())
     return folder
 
 
-class _Thing(NamedTuple):
+class _Shape(NamedTuple):
     name: str
-    cover: Array  # how much of each pixel it covers
-    seen: Mask  # the pixels of it that nothing hides
-    centre: complex
-    radius: float
+    cover: Array  # the fraction of each pixel that the shape covers, in 0..1
+    visible: Mask  # its pixels that no nearer shape hides
+    centre: complex  # x + iy, in pixels
+    radius: float  # in pixels
 
 
-def _picture(rng: np.random.Generator) -> tuple[bytes, str]:
-    things = list(_scene(rng))
+def _draw_image(rng: np.random.Generator) -> tuple[bytes, str]:
+    """Draw one image; return it as a JPEG, with its labels as the text of a YOLO label file."""
+    placed = list(_scene(rng))
     light = np.exp(1j * rng.uniform(0, 2 * np.pi))
     image = _surface(rng, _colour(rng), contrast=0.2)
-    for thing in reversed(things):
-        image = _paint(rng, image, thing, light)
-    labels = "".join(_label(thing) for thing in things if thing.name in CLASSES)
+    for shape in reversed(placed):
+        image = _paint(rng, image, shape, light)
+    labels = "".join(_label(shape) for shape in placed if shape.name in CLASSES)
     return _photograph(rng, image, light), labels
 
 
-def _scene(rng: np.random.Generator) -> Iterator[_Thing]:
+def _scene(rng: np.random.Generator) -> Iterator[_Shape]:
+    """Place shapes of random classes, sizes and positions, from front to back; skip those that are mostly hidden."""
     names = [*rng.choice(CLASSES, rng.integers(1, 8)), *rng.choice(_DISTRACTORS, rng.integers(0, 3))]
     hidden = np.zeros((SIZE, SIZE), bool)
     for name in map(str, rng.permutation(names)):
@@ -112,21 +116,22 @@ def _scene(rng: np.random.Generator) -> Iterator[_Thing]:
         squeeze = rng.uniform(0.75, 1)
         lines = [_squeeze(line * tilt, squeeze) * turn * radius + centre for line in _outlines(rng, name)]
         cover = _fill(lines)
-        whole = cover >= 0.5
-        seen = whole & ~hidden
-        if seen.sum() >= _SHOWING * whole.sum():
-            hidden |= whole
-            yield _Thing(name, cover, seen, centre, radius)
+        covered = cover >= 0.5
+        visible = covered & ~hidden
+        if visible.sum() >= _MIN_VISIBLE * covered.sum():
+            hidden |= covered
+            yield _Shape(name, cover, visible, centre, radius)
 
 
-def _label(thing: _Thing) -> str:
-    x, y, w, h = cv2.boundingRect(thing.seen.astype(np.uint8))
+def _label(shape: _Shape) -> str:
+    """Return a shape's line of a YOLO label file: class, and the centre and size of its box in 0..1."""
+    x, y, w, h = cv2.boundingRect(shape.visible.astype(np.uint8))
     box = np.array([x + w / 2, y + h / 2, w, h]) / SIZE
-    return " ".join([str(CLASSES.index(thing.name)), *(f"{value:.6f}" for value in box)]) + "\n"
+    return " ".join([str(CLASSES.index(shape.name)), *(f"{value:.6f}" for value in box)]) + "\n"
 
 
 def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:
-    """The lines that bound a thing, in the unit circle; inside two of them is outside the thing."""
+    """Return the outlines of a shape, in the unit circle; the area inside two outlines is a hole."""
     circle = np.ones(48)
     square = _polar(np.ones(4)) * np.exp(0.25j * np.pi)
     match name:
@@ -151,17 +156,20 @@ def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:
 
 
 def _polar(radii: npt.NDArray[np.float64]) -> Outline:
+    """Return an outline whose corners have these radii, at equal angles."""
     corners: Outline = radii * np.exp(2j * np.pi * np.arange(len(radii)) / len(radii))
     return corners
 
 
-def _squeeze(line: Outline, share: float) -> Outline:
-    return line.real + 1j * share * line.imag
+def _squeeze(line: Outline, factor: float) -> Outline:
+    """Scale an outline's height by a factor."""
+    return line.real + 1j * factor * line.imag
 
 
 def _fill(lines: list[Outline]) -> Array:
+    """Return the fraction of each pixel, (SIZE, SIZE) in 0..1, that the outlines enclose."""
     fine = np.zeros((SIZE * _FINE, SIZE * _FINE), np.float32)
-    bits = 4  # of a fine pixel's fraction, in OpenCV's fixed point
+    bits = 4  # OpenCV takes coordinates as integers with this many fractional bits
     corners = [np.stack([line.real, line.imag], 1) * _FINE * 2**bits for line in lines]
     cv2.fillPoly(fine, [np.rint(points).astype(np.int32) for points in corners], 1.0, shift=bits)
     cover: Array = cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
@@ -169,7 +177,7 @@ def _fill(lines: list[Outline]) -> Array:
 
 
 def _noise(rng: np.random.Generator) -> Array:
-    """Five octaves of it, from 0 to 1."""
+    """Return (SIZE, SIZE) noise of five octaves, scaled to 0..1."""
     total = np.zeros((SIZE, SIZE), np.float32)
     for octave in range(1, 6):
         coarse = rng.random((2**octave, 2**octave), np.float32)
@@ -179,11 +187,13 @@ def _noise(rng: np.random.Generator) -> Array:
 
 
 def _colour(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Return a random colour between grey and saturated, three values in 0..1."""
     grey, tint = rng.uniform(0.15, 0.85), rng.uniform(0.1, 0.9, 3)
     return grey + (tint - grey) * rng.uniform(0, 1)
 
 
 def _surface(rng: np.random.Generator, colour: npt.NDArray[np.float64], contrast: float) -> Array:
+    """Return a textured surface (SIZE, SIZE, 3) of a colour; a quarter of the surfaces have stripes."""
     grain = _noise(rng)
     if rng.random() < 0.25:
         rows, columns = np.mgrid[:SIZE, :SIZE] * rng.uniform(-1, 1, (2, 1, 1))
@@ -193,24 +203,25 @@ def _surface(rng: np.random.Generator, colour: npt.NDArray[np.float64], contrast
 
 
 def _slope(centre: complex, radius: float, light: complex) -> Array:
-    """How far each pixel lies towards the light, in radii."""
+    """Return how far each pixel lies from the centre towards the light, in radii."""
     rows, columns = np.mgrid[:SIZE, :SIZE]
     towards = (columns - centre.real) * light.real + (rows - centre.imag) * light.imag
     return np.asarray(towards / radius, np.float32)
 
 
-def _paint(rng: np.random.Generator, image: Array, thing: _Thing, light: complex) -> Array:
+def _paint(rng: np.random.Generator, image: Array, shape: _Shape, light: complex) -> Array:
+    """Return the image with a shaded shape and its shadow on it."""
     skin = _surface(rng, _colour(rng), contrast=0.12)
-    skin = skin * (1 + rng.uniform(0, 0.35) * _slope(thing.centre, thing.radius, light))[..., None]
-    away = -light * thing.radius * rng.uniform(0.05, 0.25)
+    skin = skin * (1 + rng.uniform(0, 0.35) * _slope(shape.centre, shape.radius, light))[..., None]
+    away = -light * shape.radius * rng.uniform(0.05, 0.25)
     move = np.array([[1, 0, away.real], [0, 1, away.imag]])
-    shadow = cv2.GaussianBlur(cv2.warpAffine(thing.cover, move, (SIZE, SIZE)), (0, 0), 1 + 0.08 * thing.radius)
+    shadow = cv2.GaussianBlur(cv2.warpAffine(shape.cover, move, (SIZE, SIZE)), (0, 0), 1 + 0.08 * shape.radius)
     ground: Array = image * (1 - rng.uniform(0.2, 0.6) * shadow)[..., None]
-    return ground + (skin - ground) * thing.cover[..., None]
+    return ground + (skin - ground) * shape.cover[..., None]
 
 
 def _photograph(rng: np.random.Generator, image: Array, light: complex) -> bytes:
-    """What a cheap camera makes of the scene: uneven light, blur, noise and JPEG's artefacts."""
+    """Return the scene as a JPEG of a cheap camera: uneven light, blur, noise and compression artefacts."""
     lit = image * (1 + rng.uniform(0, 0.35) * _slope(complex(SIZE, SIZE) / 2, SIZE / 2, light))[..., None]
     soft = cv2.GaussianBlur(lit, (0, 0), rng.uniform(0.3, 1))
     noisy = soft * rng.uniform(0.7, 1.2) + rng.normal(0, rng.uniform(0.01, 0.04), image.shape)

@@ -59,7 +59,7 @@ def _run_in_process(run: ComparisonRun, device: object) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Wait for the comparison's end and exit then; otherwise this process would train on beside the next one."""
+    """Exit when the comparison's process ends; otherwise a killed comparison would leave its runs training."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -101,7 +101,7 @@ def _csv_line(summary: Summary) -> dict[str, object]:
         **_bounds("difference", summary.difference),
         "improved": summary.improved,
         "pairs": summary.pairs,
-        **_bounds("share", summary.gap_closed),  # files written by earlier releases name the column so
+        **_bounds("share", summary.gap_closed),  # the column keeps the name that earlier releases gave it
         "verdict": summary.verdict,
         **_bounds("against_native", summary.against_native),
         "images_per_second": summary.images_per_second,
