@@ -35,7 +35,7 @@ WITH_BLOCKS = [file for file in FILES if python_blocks(file).strip()]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Make the files that the blocks name: a teacher, a data set, a trained student and an image."""
-    write_dataset(tmp_path, train=4, val=2).rename(tmp_path / "coco8.yaml")
+    write_dataset(tmp_path, train=2, val=1).rename(tmp_path / "coco8.yaml")
     save_checkpoint(random_detector("yolov8n.yaml", seed=1), tmp_path / "yolov8l.pt")  # a small one, for speed
     save_checkpoint(random_detector("yolov8n.yaml"), tmp_path / "best.pt")
     cv2.imwrite(str(tmp_path / "photo.jpg"), np.full((120, 160, 3), 99, np.uint8))
