@@ -114,7 +114,7 @@ class Detector:
         itself (end-to-end, or exported with nms=True). Raises DetectError for an image of another shape or type.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise DetectError(f"a picture must be (H, W, 3) uint8 in BGR order, not {image.shape} {image.dtype}")
+            raise DetectError(f"an image must be (H, W, 3) uint8 in BGR order, not {image.shape} {image.dtype}")
         # Like Ultralytics' predictor: for a dynamic model, pad only to the next multiple of the stride.
         padded, scale, offset = letterbox(image, self.size, self.stride if self.dynamic else None)
         output = self._run(padded)
@@ -245,7 +245,7 @@ def save_image(path: Path, image: Image) -> None:
     """Write an image in the format of the file name's suffix."""
     done, data = cv2.imencode(path.suffix, image)
     if not done:
-        raise DetectError(f"{path}: can't write this kind of picture")
+        raise DetectError(f"{path}: can't write this kind of image")
     data.tofile(path)
 
 
@@ -349,8 +349,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Find objects with an ONNX file from `yolokd export`.")
     parser.add_argument("model", type=Path, help="the .onnx file")
     parser.add_argument("source", type=Path, help="an image, a folder of images, or a video")
-    parser.add_argument("--conf", type=_share, default=0.25, help="least score of a detection (0.25)")
-    parser.add_argument("--iou", type=_share, default=0.7, help="most overlap of two boxes of a class (0.7)")
+    parser.add_argument("--conf", type=_fraction, default=0.25, help="least score of a detection (0.25)")
+    parser.add_argument("--iou", type=_fraction, default=0.7, help="most overlap of two boxes of a class (0.7)")
     parser.add_argument("--imgsz", type=int, nargs="+", help="side, or height and width; for dynamic models")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/detect"), help="folder for annotated copies (runs/detect)"
@@ -359,7 +359,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")

@@ -85,7 +85,7 @@ class ComparisonRun:
 
 @dataclass(frozen=True)
 class SharedContent:
-    """Content that all runs of a comparison share, with files replaced by hashes of their content.
+    """Content that is the same for all runs of a comparison, with files replaced by hashes of their content.
 
     settings: Ultralytics' settings as the user gave them, without files and score-neutral keys. Defaults are left out:
     they are those of the Ultralytics version, which a ledger's row names. data: hash of the training and validation
