@@ -471,6 +471,7 @@ def resume_run(keys: dict[str, Any]) -> tuple[LedgerRow, str]:
     return row, (run / "log.txt").read_text()[before:]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_after_its_files_were_moved(
     keys: dict[str, Any], data: str, teacher: str, tmp_path: Path
 ) -> None:

@@ -87,11 +87,11 @@ def check_kill(keys: dict[str, Any], at: tuple[str, int], uninterrupted: Path) -
 
 
 # Each epoch syncs and renames a sidecar, last.pt and, if it is the best, best.pt; folders are synced as well.
-FAST = [("batch", 8), ("renamed", 5)]
+FAST = [("batch", 8)]
 SLOW = [
     ("val", EPOCHS + 1),  # one batch of validation an epoch, then the final one
     *(("written", n) for n in (5, 8, 9)), *(("synced", n) for n in (6, 9)), *(("renaming", n) for n in (4, 5, 6)),
-    *(("renamed", n) for n in (4, 6)), ("row", 3), ("row written", 3), ("dropping", 6), ("epoch", 4),
+    *(("renamed", n) for n in (4, 5, 6)), ("row", 3), ("row written", 3), ("dropping", 6), ("epoch", 4),
     ("stripping", 1), ("stripped", 1), ("stripping", 2), ("stripped", 2),
 ]  # fmt: skip
 RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)]
