@@ -167,8 +167,6 @@ class DistillationTrainer(DetectionTrainer):
             self.model.to(memory_format=torch.channels_last)
             self.ema.ema.to(memory_format=torch.channels_last)
         self.ema.ema._modules.pop("criterion", None)
-        if self.criterion is not None:
-            self.criterion.guard.active = not self.scaler.is_enabled()
         if IS_MAIN and self.plan.teachers:
             logs.log_pairing(self.plan)
             if self.plan.config.check_teacher and not self.resume:
@@ -210,7 +208,7 @@ class DistillationTrainer(DetectionTrainer):
         if self.criterion is not None:
             self.criterion.begin_epoch(self.epoch, self.epochs, len(self.train_loader))
             if not IS_MAIN:  # only the main process writes measurements
-                self.steps.clip_coefficients = []
+                self.steps.norms = []
                 self.criterion.recorder.discard()
         state, self._streams_to_restore = self._streams_to_restore, None
         if state is not None:
@@ -226,7 +224,7 @@ class DistillationTrainer(DetectionTrainer):
             if criterion is None:
                 super().optimizer_step()
             else:
-                self.steps.step(self, list(criterion.parameters()))
+                self.steps.step(self, list(criterion.parameters()), criterion.guard)
 
     # Logs
 
