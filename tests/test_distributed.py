@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,26 @@ def test_sigterm_to_the_launcher_ends_all_processes(data: str, teacher: str, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_processes_that_see_different_images_end_before_training(data: str, teacher: str, tmp_path: Path) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(Path(data).parent, other)
+    next((other / "images" / "train").glob("*.jpg")).unlink()
+    keys = settings(data, teacher, tmp_path / "run")
+    process = launch(keys, *TORCHRUN, "--nproc_per_node=2", DATA_OF_RANK_1=str(other / "data.yaml"))
+    output = output_of(process, status=1)
+    assert "data: process 1 sees 11 training images, process 0 sees 12" in output
+    assert not (tmp_path / "run" / "results.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_for_good_ends_the_training_after_a_while(data: str, teacher: str, tmp_path: Path) -> None:
+    keys = settings(data, teacher, tmp_path / "run", epochs=50)
+    output = output_of(launch(keys, *TORCHRUN, "--nproc_per_node=2", STOP="1:5", YOLOKD_STEP_TIMEOUT="0.1"), status=1)
+    assert "another process has not answered for 0:00:06" in output
+    assert "go on with: yolokd train resume=" in output
+
+
 def test_two_machines_train_as_two_processes_of_one(launched: Path, data: str, teacher: str, tmp_path: Path) -> None:
     keys = settings(data, teacher, tmp_path / "run", balance=0.3)
     machine = [

@@ -3,7 +3,9 @@
 Environment variables:
 LAUNCH=1: Ultralytics launches the two processes. BATCH=FILE: before the first step, each process writes the gradient
 of its half of that batch into the run's folder. KILL=RANK:BATCH: this process kills itself after that batch, or, with
-KILL=RANK:end, after its last epoch. NAN=RANK:BATCH: this process gets a loss that is not finite.
+KILL=RANK:end, after its last epoch. STOP=RANK:BATCH: this process stops for good after that
+batch. NAN=RANK:BATCH: this process gets a loss that is not finite.
+DATA_OF_RANK_1=FILE: the second process reads this data set.
 Each process writes its student's and its criterion's tensors into the run's folder at the end of each epoch.
 """
 
@@ -89,6 +91,8 @@ def on_train_batch_end(trainer: Any) -> None:
         trainer.spoil.remove()
     if is_due("KILL", trainer.batches):
         os.kill(os.getpid(), signal.SIGKILL)
+    if is_due("STOP", trainer.batches):
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def on_fit_epoch_end(trainer: Any) -> None:
@@ -104,7 +108,10 @@ def on_train_epoch_end(trainer: Any) -> None:
 
 
 def main() -> int:
-    trainer = DistillationTrainer(overrides=json.loads(sys.argv[1]))
+    keys = json.loads(sys.argv[1])
+    if rank() == 1:
+        keys["data"] = os.environ.get("DATA_OF_RANK_1", keys["data"])
+    trainer = DistillationTrainer(overrides=keys)
     if "BATCH" in os.environ:
         trainer.add_callback("on_train_start", on_train_start)
     for callback in (on_train_batch_start, on_train_batch_end, on_train_epoch_end, on_fit_epoch_end):
