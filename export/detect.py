@@ -364,10 +364,13 @@ def detect_video(detector: Detector, path: Path, out: Path, conf: float, iou: fl
     Raises DetectError if no frame could be read.
     """
     records: list[Record] = []
+    copy = out / f"{path.stem}.mp4"
+    if _unicode(f"{path} {copy}") != f"{path} {copy}":  # OpenCV would crash
+        raise DetectError(f"{path}: the name of a video and of its copy must be UTF-8")
     capture = cv2.VideoCapture(str(path))
     rate = capture.get(cv2.CAP_PROP_FPS)
     rate = rate if 0 < rate < 1000 else 25.0  # broken files name impossible ones
-    with _video_writer(out / f"{path.stem}.mp4", rate) as write:
+    with _video_writer(copy, rate) as write:
         for number, frame in enumerate(_progress(_frames(capture), int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))):
             found = detector(frame, conf, iou)
             write(draw(frame, found))

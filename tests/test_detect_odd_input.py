@@ -261,20 +261,23 @@ def test_a_single_broken_image_is_one_line_of_error(run: Callable[..., Any], tmp
         assert_one_line(run(model, path), path.name)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.gif", b"GIF89a\1\0\1\0\0\0\0;"), ("a.mp4", b"no video")])
-def test_a_broken_video_is_one_line_of_error(name: str, content: bytes, tmp_path: Path) -> None:
-    """In a process of its own: FFmpeg reads its log level once."""
-    (tmp_path / name).write_bytes(content)
-    command = [
-        sys.executable,
-        SCRIPT,
-        write_network(tmp_path / "m.onnx"),
-        tmp_path / name,
-        "--out",
-        tmp_path / "copies",
-    ]
+@pytest.mark.parametrize(
+    ("name", "out", "words"),
+    [
+        ("a.gif", "copies", "no frame of this video"),
+        ("a.mp4", "copies", "no frame of this video"),
+        (os.fsdecode(b"\xff.mp4"), "copies", "must be UTF-8"),
+        ("a.mp4", os.fsdecode(b"\xff"), "must be UTF-8"),
+    ],
+)
+def test_a_video_that_can_not_be_read_or_written_is_one_line_of_error(
+    name: str, out: str, words: str, tmp_path: Path
+) -> None:
+    """In a process of its own: FFmpeg reads its log level once, and OpenCV crashes for names that are not UTF-8."""
+    (tmp_path / name).write_bytes(b"GIF89a\1\0\1\0\0\0\0;")
+    command = [sys.executable, SCRIPT, write_network(tmp_path / "m.onnx"), tmp_path / name, "--out", tmp_path / out]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert_one_line((done.returncode, done.stderr), "no frame of this video")
+    assert_one_line((done.returncode, done.stderr), words)
 
 
 @pytest.mark.parametrize(
