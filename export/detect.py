@@ -100,8 +100,9 @@ class Detector:
         self.session = _session(Path(path), providers)
         try:
             own = self._read_signature()
-        except UnicodeDecodeError as e:
-            raise DetectError(f"{path}: not a YOLO detector: it holds a name that is not UTF-8") from e
+        except (DetectError, UnicodeDecodeError) as e:
+            problem = e if isinstance(e, DetectError) else "it holds a name that is not UTF-8"
+            raise DetectError(f"{path}: not a YOLO detector: {problem}") from e
         self.size = self._choose_size(own if imgsz is None else imgsz, own)
 
     def _read_signature(self) -> Any:
@@ -115,7 +116,7 @@ class Detector:
         self.final: bool = chosen or (bool(outputs) and outputs[0].shape[-1:] == [6])
         if len(sources) != 1 or not outputs or not _is_image(sources[0]) or not self._is_result(outputs[0]):
             tensors = ", ".join(f"{node.name} {node.type} {node.shape}" for node in (*sources, *outputs))
-            raise DetectError(f"not a YOLO detector, by its number of classes, inputs and outputs: {tensors}")
+            raise DetectError(f"these tensors do not fit {len(self.names)} classes: {tensors or 'none'}")
         self.input, self.output = sources[0].name, outputs[0].name
         batch, _, *sides = sources[0].shape
         self.dtype = FLOATS[sources[0].type]
@@ -171,6 +172,7 @@ class Detector:
         except Exception as e:  # ONNX Runtime's errors have no common class
             size = "x".join(map(str, padded.shape[:2]))
             raise DetectError(f"the model does not run at {size}: {_first_line(e)}; try another imgsz") from e
+        # No coordinate is larger than an image. NaN is not smaller either.
         if output.ndim != 2 or not self._fits(output.shape) or not (np.abs(output) < MAX_PIXELS).all():
             raise DetectError(
                 f"the model's output {output.shape} is broken: another shape than stated, NaN or infinity"
@@ -218,7 +220,7 @@ def _literal(key: str, text: str, is_valid: Callable[[Any], bool]) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = None
     if not is_valid(value):
-        raise DetectError(f"the model's metadata hold no valid {key}: {text[:60]}")
+        raise DetectError(f"its metadata hold no valid {key}: {text[:60]}")
     return value
 
 

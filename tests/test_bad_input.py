@@ -16,6 +16,7 @@ from helpers.data import NAMES, write_dataset
 from helpers.models import random_detector, save_checkpoint
 from helpers.runs import TINY, captured_log, distil
 from PIL import EpsImagePlugin, Image
+from ultralytics.data.build import build_yolo_dataset
 from ultralytics.utils.patches import imread
 
 from yolokd import UserError, YoloDistiller
@@ -114,6 +115,16 @@ def test_a_data_set_of_broken_labels_is_refused(name: str, tmp_path: Path) -> No
         check_images(plan.data, plan.args)
 
 
+class Touch:
+    """An object whose pickle creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
 @pytest.fixture
 def odd_names(tmp_path: Path) -> str:
     """Write a data set whose first image of each split has a name that is not UTF-8; return the path of its .yaml."""
@@ -172,6 +183,17 @@ def test_an_image_that_is_a_program_does_not_run(tmp_path: Path, monkeypatch: py
     assert not ran.exists()
     assert imread(script) is None
     assert ran.exists()  # Pillow did run it
+
+
+def test_a_pickle_in_place_of_a_cached_image_does_not_run(tmp_path: Path) -> None:
+    """Ultralytics reads `0.npy` beside `0.jpg` if it is there (`cache=disk` writes it)."""
+    plan = make_plan({"data": str(write_dataset(tmp_path / "d")), "method": "none", "model": "yolov8n.yaml"})
+    cached = tmp_path / "d" / "images" / "train" / "0.npy"
+    np.save(cached, np.array(Touch(tmp_path / "ran"), object))
+    images = build_yolo_dataset(plan.args, plan.data["train"], 1, plan.data)
+    assert images.load_image(0)[0].shape[2] == 3
+    assert not cached.exists()  # it was read, and removed as broken
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

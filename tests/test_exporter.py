@@ -22,11 +22,13 @@ import yaml
 from helpers.data import NAMES
 from helpers.kills import fork_until_killed, run_until_killed
 from helpers.models import SIZE, calibrated_detector, save_checkpoint, save_trained_checkpoint
+from helpers.networks import METADATA, write_network
 from helpers.runs import captured_log
 from onnx import numpy_helper
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 from yolokd.data.dataset import validation_images
+from yolokd.distiller import load_yolo
 from yolokd.errors import UserError
 from yolokd.exporter import parity
 from yolokd.exporter.agreement import Limits, Thresholds
@@ -306,6 +308,17 @@ def test_a_folder_in_the_place_of_the_file_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Is a directory"):
         publish_pair(tmp_path, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["best.onnx"]
+
+
+@pytest.mark.parametrize("key", ["names", "imgsz", "args", "end2end"])
+def test_code_in_the_metadata_of_an_onnx_file_does_not_run(key: str, tmp_path: Path) -> None:
+    """Ultralytics reads them in `yolokd val` and `yolokd predict`."""
+    written = tmp_path / "written"
+    metadata = METADATA | {"task": "detect", "batch": "1", key: f"open({str(written)!r}, 'w')"}
+    model = load_yolo(write_network(tmp_path / "m.onnx", metadata=metadata))
+    with pytest.raises(ValueError, match="malformed"):
+        model.predict(np.zeros((64, 64, 3), np.uint8), imgsz=64, device="cpu", verbose=False)
+    assert not written.exists()
 
 
 def change_weight(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
