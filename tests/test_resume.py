@@ -96,6 +96,12 @@ SLOW = [
     *(("renamed", n) for n in (4, 5, 6)), ("row", 3), ("row written", 3), ("dropping", 6), ("epoch", 4),
     ("stripping", 1), ("stripped", 1), ("stripping", 2), ("stripped", 2),
 ]  # fmt: skip
+# Every operation on a file in the last epoch (each epoch is the best) and in the final evaluation.
+LAST = [
+    *((name, n) for name in ("renaming", "renamed") for n in range(13, 18)),
+    *((name, n) for name in ("written", "synced") for n in range(25, 35)),
+    *(("dropping", n) for n in range(17, 24)),
+]
 RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)]
 
 
@@ -113,6 +119,14 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
     at: tuple[str, int], student: str, uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
     check_kill(settings(data, teacher, student, tmp_path / "run"), at, uninterrupted(student))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", LAST, ids=str)
+def test_a_run_killed_in_its_last_epoch_or_after_it_ends_as_an_uninterrupted_one(
+    at: tuple[str, int], uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
+) -> None:
+    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, uninterrupted("yolov8n.yaml"))
 
 
 def test_a_run_killed_in_its_first_epoch_has_nothing_to_resume(data: str, teacher: str, tmp_path: Path) -> None:
