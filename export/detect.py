@@ -21,11 +21,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import cv2
 import numpy as np
@@ -40,6 +40,27 @@ T = TypeVar("T")
 IMAGES = {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
 GREY = (114, 114, 114)  # the network was trained with images padded in this grey
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # by ONNX Runtime's name
+MAX_PIXELS = 2**28  # of an input batch (16384x16384): more would take over 3 GB
+MAX_METADATA = 2**20  # characters of one entry: reading a longer one would take much memory
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int and side > 0 for side in value)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(k) is int and isinstance(v, str) for k, v in value.items())
+
+
+# The metadata that are read: the value of a file that lacks the entry, and whether an entry's value is valid.
+METADATA: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "names": ({}, _is_names),
+    "stride": (32, lambda value: type(value) is int and 1 <= value <= MAX_PIXELS),
+    "imgsz": ([640, 640], _is_size),
+    "end2end": (False, lambda value: isinstance(value, bool)),
+    "args": ({}, lambda value: isinstance(value, dict)),
+}
 
 
 class DetectError(ValueError):
@@ -77,34 +98,50 @@ class Detector:
         providers: Sequence[str] | None = None,
     ) -> None:
         self.session = _session(Path(path), providers)
-        source, output = self.session.get_inputs()[0], self.session.get_outputs()[0]
-        meta = self.session.get_modelmeta().custom_metadata_map
-        self.names: dict[int, str] = _literal(meta, "names", {})
-        self.stride: int = _literal(meta, "stride", 32)
-        # With an end-to-end head or an embedded NMS, the output is final rows of x1, y1, x2, y2, score, class.
-        chosen = _literal(meta, "end2end", False) or _literal(meta, "args", {}).get("nms") is True
-        self.final: bool = chosen or output.shape[-1:] == [6]
-        if len(source.shape) != 4 or source.shape[1] != 3 or len(output.shape) != 3 or not self._fits(output.shape):
-            raise DetectError(f"{path}: not a YOLO detector: input {source.shape}, output {output.shape}")
-        self.input = source.name
-        self.dtype = np.float16 if "float16" in source.type else np.float32
-        self.batch = source.shape[0] if isinstance(source.shape[0], int) else 1
-        self.dynamic = not all(isinstance(side, int) for side in source.shape[2:])
-        own = _literal(meta, "imgsz", [640, 640]) if self.dynamic else source.shape[2:]
+        try:
+            own = self._read_signature()
+        except (DetectError, UnicodeDecodeError) as e:
+            problem = e if isinstance(e, DetectError) else "it holds a name that is not UTF-8"
+            raise DetectError(f"{path}: not a YOLO detector: {problem}") from e
         self.size = self._choose_size(own if imgsz is None else imgsz, own)
 
-    def _fits(self, output: Sequence[int | str]) -> bool:
-        # In some dynamic files, the sides of the output have names instead of numbers.
-        expected, fields = (6, output[2]) if self.final else (4 + len(self.names), output[1])
-        return fields == expected or isinstance(fields, str)
+    def _read_signature(self) -> Any:
+        """Read what the file says about itself; return the height and width that it was exported for."""
+        meta = _read_metadata(self.session)
+        self.names: dict[int, str] = {key: _unicode(name) for key, name in meta["names"].items()}
+        self.stride: int = meta["stride"]
+        sources, outputs = self.session.get_inputs(), self.session.get_outputs()
+        # With an end-to-end head or an embedded NMS, the output is final rows of x1, y1, x2, y2, score, class.
+        chosen = meta["end2end"] or meta["args"].get("nms") is True
+        self.final: bool = chosen or (bool(outputs) and outputs[0].shape[-1:] == [6])
+        if len(sources) != 1 or not outputs or not _is_image(sources[0]) or not self._is_result(outputs[0]):
+            tensors = ", ".join(f"{node.name} {node.type} {node.shape}" for node in (*sources, *outputs))
+            raise DetectError(f"these tensors do not fit {len(self.names)} classes: {tensors or 'none'}")
+        self.input, self.output = sources[0].name, outputs[0].name
+        batch, _, *sides = sources[0].shape
+        self.dtype = FLOATS[sources[0].type]
+        self.batch = batch if isinstance(batch, int) else 1
+        self.dynamic = not all(isinstance(side, int) for side in sides)
+        return meta["imgsz"] if self.dynamic else sides
 
-    def _choose_size(self, asked: int | Sequence[int], own: Sequence[int]) -> tuple[int, int]:
-        sides = [asked] if isinstance(asked, int) else list(asked)
-        if len(sides) not in (1, 2) or min(sides) < 1:
+    def _is_result(self, output: Any) -> bool:
+        """Return whether an output holds one row or column of the right length for each box."""
+        return output.type in FLOATS and len(output.shape) == 3 and self._fits(output.shape[1:])
+
+    def _fits(self, shape: Sequence[Any]) -> bool:
+        # In some dynamic files, the sides of the output have names instead of numbers.
+        expected, fields = (6, shape[1]) if self.final else (4 + len(self.names), shape[0])
+        return (self.final or bool(self.names)) and (fields == expected or not isinstance(fields, int))
+
+    def _choose_size(self, asked: Any, own: Sequence[int]) -> tuple[int, int]:
+        sides = list(asked) if isinstance(asked, list | tuple) else [asked]
+        if len(sides) not in (1, 2) or not all(type(side) is int and side > 0 for side in sides):
             raise DetectError(f"imgsz={asked}: give one positive side, or height and width")
-        height, width = (math.ceil(side / self.stride) * self.stride for side in (sides * 2)[:2])
+        height, width = (-(-side // self.stride) * self.stride for side in (sides * 2)[:2])
         if not self.dynamic and [height, width] != list(own):
             raise DetectError(f"imgsz={asked}: this model runs at {own[0]}x{own[1]} only (export it with dynamic=True)")
+        if self.batch * height * width > MAX_PIXELS:
+            raise DetectError(f"imgsz={asked}: {self.batch} x {height}x{width} pixels are more than {MAX_PIXELS}")
         return height, width
 
     def __call__(self, image: Image, conf: float = 0.25, iou: float = 0.7, max_det: int = 300) -> list[Detection]:
@@ -113,8 +150,9 @@ class Detector:
         A box that overlaps a better box of its class by more than `iou` is dropped, unless the model chooses its boxes
         itself (end-to-end, or exported with nms=True). Raises DetectError for an image of another shape or type.
         """
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise DetectError(f"an image must be (H, W, 3) uint8 in BGR order, not {image.shape} {image.dtype}")
+        if image is None or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            given = "None" if image is None else f"{image.shape} {image.dtype}"
+            raise DetectError(f"an image must be (H, W, 3) uint8 in BGR order, not {given}")
         # Like Ultralytics' predictor: for a dynamic model, pad only to the next multiple of the stride.
         padded, scale, offset = letterbox(image, self.size, self.stride if self.dynamic else None)
         output = self._run(padded)
@@ -128,12 +166,17 @@ class Detector:
     def _run(self, padded: Image) -> Floats:
         """Run the model on a padded image (H, W, 3); return (4 + classes, anchors), or final rows (n, 6)."""
         tensor = padded[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255
-        tensor = np.repeat(tensor.astype(self.dtype), self.batch, axis=0)
         try:
-            output: Floats = self.session.run(None, {self.input: tensor})[0][0].astype(np.float32)
+            tensor = np.repeat(tensor.astype(self.dtype), self.batch, axis=0)
+            output: Floats = self.session.run([self.output], {self.input: tensor})[0][0].astype(np.float32)
         except Exception as e:  # ONNX Runtime's errors have no common class
             size = "x".join(map(str, padded.shape[:2]))
             raise DetectError(f"the model does not run at {size}: {_first_line(e)}; try another imgsz") from e
+        # No coordinate is larger than an image. NaN is not smaller either.
+        if output.ndim != 2 or not self._fits(output.shape) or not (np.abs(output) < MAX_PIXELS).all():
+            raise DetectError(
+                f"the model's output {output.shape} is broken: another shape than stated, NaN or infinity"
+            )
         return output
 
     def _detection(self, row: Floats, box: Floats) -> Detection:
@@ -142,21 +185,48 @@ class Detector:
         return Detection(class_id, self.names.get(class_id, str(class_id)), float(row[4]), (x1, y1, x2, y2))
 
 
+def _is_image(source: Any) -> bool:
+    """Return whether an input takes (batch, 3, height, width); sides without a number are dynamic."""
+    shape = source.shape
+    fits = len(shape) == 4 and shape[1] == 3 and all(side > 0 for side in shape if isinstance(side, int))
+    return source.type in FLOATS and fits
+
+
 def _session(path: Path, providers: Sequence[str] | None) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise DetectError(f"{path}: no such model file")
     usual = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in onnxruntime.get_available_providers()]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # its errors are raised, too
     try:
-        return onnxruntime.InferenceSession(str(path), providers=list(providers or usual))
+        return onnxruntime.InferenceSession(str(path), options, providers=list(providers or usual))
     except Exception as e:
         raise DetectError(f"{path}: ONNX Runtime can't load it: {_first_line(e)}") from e
 
 
-def _literal(meta: dict[str, str], key: str, default: Any) -> Any:
+def _read_metadata(session: onnxruntime.InferenceSession) -> dict[str, Any]:
+    """Return the entries of METADATA. Raises DetectError for one that Ultralytics would not write."""
+    entries: dict[str, str] = session.get_modelmeta().custom_metadata_map
+    return {
+        key: _literal(key, entries[key], is_valid) if key in entries else default
+        for key, (default, is_valid) in METADATA.items()
+    }
+
+
+def _literal(key: str, text: str, is_valid: Callable[[Any], bool]) -> Any:
+    """Return the value of a Python literal; unlike eval, this runs no code."""
     try:
-        return ast.literal_eval(meta[key]) if key in meta else default
-    except (ValueError, SyntaxError) as e:
-        raise DetectError(f"the model's metadata holds no readable {key}: {meta[key][:60]}") from e
+        value = ast.literal_eval(text[:MAX_METADATA])  # a dict that is cut off is no literal
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = None
+    if not is_valid(value):
+        raise DetectError(f"its metadata hold no valid {key}: {text[:60]}")
+    return value
+
+
+def _unicode(text: str) -> str:
+    """Return text that UTF-8 can hold; a name on disk that is not UTF-8 is written with escapes such as \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _first_line(error: Exception) -> str:
@@ -215,7 +285,7 @@ def draw(image: Image, detections: Sequence[Detection]) -> Image:
     for found in reversed(detections):
         x1, y1, x2, y2 = map(round, found.box)
         colour = _colour(found.class_id)
-        label = f"{found.name} {found.score:.2f}"
+        label = f"{found.name[:60]} {found.score:.2f}"
         (width, height), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, line / 2.5, line)
         top = max(y1, height + 2 * line)
         cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line)
@@ -233,20 +303,25 @@ def _colour(class_id: int) -> tuple[int, int, int]:
 
 def read_image(path: Path) -> Image | None:
     """Read an image as (H, W, 3) BGR, turned as its EXIF orientation says; return None if it can't be read."""
+    if not path.is_file():  # reading a pipe or a device may never end
+        return None
     try:
         data = np.fromfile(path, np.uint8)  # unlike cv2.imread, works for any file name on any system
         image: Image | None = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    except (OSError, cv2.error):
+    except (OSError, MemoryError, cv2.error):
         return None
     return image
 
 
-def save_image(path: Path, image: Image) -> None:
-    """Write an image in the format of the file name's suffix."""
-    done, data = cv2.imencode(path.suffix, image)
-    if not done:
-        raise DetectError(f"{path}: can't write this kind of image")
-    data.tofile(path)
+def save_image(path: Path, image: Image) -> bool:
+    """Write an image in the format of the file name's suffix; return whether OpenCV can write that format."""
+    try:
+        done, data = cv2.imencode(path.suffix, image)
+    except cv2.error:  # no such encoder, or an image that is too large for the format
+        done = False
+    if done:
+        data.tofile(path)
+    return bool(done)
 
 
 def find_images(source: Path) -> list[Path]:
@@ -266,17 +341,20 @@ def find_images(source: Path) -> list[Path]:
 def detect_images(detector: Detector, images: Sequence[Path], out: Path, conf: float, iou: float) -> list[Record]:
     """Write annotated copies of the images into `out`, and return a record of each image.
 
-    An unreadable image is reported and skipped. Raises DetectError if none is readable.
+    Of several images, an unreadable one is reported and skipped. Raises DetectError if none is readable.
     """
-    records = []
+    records: list[Record] = []
     for path in _progress(images, len(images)):
         image = read_image(path)
+        if image is None and len(images) == 1:
+            raise DetectError(f"{path}: unreadable image")
         if image is None:
-            print(f"{path}: unreadable image, skipped", file=sys.stderr)
+            _report(f"{path}: unreadable image, skipped")
             continue
         found = detector(image, conf, iou)
-        save_image(out / path.name, draw(image, found))
-        records.append({"image": str(path), "detections": [each.record() for each in found]})
+        if not save_image(out / path.name, draw(image, found)):
+            _report(f"{path}: OpenCV can't write such an image, so there is no annotated copy")
+        records.append({"image": _unicode(str(path)), "detections": [each.record() for each in found]})
     if not records:
         raise DetectError("none of the images could be read")
     return records
@@ -287,14 +365,19 @@ def detect_video(detector: Detector, path: Path, out: Path, conf: float, iou: fl
 
     Raises DetectError if no frame could be read.
     """
-    records = []
+    records: list[Record] = []
+    copy = out / f"{path.stem}.mp4"
+    if _unicode(f"{path} {copy}") != f"{path} {copy}":  # OpenCV would crash
+        raise DetectError(f"{path}: the name of a video and of its copy must be UTF-8")
     capture = cv2.VideoCapture(str(path))
-    rate = capture.get(cv2.CAP_PROP_FPS) or 25.0
-    with _video_writer(out / f"{path.stem}.mp4", rate) as write:
+    rate = capture.get(cv2.CAP_PROP_FPS)
+    rate = rate if 0 < rate < 1000 else 25.0  # broken files name impossible ones
+    with _video_writer(copy, rate) as write:
         for number, frame in enumerate(_progress(_frames(capture), int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))):
             found = detector(frame, conf, iou)
             write(draw(frame, found))
-            records.append({"image": str(path), "frame": number, "detections": [each.record() for each in found]})
+            objects = [each.record() for each in found]
+            records.append({"image": _unicode(str(path)), "frame": number, "detections": objects})
     if not records:
         raise DetectError(f"{path}: no frame of this video could be read")
     return records
@@ -338,15 +421,38 @@ def _progress(items: Iterable[T], total: int) -> Iterator[T]:
 
 
 def save_json(path: Path, records: Sequence[Record]) -> None:
-    """Write the records; a write that is cut off leaves an older file unchanged."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write the records; a write that is cut off leaves an older file unchanged.
+
+    A pipe or a device is written to, and so is what a link points to; they are not replaced by a file.
+    """
+    data = (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode()
+    if path.is_symlink() or (path.exists() and not path.is_file()) or _is_stdout(path):
+        with open(1 if _is_stdout(path) else path, "wb", closefd=not _is_stdout(path)) as file:
+            file.write(data)
+        return
+    temporary = path.with_name(f".{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _identity(path: Path | int) -> tuple[int, int] | None:
+    """Return what a file has in common with all links to it; None if it can't be found."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_stdout(path: Path) -> bool:
+    return _identity(path) is not None and _identity(path) == _identity(1)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find objects with an ONNX file from `yolokd export`.")
+    parser = _Parser(description="Find objects with an ONNX file from `yolokd export`.")
     parser.add_argument("model", type=Path, help="the .onnx file")
     parser.add_argument("source", type=Path, help="an image, a folder of images, or a video")
     parser.add_argument("--conf", type=_fraction, default=0.25, help="least score of a detection (0.25)")
@@ -359,22 +465,43 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DetectError(f"{message}; see --help")
+
+
 def _fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
+
+
+def _check_targets(args: argparse.Namespace, inputs: Sequence[Path], copies: Sequence[Path]) -> None:
+    """Raise DetectError if a file to write is an input or a link to one, or if the JSON file is a folder."""
+    home = args.source if args.source.is_dir() else args.source.parent
+    if _identity(args.out) == _identity(home):
+        raise DetectError(f"--out {args.out}: holds the source, which the annotated copies would replace")
+    originals = {_identity(path) for path in inputs} - {None}
+    for target in copies if args.json is None else (args.json, *copies):
+        if _identity(target) in originals:
+            raise DetectError(f"{target}: is an input, and would be overwritten")
+    if args.json and args.json.is_dir():
+        raise DetectError(f"--json {args.json}: is a folder")
 
 
 def run(args: argparse.Namespace) -> None:
     """Detect, write the annotated copies and the JSON file, and print a summary."""
     is_video = args.source.is_file() and args.source.suffix.lower() in VIDEOS
     images = [] if is_video else find_images(args.source)
-    home = args.source if args.source.is_dir() else args.source.parent
-    if args.out.resolve() == home.resolve():
-        raise DetectError(f"--out {args.out}: holds the source, which the annotated copies would replace")
+    names = [f"{args.source.stem}.mp4"] if is_video else [image.name for image in images]
+    _check_targets(args, [args.model, args.source, *images], [args.out / name for name in names])
     detector = Detector(args.model, args.imgsz)
-    args.out.mkdir(parents=True, exist_ok=True)
+    for folder in (args.out, *([args.json.parent] if args.json else [])):
+        folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     if is_video:
         records = detect_video(detector, args.source, args.out, args.conf, args.iou)
@@ -385,16 +512,31 @@ def run(args: argparse.Namespace) -> None:
         save_json(args.json, records)
     total = sum(len(record["detections"]) for record in records)
     kind = "frames" if is_video else "images"
-    print(f"{len(records)} {kind}, {total} detections, {pace * 1000:.1f} ms each; annotated copies in {args.out}")
+    summary = f"{len(records)} {kind}, {total} detections, {pace * 1000:.1f} ms each; annotated copies in {args.out}"
+    print(_line(summary), file=sys.stderr if args.json and _is_stdout(args.json) else sys.stdout)
+
+
+def _line(text: object) -> str:
+    """Return text in one line; what a terminal can't show, or would obey, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def _report(text: object) -> None:
+    print(_line(text), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it would say is reported by this file
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     try:
         run(_arguments(argv))
-    except (DetectError, OSError) as e:
-        print(f"detect.py: {e}", file=sys.stderr)
+    except (DetectError, OSError, MemoryError, cv2.error) as e:
+        _report(f"detect.py: {str(e).strip() or type(e).__name__}")
         return 2
+    except KeyboardInterrupt:
+        _report("detect.py: interrupted")
+        return 130
     return 0
 
 

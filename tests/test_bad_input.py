@@ -14,11 +14,14 @@ import yaml
 from helpers.cli import run_forked, run_yolokd
 from helpers.data import NAMES, write_dataset
 from helpers.models import random_detector, save_checkpoint
-from helpers.runs import TINY, captured_log
-from PIL import Image
+from helpers.runs import TINY, captured_log, distil
+from PIL import EpsImagePlugin, Image
+from ultralytics.data.build import build_yolo_dataset
+from ultralytics.utils.patches import imread
 
 from yolokd import UserError, YoloDistiller
-from yolokd.data.dataset import check_images, load_data
+from yolokd.commands.compare.identity import fingerprint
+from yolokd.data.dataset import check_images, load_data, validation_images
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.training.plan import make_plan
 
@@ -110,6 +113,87 @@ def test_a_data_set_of_broken_labels_is_refused(name: str, tmp_path: Path) -> No
     plan = make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"})
     with pytest.raises(UserError, match="No valid images found"):
         check_images(plan.data, plan.args)
+
+
+class Touch:
+    """An object whose pickle creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def odd_names(tmp_path: Path) -> str:
+    """Write a data set whose first image of each split has a name that is not UTF-8; return the path of its .yaml."""
+    path = write_dataset(tmp_path / "odd")
+    for split in ("train", "val"):
+        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
+            file = tmp_path / "odd" / kind / split / f"0.{suffix}"
+            file.rename(file.with_stem(os.fsdecode(b"bad \xff")))
+    return str(path)
+
+
+def test_images_whose_names_are_not_utf_8_are_trained_on(odd_names: str, teacher: str, tmp_path: Path) -> None:
+    distiller = distil(
+        teacher,
+        "yolov8n.yaml",
+        TINY,
+        "fitnet",
+        data=odd_names,
+        epochs=1,
+        check_teacher=False,
+        save_dir=tmp_path / "run",
+    )
+    files = distiller.trainer.train_loader.dataset.im_files
+    assert len(files) == 12
+    assert any(b"\xff" in os.fsencode(file) for file in files)
+    assert fingerprint(load_data(odd_names), "train", "val") != fingerprint(load_data(odd_names), "train")
+
+
+def test_predictions_are_saved_for_an_image_whose_name_is_not_utf_8(
+    odd_names: str, teacher: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    arguments = [f"model={teacher}", f"source={Path(odd_names).parent / 'images' / 'val'}", "imgsz=64", "save_txt=True"]
+    arguments += ["conf=0.0001", "device=cpu", f"project={tmp_path / 'runs'}", "name=p"]
+    done = run_forked("predict", *arguments, cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
+    assert done.returncode == 0, done.stderr
+    assert r"bad \udcff.jpg: 64x64" in done.stdout
+    assert (tmp_path / "runs" / "p" / os.fsdecode(b"bad \xff.jpg")).exists()
+    assert len(list((tmp_path / "runs" / "p" / "labels").iterdir())) == 6
+
+
+def test_an_image_that_is_a_program_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would run Ghostscript on PostScript, whatever the file's name; here, a script stands for Ghostscript."""
+    ran, path = tmp_path / "ran", write_dataset(tmp_path / "d")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch '{ran}'\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    for split in ("train", "val"):
+        script = tmp_path / "d" / "images" / split / "script.avif"
+        script.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n%%EOF\n")
+    plan = make_plan({"data": str(path), "method": "none", "model": "yolov8n.yaml"})
+    assert check_images(plan.data, plan.args) == 12
+    assert len(validation_images(str(path))) == 6
+    with safe_loading():
+        assert imread(script) is None
+    assert not ran.exists()
+    assert imread(script) is None
+    assert ran.exists()  # Pillow did run it
+
+
+def test_a_pickle_in_place_of_a_cached_image_does_not_run(tmp_path: Path) -> None:
+    """Ultralytics reads `0.npy` beside `0.jpg` if it is there (`cache=disk` writes it)."""
+    plan = make_plan({"data": str(write_dataset(tmp_path / "d")), "method": "none", "model": "yolov8n.yaml"})
+    cached = tmp_path / "d" / "images" / "train" / "0.npy"
+    np.save(cached, np.array(Touch(tmp_path / "ran"), object))
+    images = build_yolo_dataset(plan.args, plan.data["train"], 1, plan.data)
+    assert images.load_image(0)[0].shape[2] == 3
+    assert not cached.exists()  # it was read, and removed as broken
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

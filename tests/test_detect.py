@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import cv2
@@ -16,15 +14,13 @@ import numpy as np
 import onnx
 import pytest
 from helpers.data import NAMES
+from helpers.device import SCRIPT, detect
 from helpers.models import SIZE, calibrated_detector, save_trained_checkpoint
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
 from ultralytics import YOLO
 
-from yolokd.runtime.resources import bundled_folder
-
-SCRIPT = bundled_folder("export") / "detect.py"
 # An end-to-end model can't run on fewer anchors than it gives rows: narrow images need the larger size.
 KINDS = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
 SIDES = ((80, 96), (200, 120), (97, 173), (160, 160), (61, 333))  # height, width
@@ -52,19 +48,6 @@ sys.meta_path.insert(0, Absent())
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("detect", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["detect"] = module  # dataclasses looks up the names in annotations there
-    spec.loader.exec_module(module)
-    return module
-
-
-detect = load(SCRIPT)
 
 
 @pytest.fixture(scope="session")
@@ -280,7 +263,7 @@ def test_mistakes_give_one_line_of_error(
         ([str(garbage), photo], "can't load it"),
         ([static, "nowhere"], "no such file or folder"),
         ([static, str(empty)], "no images here"),
-        ([static, str(tmp_path / "broken.png")], "none of the images could be read"),
+        ([static, str(tmp_path / "broken.png")], "broken.png: unreadable image"),
         ([static, str(tmp_path / "broken.mp4")], "no frame of this video could be read"),
         ([static, photo, "--imgsz", "64"], "runs at 128x160 only"),
         ([dynamic, photo, "--imgsz", "1", "2", "3"], "height and width"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +20,23 @@ import pytest
 import torch
 import yaml
 from helpers.data import NAMES
+from helpers.kills import fork_until_killed, run_until_killed
 from helpers.models import SIZE, calibrated_detector, save_checkpoint, save_trained_checkpoint
+from helpers.networks import METADATA, write_network
+from helpers.runs import captured_log
 from onnx import numpy_helper
 from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 
 from yolokd.data.dataset import validation_images
+from yolokd.distiller import load_yolo
 from yolokd.errors import UserError
 from yolokd.exporter import parity
 from yolokd.exporter.agreement import Limits, Thresholds
 from yolokd.exporter.export_model import export
 from yolokd.exporter.parity import ExportReport, verify
+from yolokd.exporter.staging import PREFIX, publish, staging_folder
 from yolokd.models.checkpoint import load_model
+from yolokd.runtime.files import sha256
 
 PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pdf", "gains": {"dfd": 1.0, "pdf": 0.5}}
 
@@ -162,11 +172,153 @@ def test_a_float16_export_is_valid_and_has_wider_limits(checkpoints: dict[str, P
 
 
 def test_other_formats_are_exported_by_ultralytics_without_a_check(
-    checkpoints: dict[str, Path], tmp_path: Path
+    checkpoints: dict[str, Path], data: str, tmp_path: Path
 ) -> None:
-    report = export(shutil.copy(checkpoints["v8"], tmp_path / "m.pt"), format="torchscript", imgsz=64)
+    with captured_log() as lines:
+        report = export(shutil.copy(checkpoints["v8"], tmp_path / "m.pt"), format="torchscript", imgsz=64, data=data)
     assert report == ExportReport(path=tmp_path / "m.torchscript")
     assert torch.jit.load(report.path)(torch.zeros(1, 3, 64, 64)).shape == (1, 6, 84)
+    log = "\n".join(lines)
+    assert f"data={data}: not used" in log
+    assert f"saved as '{report.path}'" in log
+    assert PREFIX not in log
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "m.torchscript"]
+
+
+def assert_record_belongs_to_its_file(folder: Path, contents: Collection[bytes]) -> None:
+    """Fail if the ONNX file is none of `contents`, or if a record lies beside a file that it was not written for."""
+    file, record = folder / "best.onnx", folder / "best.parity.json"
+    assert file.read_bytes() in contents
+    if record.exists():
+        assert json.loads(record.read_text())["sha256"] == sha256(file)
+
+
+def write_pair(folder: Path, content: bytes) -> None:
+    (folder / "best.onnx").write_bytes(content)
+    record = {"passed": True, "sha256": sha256(folder / "best.onnx")}
+    (folder / "best.parity.json").write_text(json.dumps(record))
+
+
+def publish_pair(folder: Path, content: bytes) -> None:
+    with staging_folder(folder / "best.pt") as staging:
+        write_pair(staging, content)
+        publish(staging)
+
+
+def test_a_kill_at_any_moment_leaves_no_record_beside_a_file_that_it_was_not_written_for(tmp_path: Path) -> None:
+    contents = [b"export 0"]
+    write_pair(tmp_path, contents[0])
+    for number in itertools.count(1):
+        contents.append(f"export {number}".encode())
+        status = fork_until_killed(publish_pair, tmp_path, contents[-1], number=number)
+        assert_record_belongs_to_its_file(tmp_path, contents)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert number > 10
+    assert (tmp_path / "best.onnx").read_bytes() == contents[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.onnx", "best.parity.json"]
+
+
+@pytest.mark.slow
+def test_an_export_killed_at_any_moment_leaves_the_old_files_or_the_new_ones(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
+    assert export(model, imgsz=64).passed
+    for number in itertools.count(1):
+        status = run_until_killed(export, model, number=number)
+        assert (tmp_path / "best.parity.json").exists() or status != 0
+        assert_record_belongs_to_its_file(tmp_path, [(tmp_path / "best.onnx").read_bytes()])
+        onnx.checker.check_model(onnx.load(tmp_path / "best.onnx"), full_check=True)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert number > 15
+    assert sizes_of_record(tmp_path) == [(1, SIZE, SIZE)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.onnx", "best.parity.json", "best.pt"]
+
+
+def sizes_of_record(folder: Path) -> list[tuple[int, int, int]]:
+    rows = json.loads((folder / "best.parity.json").read_text())["rows"]
+    return [(row["batch"], row["height"], row["width"]) for row in rows]
+
+
+def test_a_full_disk_leaves_the_old_file_and_its_record(
+    plain: ExportReport, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """A limit on the size of this process's files stands for a full disk."""
+    model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
+    for file in (plain.path, plain.parity):
+        shutil.copy(str(file), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            export(model, imgsz=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_an_int8_export_leaves_the_float_file_and_its_record(
+    plain: ExportReport, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Ultralytics writes best.onnx first, and removes it when best_int8.onnx is made."""
+    model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
+    for file in (plain.path, plain.parity):
+        shutil.copy(str(file), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert export(model, imgsz=64, quantize=8).path == tmp_path / "best_int8.onnx"
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert after.pop("best_int8.onnx")
+    assert after == before
+
+
+def test_a_second_export_in_a_folder_waits_for_the_first(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def second() -> None:
+        with staging_folder(tmp_path / "best.pt"):
+            entered.set()
+
+    with staging_folder(tmp_path / "best.pt"):
+        thread = threading.Thread(target=second, daemon=True)
+        thread.start()
+        assert not entered.wait(0.3)
+    thread.join(10)
+    assert entered.is_set()
+
+
+def test_a_folder_that_was_exported_before_is_replaced(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with staging_folder(tmp_path / "best.pt") as staging:
+            (staging / "best_openvino_model").mkdir()
+            (staging / "best_openvino_model" / f"{content}.xml").write_text(content)
+            publish(staging)
+    assert [path.name for path in tmp_path.rglob("*")] == ["best_openvino_model", "new.xml"]
+
+
+def test_a_folder_in_the_place_of_the_file_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "best.onnx").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        publish_pair(tmp_path, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["best.onnx"]
+
+
+@pytest.mark.parametrize("key", ["names", "imgsz", "args", "end2end"])
+def test_code_in_the_metadata_of_an_onnx_file_does_not_run(key: str, tmp_path: Path) -> None:
+    """Ultralytics reads them in `yolokd val` and `yolokd predict`."""
+    written = tmp_path / "written"
+    metadata = METADATA | {"task": "detect", "batch": "1", key: f"open({str(written)!r}, 'w')"}
+    model = load_yolo(write_network(tmp_path / "m.onnx", metadata=metadata))
+    with pytest.raises(ValueError, match="malformed"):
+        model.predict(np.zeros((64, 64, 3), np.uint8), imgsz=64, device="cpu", verbose=False)
+    assert not written.exists()
 
 
 def change_weight(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 from yolokd.config.arguments import did_you_mean, parse_value
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with status 0 (done), 1 (failed) or 2 (the user gave something that cannot work)."""
     # Ultralytics reads this on import; without it, it would install packages at run time.
     os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # else a file's name that is not UTF-8 could not be printed
     arguments = list(sys.argv[1:] if argv is None else argv)
     sys.exit(status_of(lambda: run([a for a in arguments if a != "--debug"]), "--debug" in arguments))
 
@@ -128,9 +132,10 @@ def val(keys: Keys) -> None:
 
 def predict(keys: Keys) -> None:
     """Predict with Ultralytics, and save the results as `yolo predict` does."""
+    from yolokd.patches.image_names import any_image_name
     from yolokd.patches.safe_loading import safe_loading
 
-    with _errors_as_user_errors("predict"), safe_loading(bool(keys.get("trust", False))):
+    with _errors_as_user_errors("predict"), safe_loading(bool(keys.get("trust", False))), any_image_name():
         for _ in _pop_model(keys).predict(**{"save": True} | keys | {"stream": True}):
             pass
 

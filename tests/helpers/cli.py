@@ -33,7 +33,9 @@ def run_forked(*arguments: str, cwd: Path, into: Path) -> subprocess.CompletedPr
     process.start()
     process.join(120)
     assert process.exitcode is not None, "still running"
-    return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in outputs))
+    return subprocess.CompletedProcess(
+        arguments, process.exitcode, *(path.read_text(errors="backslashreplace") for path in outputs)
+    )
 
 
 def _main(arguments: tuple[str, ...], cwd: Path, *outputs: Path) -> None:

@@ -22,6 +22,7 @@ from ultralytics.utils.patches import imread
 
 from yolokd.data import shapes
 from yolokd.errors import UserError, first_line
+from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.safe_loading import safe_loading
 
 Image = npt.NDArray[np.uint8]
@@ -166,5 +167,6 @@ def _read_images(data: Mapping[str, Any], count: int) -> list[Image]:
     flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)  # as Ultralytics reads
     files = sorted(split_images(data["val"]))
     chosen = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
-    images = (imread(file, flag) for file in chosen)
+    with no_ghostscript():
+        images = [imread(file, flag) for file in chosen]
     return [image for image in images if image is not None and image.shape[2:] == (channels,)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from ultralytics.utils import LOGGER
 
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.ultralytics_keys import DEPRECATED
-from yolokd.data.dataset import data_file, validation_images
+from yolokd.data.dataset import Image, data_file, validation_images
 from yolokd.errors import UserError, first_line
 from yolokd.exporter.agreement import Thresholds
 from yolokd.exporter.onnx_detector import precision_of
 from yolokd.exporter.parity import ExportReport, verify
+from yolokd.exporter.staging import publish, staging_folder
 from yolokd.models.checkpoint import load_model
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
-from yolokd.runtime.files import atomic_path
 
 
 def export(model: str | Path, *, data: str | None = None, trust: bool = False, **kwargs: Any) -> ExportReport:
@@ -43,21 +43,29 @@ def export(model: str | Path, *, data: str | None = None, trust: bool = False, *
     options = kwargs | {"format": str(kwargs.get("format", "onnx")).lower()}
     args = _check_options(options)
     module, checkpoint = load_model(model, "model", trust)
-    if args.format != "onnx":
-        path = _run_exporter(module, options | ({"data": data_file(data)} if data else {}), trust)
-        LOGGER.info(f"{path}: not compared with the checkpoint; yolokd compares format=onnx only")
-        return ExportReport(path=path)
-    _require_detector(module, model)
-    source = _choose_data(data, checkpoint)
-    images = validation_images(source)
-    # Only INT8 calibration reads `data`; in other exports it would only put a local path into the file's metadata.
-    path = _run_exporter(module, options | ({"data": source} if args.quantize == 8 else {}), trust)
-    _complete_onnx(path, module)
-    if args.quantize == 8:
-        LOGGER.info(f"{path}: not compared with the checkpoint; yolokd compares float32 and float16 files only")
-        return ExportReport(path=path)
-    thresholds = Thresholds(0.25 if args.conf is None else args.conf, args.iou, args.agnostic_nms)
-    return verify(path, module, images, thresholds)
+    images: list[Image] = []
+    if args.format == "onnx":
+        _require_detector(module, model)
+        data = _choose_data(data, checkpoint)
+        images = validation_images(data)
+    options |= _calibration_data(args, data)
+    path = Path(module.pt_path)
+    with staging_folder(path) as staging:
+        file = _run_exporter(module, staging / path.name, options, trust)
+        report = _complete_and_verify(file, module, images, args)
+        publish(staging)
+    return report.moved(staging, path.parent)
+
+
+def _complete_and_verify(file: Path, module: nn.Module, images: Sequence[Image], args: Any) -> ExportReport:
+    """Complete an ONNX file and compare it with its checkpoint, if it is of a precision that yolokd compares."""
+    if args.format == "onnx":
+        _complete_onnx(file, module)
+    if args.format == "onnx" and args.quantize != 8:
+        thresholds = Thresholds(0.25 if args.conf is None else args.conf, args.iou, args.agnostic_nms)
+        return verify(file, module, images, thresholds)
+    LOGGER.info(f"{file}: not compared with the checkpoint; yolokd compares ONNX files in float32 and float16 only")
+    return ExportReport(path=file)
 
 
 def _check_options(options: Mapping[str, Any]) -> Any:
@@ -84,14 +92,31 @@ def _require_detector(module: nn.Module, name: str | Path) -> None:
         raise UserError(f"model={name}", f"is not a YOLO detector but a {kind}", "give a detection model")
 
 
-def _run_exporter(module: nn.Module, options: Mapping[str, Any], trust: bool) -> Path:
-    """Run Ultralytics' exporter; raise UserError if it rejects an option or needs a package that is not installed."""
+def _calibration_data(args: Any, data: str | None) -> dict[str, str]:
+    """Return the `data` argument for Ultralytics: the images that an INT8 file is calibrated on."""
+    table = export_formats()
+    takes_data = "data" in dict(zip(table["Argument"], table["Arguments"], strict=True))[args.format]
+    if data and not takes_data:
+        LOGGER.info(f"data={data}: not used, because format={args.format} is neither calibrated nor compared")
+    # In an ONNX file that is not calibrated, it would only put a local path into the file's metadata.
+    used = data and takes_data and (args.format != "onnx" or args.quantize == 8)
+    return {"data": data_file(data)} if used else {}
+
+
+def _run_exporter(module: nn.Module, checkpoint: Path, options: Mapping[str, Any], trust: bool) -> Path:
+    """Run Ultralytics' exporter, which writes beside `checkpoint`; return the path of the export.
+
+    checkpoint: the path that the exporter takes for the model's own.
+    Raises UserError if it rejects an option or needs a package or program that is not installed.
+    """
     try:
         with safe_loading(trust), no_autoinstall():
-            return Path(YOLO(module.pt_path).export(**options))
+            model: Any = YOLO(module.pt_path)
+            model.model.pt_path = str(checkpoint)
+            return Path(model.export(**options))
     except ImportError as e:
         raise UserError(f"format={options['format']}", f"needs {e.name or e}", f"pip install {e.name or ''}") from e
-    except (AssertionError, SyntaxError, TypeError, ValueError) as e:
+    except (AssertionError, SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
         raise UserError(f"format={options['format']}", first_line(e), "see Ultralytics' export settings") from e
 
 
@@ -111,8 +136,7 @@ def _complete_onnx(path: Path, module: nn.Module) -> None:
         OnnxModel(graph).topological_sort()
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     onnx.helper.set_model_props(graph, metadata | _provenance(getattr(module, "yolokd", None)))
-    with atomic_path(path) as temporary:
-        onnx.save(graph, temporary)
+    onnx.save(graph, path)
 
 
 def _provenance(record: object) -> dict[str, str]:

@@ -71,6 +71,11 @@ class ExportReport(BaseModel):
     passed: bool = True
     problem: str | None = None
 
+    def moved(self, source: Path, target: Path) -> ExportReport:
+        """Return the report after its files have been moved from one folder to another."""
+        parity = self.parity and target / self.parity.relative_to(source)
+        return self.model_copy(update={"path": target / self.path.relative_to(source), "parity": parity})
+
 
 def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds) -> ExportReport:
     """Compare an ONNX file from Ultralytics' exporter with the PyTorch model that it was exported from.

@@ -3,6 +3,8 @@
 - `patched.patched`: the tool that all others use; replaces one attribute.
 - `safe_loading.safe_loading`: checkpoints and data sets run no code.
 - `label_cache.safe_label_caches`: label caches run no code.
+- `no_ghostscript.no_ghostscript`: images run no other program.
+- `image_names.any_image_name`: predictions are saved under names that are not UTF-8.
 - `training_loop.bfloat16_on_cpu`: `amp=bf16` works on CPUs.
 - `training_loop.atomic_stripping`: a finished checkpoint is never left half written.
 - `training_loop.adapters_not_counted`: loggers count the student's own parameters only.

@@ -15,6 +15,7 @@ from ultralytics.utils import ROOT
 
 from yolokd.errors import UserError
 from yolokd.patches.label_cache import safe_label_caches
+from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.patched import patched
 
 
@@ -48,6 +49,7 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
         patched(utils, "exec", _exec),
         patched(utils, "subprocess", subprocess),
         safe_label_caches(),
+        no_ghostscript(),
     ):
         yield
 

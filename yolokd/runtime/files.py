@@ -31,11 +31,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = Path(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with write_errors_as_user_errors(path):
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_errors_as_user_errors(path: Path) -> Iterator[None]:
+    """Raise UserError for an error of the disk inside the block, which writes `path`; other errors pass unchanged."""
+    try:
+        yield
     except (OSError, RuntimeError) as e:
         disk_is_full = shutil.disk_usage(path.parent).free < DISK_FULL_BYTES
         from_torch_writer = "inline_container" in str(e)  # torch raises a RuntimeError that names this source file
@@ -44,11 +54,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         reason = os.strerror(errno.ENOSPC) if disk_is_full else getattr(e, "strerror", None) or first_line(e)
         cure = "the old file is kept; free some space, or get the right to write there"
         raise UserError(f"{path}", f"cannot be written: {reason}", cure) from e
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Sync a folder, so that a rename in it survives a power failure. Only POSIX systems can open a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

@@ -158,7 +158,7 @@ def fingerprint(data: Mapping[str, Any], *splits: str) -> str:
     content = hashlib.sha256(json.dumps(sorted(data["names"].items())).encode())
     for split in splits:
         for image in sorted(split_images(data[split])) if data.get(split) else ():
-            content.update(f"{split}/{image.name} {image.stat().st_size}".encode())
+            content.update(f"{split}/{image.name} {image.stat().st_size}".encode(errors="surrogateescape"))
             label = Path(img2label_paths([str(image)])[0])
             content.update(label.read_bytes() if label.exists() else b"")
     return content.hexdigest()
