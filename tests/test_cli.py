@@ -106,7 +106,7 @@ BAD = {
     "train data={data} teacher={truncated}": "teacher={truncated}",
     "train data={data} teacher={text}": "teacher={text}",
     "train data={data} teacher={tensor}": "teacher={tensor}",
-    "train data={data} teacher={classifier}": "teacher={classifier}: is not a detector",
+    "train data={data} teacher={classifier}": "teacher={classifier}: is a classification model",
     "train data={data} teacher={evil}": "could run code",
     "train data={data} teacher={fine} student={coarse}": "none in common",
     "train teacher={teacher} data=nothere.yaml": "data=nothere.yaml",

@@ -15,7 +15,7 @@ import torch
 from pydantic import PositiveInt
 from ultralytics.utils.files import increment_path
 
-from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer, warnings_only
+from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer
 from yolokd.commands.bench.rounds import BenchRow, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
@@ -25,7 +25,7 @@ from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_student, load_teacher
-from yolokd.runtime.console import CONSOLE, print_table
+from yolokd.runtime.console import CONSOLE, print_table, warnings_only
 
 REAL_BATCHES = 8  # batches of the real epoch with which a benchmark is compared
 TOLERANCE = 0.10  # largest relative difference from the real epoch that counts as agreement

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.distill_model import DistillationModel
-from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
@@ -161,14 +158,3 @@ def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> Dete
     """Build Ultralytics' own trainer with its own distillation, without yolokd's keys."""
     overrides = split_keys(keys).ultralytics
     return DetectionTrainer(overrides=overrides | {"distill_model": setting.teacher})
-
-
-@contextmanager
-def warnings_only() -> Iterator[None]:
-    """Set Ultralytics' log level to warnings inside the block."""
-    level = LOGGER.level
-    LOGGER.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
