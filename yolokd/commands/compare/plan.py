@@ -92,8 +92,9 @@ def plan_runs(
     if split not in SPLITS:
         raise UserError(f"split={split}", "is no split", f"one of: {', '.join(SPLITS)}")
     inputs = _resolve_files(keys)
-    if NATIVE in methods and not inputs.teachers:
-        raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, for example, or drop native")
+    if not inputs.teachers and {*methods} != {PLAIN}:
+        or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
+        raise UserError("teacher", "is missing", f"give teacher=yolov8l.pt, for example{or_drop}")
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
     if inputs.strongest is None or not _can_score_teacher(inputs.strongest, trainings.names):
         return trainings.runs, trainings.images
