@@ -13,7 +13,7 @@ from helpers.runs import captured_log
 from torch import Tensor, nn
 
 from yolokd import UserError, YoloDistiller, register
-from yolokd.distillation.nonfinite import MAX_STEPS_IN_A_ROW
+from yolokd.distillation.nonfinite import MAX_SKIPPED_IN_A_ROW, MAX_STEPS_IN_A_ROW
 from yolokd.methods import Method
 from yolokd.models.teacher import Teacher, TeacherOutput
 
@@ -96,6 +96,52 @@ def test_a_nonfinite_gradient_does_not_reach_the_student(adapter: bool, tiny: di
     assert [r["distill/dropped"] for r in rows(d.trainer)] == [3, 3]
     assert states_equal(weights(d.trainer), weights(plain.trainer))
     assert all(torch.isfinite(p).all() for p in d.trainer.criterion.parameters())
+
+
+def with_scaler(distiller: YoloDistiller) -> YoloDistiller:
+    """Train under a gradient scaler, as CUDA does by default."""
+
+    def use_scaler(trainer: Any) -> None:
+        trainer.scaler = torch.amp.GradScaler("cpu")
+
+    distiller.add_callback("on_pretrain_routine_end", use_scaler)
+    return distiller
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_under_a_gradient_scaler_a_nonfinite_gradient_costs_the_distillation_and_not_the_step(
+    adapter: bool, tiny: dict[str, Any], teacher: str
+) -> None:
+    plain = with_scaler(YoloDistiller(student="yolov8n.yaml", method="none"))
+    plain.train(**tiny)
+    keys = {"method": "explosive", "explosive.adapter": adapter}
+    d = with_scaler(YoloDistiller(teacher=teacher, student="yolov8n.yaml", **keys))
+    d.train(**tiny | {"teacher_precision": "fp32", "level_weights": "uniform"})
+    assert [r["distill/dropped"] for r in rows(d.trainer)] == [3, 3]
+    assert states_equal(weights(d.trainer), weights(plain.trainer))
+    assert d.trainer.scaler.get_scale() == plain.trainer.scaler.get_scale() / 2**6  # it may have been an overflow
+
+
+def break_gradients(trainer: Any) -> None:
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and not name.startswith("criterion."):
+            parameter.register_hook(lambda gradient: gradient * math.nan)
+
+
+def test_steps_that_a_gradient_scaler_skips_are_counted_and_named(tiny: dict[str, Any], teacher: str) -> None:
+    d = with_scaler(YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet"))
+    d.add_callback("on_train_start", break_gradients)
+    with captured_log() as lines:
+        d.train(**tiny | {"teacher_precision": "fp32"})
+    assert [r["distill/dropped"] for r in rows(d.trainer)] == [3, 3]
+    assert len([line for line in lines if "the gradient scaler skips the step" in line]) == 2  # once an epoch
+
+
+def test_many_skipped_steps_in_a_row_are_an_error(tiny: dict[str, Any], teacher: str) -> None:
+    d = with_scaler(YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet"))
+    d.add_callback("on_train_start", break_gradients)
+    with pytest.raises(UserError, match=rf"amp: .* is not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row \(images "):
+        d.train(**tiny | {"epochs": 9, "teacher_precision": "fp32", "val": False})
 
 
 def test_steps_in_which_float16_overflows_are_dropped(

@@ -138,6 +138,7 @@ def test_another_method_resumes_if_forced(tiny: dict[str, Any], teacher: str) ->
     assert 0 < row["train/dfd_gain"] <= 1 / d.trainer.epochs  # the schedule continues, too
     assert "fitnet_gain" in (folder / "results-to-1.csv").read_text()
     assert d.trainer.plan.config.method == "dfd"
+    assert not any(key.startswith("fitnet.") for key in vars(d.trainer.args))  # or a later resume would refuse them
     assert d.trainer.start_epoch == 1
     assert any("start anew" in line for line in lines)
 

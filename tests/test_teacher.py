@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from yolokd.data.dataset import sample_batch
 from yolokd.models import precision
-from yolokd.models.precision import MAX_ERROR, MIN_SPEEDUP, choose_precision, measure_precision
+from yolokd.models.precision import MAX_ERROR, choose_precision, fast_precisions, measure_precision
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 
 
@@ -89,10 +89,10 @@ def test_a_teachers_image_size_resizes_the_images(
     assert all(torch.allclose(maps[s], expected[s], atol=1e-5) for s in expected)
 
 
-def test_auto_chooses_a_precision_only_if_it_is_accurate_and_fast(
+def test_auto_chooses_a_precision_only_if_the_device_is_fast_in_it_and_the_maps_stay_close(
     teacher: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "MIN_SPEEDUP", 0.0)
+    monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: True)
     fast, notes = choose_precision(teacher, images, "auto", False, None)
     assert fast.settings.dtype == torch.bfloat16
     assert "taken" in notes[0]
@@ -100,13 +100,24 @@ def test_auto_chooses_a_precision_only_if_it_is_accurate_and_fast(
     fallen, notes = choose_precision(teacher, images, "auto", False, None)
     assert fallen.settings.dtype == torch.float32
     assert "not taken" in notes[0]
-    asked, notes = choose_precision(teacher, images, "bf16", False, None)
-    assert asked.settings.dtype == torch.bfloat16
+    forced, notes = choose_precision(teacher, images, "bf16", False, None)
+    assert forced.settings.dtype == torch.bfloat16
     assert "more than" in notes[0]
     monkeypatch.setattr(precision, "MAX_ERROR", MAX_ERROR)
-    monkeypatch.setattr(precision, "MIN_SPEEDUP", float("inf"))
-    assert choose_precision(teacher, images, "auto", False, None)[0].settings.dtype == torch.float32
-    assert MIN_SPEEDUP > 1
+    monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: False)
+    slow, notes = choose_precision(teacher, images, "auto", False, None)
+    assert slow.settings.dtype == torch.float32
+    assert notes == ["this CPU has no fast instructions below fp32"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((6, 1), ()), ((7, 0), ("fp16",)), ((7, 5), ("fp16",)), ((9, 0), ("fp16", "bf16"))]
+)
+def test_the_precisions_of_a_gpu_follow_from_its_compute_capability(
+    capability: tuple[int, int], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert fast_precisions(torch.device("cuda")) == expected
 
 
 def test_a_precision_whose_maps_overflow_is_not_accurate(images: Tensor) -> None:

@@ -133,7 +133,9 @@ def val(keys: Keys) -> None:
 
 def predict(keys: Keys) -> None:
     """Detect objects in images, with Ultralytics, and save the results as `yolo predict` does."""
-    with _errors_as_user_errors("predict"):
+    from yolokd.patches.safe_loading import safe_loading
+
+    with _errors_as_user_errors("predict"), safe_loading(bool(keys.get("trust", False))):
         for _ in _pop_model(keys).predict(**{"save": True} | keys | {"stream": True}):
             pass
 

@@ -141,8 +141,7 @@ def _resume_overrides(keys: dict[str, Any]) -> dict[str, Any]:
         resume = model
     last = last_checkpoint(resume, keys.get("project"))
     settings = {k: v for k, v in keys.items() if k not in {"student", "model"}}
-    save_dir = {"save_dir": str(last.parent.parent)} if last.parent.name == "weights" else {}
-    return settings | save_dir | {"resume": str(last), "model": str(last)}
+    return settings | {"resume": str(last), "model": str(last)}
 
 
 def last_checkpoint(resume: object, project: str | None = None) -> Path:

@@ -30,7 +30,7 @@ def print_check(keys: Mapping[str, Any]) -> None:
     Trains nothing. Raises UserError for what the training would refuse.
     """
     plan = make_plan(training_keys(keys))
-    check_images(plan.data, plan.args)
+    check_images(plan.data, plan.args, plan.config.trust)
     imgsz = training_imgsz(plan.args.imgsz, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.teachers:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
+from ultralytics.utils import LOGGER
 
 from yolokd.config.arguments import as_list, did_you_mean
 from yolokd.config.defaults import defaults, method_defaults
@@ -173,7 +174,17 @@ def merge_cfg_file(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"cfg={path}", "cannot be read", "give a run's distill.yaml") from e
     if not isinstance(content, dict):
         raise UserError(f"cfg={path}", "holds no key: value pairs", "give a run's distill.yaml")
-    return content | {k: v for k, v in keys.items() if k != "cfg"}
+    return without_trust(content, f"cfg={path}") | {k: v for k, v in keys.items() if k != "cfg"}
+
+
+def without_trust(keys: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return keys that come from a file without `trust`; say so if it was on.
+
+    Only a person may trust a file, on the command line or in Python: a file that could trust itself would run its code.
+    """
+    if keys.get("trust"):
+        LOGGER.warning(f"{source}: its trust=True is ignored; if you trust its files, give trust=True yourself")
+    return {key: value for key, value in keys.items() if key != "trust"}
 
 
 def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:

@@ -64,17 +64,19 @@ def load_data(
     return loaded | {"names": {0: "item"}, "nc": 1} if single_cls else loaded
 
 
-def check_images(data: dict[str, Any], args: Any) -> int:
+def check_images(data: dict[str, Any], args: Any, trust: bool = False) -> int:
     """Scan images and labels as a training with Ultralytics' settings `args` does, and warn about skipped images.
 
-    The scan fills the cache beside the labels, which the training reads. Returns the number of training images left.
+    The scan fills the cache beside the labels, which the training reads. trust: whether a cache may hold code. Returns
+    the number of training images left.
     Raises UserError if no image is left to train on or to validate with, or if an image that passes the scan cannot be
     read.
     """
     uncached = copy(args)
     uncached.cache = False
-    images = _scan(data, uncached, "train", "train")
-    _scan(data, uncached, "val", args.split)
+    with safe_loading(trust):
+        images = _scan(data, uncached, "train", "train")
+        _scan(data, uncached, "val", args.split)
     return images
 
 

@@ -16,8 +16,8 @@ import torch
 import ultralytics
 from pydantic import BaseModel, ConfigDict
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER
@@ -34,6 +34,7 @@ from yolokd.exporter.agreement import (
     worst_match_iou,
 )
 from yolokd.exporter.onnx_detector import OnnxDetector, precision_of
+from yolokd.runtime.console import make_console
 from yolokd.runtime.files import atomic_path, sha256
 
 
@@ -211,6 +212,6 @@ def _print_table(report: ExportReport, precision: str) -> None:
             f"{row.scores:.1e}",
             f"{row.torch_detections}/{row.onnx_detections}",
             f"{row.worst_iou:.4f}",
-            "[green]pass[/]" if row.passed else "[red]FAIL[/]",
+            Text("pass", "green") if row.passed else Text("FAIL", "red"),
         )
-    Console().print(table)
+    make_console().print(table)

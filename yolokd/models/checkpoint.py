@@ -110,7 +110,7 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     name = f"student={path}"
     if str(path).endswith((".yaml", ".yml")):
         try:
-            with warnings_only():
+            with safe_loading(trust), warnings_only():
                 model: Detector = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
         except FileNotFoundError as e:
             raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e

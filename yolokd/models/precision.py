@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -16,21 +14,18 @@ from yolokd.models.teacher import InferenceSettings, Teacher
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_ERROR = 0.02  # ours: largest relative L2 distance of a level's map to that in float32
-# Ours: a low precision must be this many times as fast on a CPU. A smaller gain could be chance, and the choice would
-# then differ between runs.
-MIN_SPEEDUP = 1.3
-ROUNDS = 3
+# From these compute capabilities on, NVIDIA's tensor cores multiply in that precision.
+CUDA_CAPABILITIES: dict[Precision, tuple[int, int]] = {"fp16": (7, 0), "bf16": (8, 0)}
 
 
 @dataclass(frozen=True)
 class Trial:
     """The measurements of one precision on a few images.
 
-    speedup: how many times as fast as float32. errors: {stride: relative L2 distance of the map to that in float32}.
+    errors: {stride: relative L2 distance of the map to that in float32}.
     """
 
     precision: str
-    speedup: float
     errors: dict[int, float]
 
     @property
@@ -40,7 +35,7 @@ class Trial:
 
     def __str__(self) -> str:
         errors = ", ".join(f"{error:.2%} at stride {stride}" for stride, error in self.errors.items())
-        return f"{self.precision} {self.speedup:.1f} times as fast as fp32; maps differ by {errors} (relative L2)"
+        return f"{self.precision}: maps differ from those in fp32 by {errors} (relative L2)"
 
 
 def name_of(dtype: torch.dtype) -> Precision:
@@ -48,10 +43,23 @@ def name_of(dtype: torch.dtype) -> Precision:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def candidates(device: torch.device) -> tuple[Precision, ...]:
-    """Return the low precisions that `auto` tries on a device, best first."""
-    by_device: dict[str, tuple[Precision, ...]] = {"cpu": ("bf16",), "cuda": ("fp16", "bf16")}
-    return by_device.get(device.type, ())
+def fast_precisions(device: torch.device) -> tuple[Precision, ...]:
+    """Return the low precisions that a device has instructions for, best first.
+
+    The device alone decides, not a measurement of time, so that a command makes the same choice each time.
+    """
+    if device.type == "cpu":
+        return ("bf16",) if _cpu_multiplies_bfloat16() else ()
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return tuple(name for name, least in CUDA_CAPABILITIES.items() if capability >= least)
+    return ()
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Return whether the CPU has AMX or AVX512-BF16; elsewhere bfloat16 is emulated, and slower than float32."""
+    supported: bool = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return supported
 
 
 def choose_precision(
@@ -59,7 +67,7 @@ def choose_precision(
 ) -> tuple[Teacher, list[str]]:
     """Return the teacher as it will run on the device of `images`, and notes on the choice for the user.
 
-    `auto` takes the first of `candidates` that is faithful and, on CPUs, fast; otherwise float32.
+    `auto` takes the first of `fast_precisions` that is faithful; otherwise float32.
     images: (B, channels, H, W) in 0..1. compiled: whether to use torch.compile. imgsz: as in InferenceSettings.
     """
     plain = teacher.with_settings(InferenceSettings(channels_last=images.device.type in {"cpu", "cuda"}, imgsz=imgsz))
@@ -72,16 +80,17 @@ def choose_precision(
 def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teacher, list[str]]:
     if precision == "fp32":
         return plain, []
+    candidates = fast_precisions(images.device) if precision == "auto" else (precision,)
     notes: list[str] = []
-    for name in candidates(images.device) if precision == "auto" else (precision,):
+    for name in candidates:
         low = plain.with_settings(replace(plain.settings, dtype=DTYPES[name]))
         trial = measure_precision(name, plain, low, images)
         if precision != "auto":
             return low, [f"{trial}" if trial.faithful else f"{trial}, more than the {MAX_ERROR:.0%} that auto allows"]
-        if trial.faithful and (images.device.type != "cpu" or trial.speedup >= MIN_SPEEDUP):
+        if trial.faithful:
             return low, [*notes, f"{trial}: taken"]
         notes.append(f"{trial}: not taken")
-    return plain, notes
+    return plain, notes or [f"this {images.device.type.upper()} has no fast instructions below fp32"]
 
 
 def clock(device: torch.device) -> float:
@@ -91,22 +100,14 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_precision(name: str, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
-    """Compare a teacher in the precision `name` with `plain`, in float32: their times, in turn, and their maps."""
-    reference, maps = plain(images).maps, low(images).maps  # also the warm-up of both
-    errors = {stride: _relative_error(maps[stride], reference[stride]) for stride in reference}
-    rounds = [(_seconds(lambda: plain(images), images), _seconds(lambda: low(images), images)) for _ in range(ROUNDS)]
-    return Trial(name, median(p / q for p, q in rounds), errors)
+def measure_precision(name: Precision, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
+    """Compare the maps of a teacher in the precision `name` with those of `plain`, in float32."""
+    reference, maps = plain(images).maps, low(images).maps
+    return Trial(name, {stride: _relative_error(maps[stride], reference[stride]) for stride in reference})
 
 
 def _relative_error(actual: Tensor, reference: Tensor) -> float:
     return float((actual.float() - reference).norm() / reference.norm())
-
-
-def _seconds(run: Callable[[], object], images: Tensor) -> float:
-    started = clock(images.device)
-    run()
-    return clock(images.device) - started
 
 
 def _compile(teacher: Teacher, images: Tensor, notes: list[str]) -> tuple[Teacher, list[str]]:

@@ -2,6 +2,7 @@
 
 - `patched.patched`: the tool that all others use; replaces one attribute.
 - `safe_loading.safe_loading`: checkpoints and data sets run no code.
+- `label_cache.safe_label_caches`: label caches run no code.
 - `training_loop.bfloat16_on_cpu`: `amp=bf16` works on CPUs.
 - `training_loop.atomic_stripping`: a finished checkpoint is never left half written.
 - `training_loop.adapters_not_counted`: loggers count the student's own parameters only.

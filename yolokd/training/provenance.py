@@ -31,7 +31,7 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
 
 
 def _teacher(paired: PairedTeacher) -> dict[str, str]:
-    precision = name_of(paired.teacher.settings.dtype)  # `auto` may choose another one in a repeated run
+    precision = name_of(paired.teacher.settings.dtype)  # `auto` may choose another one on another device
     return {"file": Path(paired.file).name, "sha256": paired.sha256, "precision": precision}
 
 

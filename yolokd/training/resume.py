@@ -17,9 +17,9 @@ import torch
 from ultralytics.utils import LOCAL_RANK, LOGGER
 from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
-from yolokd.config.parse import method_names, split_keys
+from yolokd.config.parse import method_names, split_keys, without_trust
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
-from yolokd.data.dataset import check_images
+from yolokd.data.dataset import check_images, data_file
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
@@ -42,6 +42,11 @@ class SavedRun:
     state: State | None
 
     @property
+    def folder(self) -> Path:
+        """Return the run's folder: where its checkpoint lies now, whatever path is written inside the checkpoint."""
+        return self.last.parent.parent if self.last.parent.name == "weights" else self.last.parent
+
+    @property
     def trained(self) -> bool:
         """Return whether all its epochs are done, so that only the final evaluation remains."""
         return self.state is not None and bool(self.state["stop"])
@@ -59,6 +64,7 @@ def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
     if finished and (state is None or not state["stop"]):
         raise UserError(f"resume={last}", "is finished, nothing to resume", f"start a new run with student={last}")
     saved = dict(checkpoint.get("train_args", {})) | (state["own"] if state is not None else {})
+    saved = without_trust(saved, f"resume={last}")
     if not split_keys(saved).distillation:
         saved |= {} if keys.get("teacher") else {"method": "none"}  # a run of plain Ultralytics, unless told otherwise
     elif keys.get("teacher") and not keys.get("method") and saved.get("method") == "none":
@@ -84,9 +90,22 @@ def merge_keys(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) ->
         return base | dict(keys)
     saved = split_keys(saved_run.keys)
     saved_settings = {k: v for k, v in saved.ultralytics.items() if k in KNOWN_KEYS}
-    given = {k: v for k, v in keys.items() if v is not None}
+    given = {"save_dir": str(saved_run.folder)} | {k: v for k, v in keys.items() if v is not None}
     last = str(saved_run.last)
     return base | saved_settings | saved.distillation | given | {"model": last, "resume": last}
+
+
+def ultralytics_settings(keys: Mapping[str, Any], saved_run: SavedRun | None) -> dict[str, Any]:
+    """Return the settings that Ultralytics' constructor gets: those given, with paths for a data set and a resumed run.
+
+    A resumed run writes where its checkpoint lies, not into the folder that is written inside the checkpoint.
+    """
+    settings = split_keys(keys).ultralytics
+    if saved_run is not None:
+        settings.setdefault("save_dir", str(saved_run.folder))
+    if settings.get("data") == "shapes" or (settings.get("data") is None and saved_run is None):
+        settings["data"] = data_file("shapes")
+    return settings
 
 
 def device_of_run(keys: Mapping[str, Any], saved_run: SavedRun | None) -> object:
@@ -104,7 +123,7 @@ def plan_run(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> T
         plan = make_plan(merge_keys(cfg, keys, saved_run))
         if saved_run is not None:
             check_same_run(plan, saved_run)
-        check_images(plan.data, plan.args)
+        check_images(plan.data, plan.args, plan.config.trust)
     return plan
 
 

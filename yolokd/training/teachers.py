@@ -22,7 +22,7 @@ def optimize_teachers(plan: TrainPlan, precisions: Sequence[Any], images: Tensor
     """Return the plan's teachers as the run will run them: moved to the device, in a fast and faithful precision.
 
     precisions: for each teacher one of `teacher_precision`'s values. images: (B, C, H, W) float32 in 0..1, on the
-    device of the training. All processes take the precision of the main one, because timings differ between them.
+    device of the training. All processes take the precision of the main one, because machines may differ.
     """
     pairs = list(zip(plan.teachers, precisions, strict=True))
     candidates = [_with_precision(plan, paired, precision, images) for paired, precision in pairs]

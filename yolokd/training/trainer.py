@@ -16,7 +16,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.config.parse import split_keys
-from yolokd.data.dataset import data_file, sample_batch
+from yolokd.data.dataset import sample_batch
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.checkpoint import as_paths, load_model
 from yolokd.patches.patched import patched
@@ -72,9 +72,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def _init_ultralytics(self, cfg: Any, keys: dict[str, Any], callbacks: dict[str, Any] | None) -> None:
         """Call Ultralytics' constructor without yolokd's keys, which it rejects, and put these into `args` after it."""
-        settings = split_keys(keys).ultralytics
-        if settings.get("data") == "shapes" or (settings.get("data") is None and not keys.get("resume")):
-            settings["data"] = data_file("shapes")
+        settings = resume.ultralytics_settings(keys, self.saved_run)
         with (
             safe_loading(self.plan.config.trust),
             os_errors_as_user_errors(lambda: "give a folder that can be written"),
@@ -85,8 +83,9 @@ class DistillationTrainer(DetectionTrainer):
         if IS_DISTRIBUTED:
             self.world_size = WORLD_SIZE
             self.args.rect = False  # Ultralytics' own launch does so: rect gives processes unequal numbers of batches
-        vars(self.args).update(self.plan.config.flat())
-        self.args.save_dir = str(self.save_dir)
+        # A resumed checkpoint's arguments hold yolokd's keys, too: also those of a method that force=True has replaced.
+        own = self.plan.config.flat() | {"save_dir": str(self.save_dir)}
+        self.args = type(self.args)(**split_keys(vars(self.args)).ultralytics | own)
 
     def _add_own_callbacks(self) -> None:
         for event, callback in (
@@ -168,8 +167,6 @@ class DistillationTrainer(DetectionTrainer):
             self.model.to(memory_format=torch.channels_last)
             self.ema.ema.to(memory_format=torch.channels_last)
         self.ema.ema._modules.pop("criterion", None)
-        if self.criterion is not None:
-            self.criterion.guard.active = not self.scaler.is_enabled()
         if IS_MAIN and self.plan.teachers:
             logs.log_pairing(self.plan)
             if self.plan.config.check_teacher and not self.resume:
@@ -211,7 +208,7 @@ class DistillationTrainer(DetectionTrainer):
         if self.criterion is not None:
             self.criterion.begin_epoch(self.epoch, self.epochs, len(self.train_loader))
             if not IS_MAIN:  # only the main process writes measurements
-                self.steps.clip_coefficients = []
+                self.steps.norms = []
                 self.criterion.recorder.discard()
         state, self._streams_to_restore = self._streams_to_restore, None
         if state is not None:
@@ -227,7 +224,7 @@ class DistillationTrainer(DetectionTrainer):
             if criterion is None:
                 super().optimizer_step()
             else:
-                self.steps.step(self, list(criterion.parameters()))
+                self.steps.step(self, list(criterion.parameters()), criterion.guard)
 
     # Logs
 

@@ -135,7 +135,8 @@ def _plan_trainings(
         keys = _method_keys(inputs, method) | QUIET
         plan = _check_training(method, keys, split)
         if content is None:
-            images = check_images(plan.data, plan.args)  # before files are hashed: the scan repairs some of them
+            # Before files are hashed: the scan repairs some of them.
+            images = check_images(plan.data, plan.args, plan.config.trust)
             content = read_shared_content(inputs.keys, plan, split)
         keys |= reported_defaults(plan.config)
         config, ground = training_hash(method, content, plan.config), ground_hash(content, split)
