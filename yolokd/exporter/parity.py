@@ -95,7 +95,7 @@ def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: T
     if problem:
         LOGGER.error(f"{path}: {problem}")
         return report
-    _print_table(report, precision)
+    print_report(report, precision)
     if not any(row.torch_detections for row in rows):
         LOGGER.warning(f"{path}: no detections were compared, because no score is above conf={thresholds.conf}")
     return report
@@ -196,7 +196,8 @@ def _write_json(report: ExportReport, path: Path, precision: str) -> None:
         temporary.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
 
 
-def _print_table(report: ExportReport, precision: str) -> None:
+def print_report(report: ExportReport, precision: str) -> None:
+    """Print how the file's results differ from the checkpoint's, one line for each size of the input."""
     limits = LIMITS[precision]
     table = Table(
         title=f"{report.path.name} ({precision}) compared with its checkpoint", title_justify="left", box=SIMPLE_HEAD
