@@ -175,6 +175,7 @@ def test_ratios_compare_steps_of_the_same_round() -> None:
         {"pdf.distance": "l1"},
         {"batch": 64},
         {"teacher": "rtdetr-l.yaml"},
+        {"project": __file__},
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object], data: str, tmp_path: Path) -> None:

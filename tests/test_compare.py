@@ -601,6 +601,9 @@ def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[st
         ({"method": "native", "teacher": None}, "teacher: is missing (give teacher=yolov8l.pt, for example, or drop"),
         ({"method": None, "teacher": None}, "teacher: is missing (give teacher=yolov8l.pt, for example)"),
         ({"epochs": 0}, "epochs=0"),
+        ({"project": Path(__file__) / "c"}, "c: is no folder that can be written"),
+        ({"project": "a\0b"}, "is no folder that can be written"),
+        ({"project": "x" * 300}, "is no folder that can be written"),
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
     ],
 )

@@ -1,14 +1,35 @@
-"""What the folder of a run tells: whether its training is complete, and its scores epoch by epoch."""
+"""The folder of a run: whether it can be made, whether its training is complete, and its scores epoch by epoch."""
 
 from __future__ import annotations
 
+import os
 from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
 
+from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
 from yolokd.training.sidecar import sidecars
+
+
+def check_project(project: object) -> Path:
+    """Return the absolute path of a folder for runs. Raises UserError if it cannot be made or written."""
+    folder = Path(str(project)).absolute()
+    if not _is_writable(folder):
+        raise UserError(f"project={project}", "is no folder that can be written", "give another one")
+    return folder
+
+
+def _is_writable(folder: Path) -> bool:
+    """Return whether a folder can be written, or made and then written."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return _is_writable(folder.parent)
+    except (OSError, ValueError):  # a file on the way, a name that is too long, a NUL in it
+        return False
+    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def is_trained(last: Path) -> bool:

@@ -19,6 +19,7 @@ from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolok
 from yolokd.commands.bench.rounds import BenchRow, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
+from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list, parse_value
 from yolokd.config.defaults import defaults
 from yolokd.config.validate import validate
@@ -55,6 +56,7 @@ def run_bench(
     other_keys: further keys of `yolokd train`. Raises UserError for what cannot be trained.
     """
     validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
+    check_project(project)
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
     distilled = [m for m in methods if m not in (PLAIN, NATIVE)]

@@ -19,6 +19,7 @@ from yolokd.commands.compare.process import execute_run, kill_running
 from yolokd.commands.compare.report import report, report_all
 from yolokd.commands.compare.row import make_row
 from yolokd.commands.compare.time_left import TimeLeft
+from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list
 from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE, make_progress
@@ -56,7 +57,7 @@ def run_compare(
     devices = as_list(device)
     methods = _check_methods(method, devices, keys)
     with_baseline = methods if PLAIN in methods else [PLAIN, *methods]
-    folder = Path(str(project)).absolute()
+    folder = check_project(project)
     planned, images = plan_runs(with_baseline, DEFAULT_SEEDS if seeds is None else seeds, split or "val", folder, keys)
     runs = [run for run in planned if run.method in (TEACHER, *methods)]
     ledger = read(path)
