@@ -25,4 +25,6 @@ class TimeLeft:
         if self._end is None:
             return ""
         minutes = max(self._end - now, 0) / 60
+        if minutes < 1:
+            return "less than a minute left"
         return f"about {minutes:.0f} min left" if minutes < 100 else f"about {minutes / 60:.1f} h left"
