@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 from helpers import reference
+from helpers.data import two_images
+from helpers.models import attach_criterion, random_detector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
 
 from yolokd.config.defaults import method_defaults
 from yolokd.config.parse import parse
 from yolokd.config.schema import METHOD_SETTINGS
 from yolokd.distillation.stage import build_methods
 from yolokd.methods import Method, register, registered
-from yolokd.methods.blocks import Adapter, spatial_attention
+from yolokd.methods.blocks import Adapter, spatial_attention, standardized
 from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
 from yolokd.pyramid.boxes import Labels
@@ -286,6 +289,16 @@ def test_pkd_is_one_minus_pearsons_correlation() -> None:
     assert loss(method, level) == pytest.approx(1 - np.mean(pearson), rel=1e-4)
 
 
+@pytest.mark.parametrize(("deviation", "fraction"), [(1.0, 1.0), (1e-3, 0.5), (0.0, 0.0)])
+def test_pkd_counts_channels_less_whose_standard_deviation_is_near_1e_3(deviation: float, fraction: float) -> None:
+    level, method = random_level(2, 5, 4), build("pkd")
+    method.adapt = nn.Identity()
+    teacher, student = (standardized(maps) for maps in (level.teacher[:, :CS], level.student))
+    one_minus_r = float(1 - (teacher * student).mean())
+    faint = Level(8, deviation * student, deviation * teacher)
+    assert loss(method, faint) == pytest.approx(fraction * one_minus_r, rel=1e-4)
+
+
 def test_mgds_masks_depend_on_the_steps_seed_alone() -> None:
     method: Any = build("mgd")
     first, again, other = (method.draw_mask(replace(random_level(4, 8, 8), seed=seed)) for seed in (1, 1, 2))
@@ -307,6 +320,20 @@ def test_frs_also_trains_the_class_scores() -> None:
     level.student_logits.requires_grad_()
     build("frs", alpha=0.0)(level).backward()
     assert level.student_logits.grad.abs().sum() > 0
+
+
+def test_frs_does_not_teach_the_one_to_one_head_of_an_end_to_end_student() -> None:
+    student, batch = random_detector("yolo26n.yaml", seed=1), two_images()
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(), student, method="frs", **{"frs.warmup": 0, "frs.alpha": 0})
+    losses, _ = criterion(student(batch["img"]), batch)
+    losses[-1].backward()
+    head = student.model[-1]
+    taught, untaught = (
+        [p.grad is not None and bool(p.grad.any()) for p in m.parameters()] for m in (head.cv3, head.one2one_cv3)
+    )
+    assert any(taught)
+    assert not any(untaught)
 
 
 def test_disagreement_is_not_negative_where_scores_are_almost_equal() -> None:

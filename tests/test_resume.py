@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers.data import write_dataset
 from helpers.models import random_detector, save_checkpoint
 from helpers.results import repeatable_rows, rows, saved_weights, states_equal
@@ -28,6 +29,7 @@ from ultralytics import YOLO
 from yolokd import UserError, YoloDistiller
 from yolokd.distiller import _resume_overrides
 from yolokd.runtime.files import AtomicPath, atomic_path
+from yolokd.runtime.lock import LOCK_FILE
 from yolokd.runtime.rng import random_state, set_random_state
 from yolokd.runtime.signals import Interrupted, handle_signals
 from yolokd.training.sidecar import sidecars
@@ -352,3 +354,76 @@ def test_an_ignored_signal_stays_ignored() -> None:
     with handle_signals() as request:
         os.kill(os.getpid(), signal.SIGINT)
     assert request.signum is None
+
+
+def test_a_folder_in_which_a_training_writes_is_refused(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    folder = train_one_epoch(tiny, teacher)
+    content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with FileLock(folder / LOCK_FILE):
+        for keys in ({"resume": str(folder)}, {**tiny, "save_dir": str(folder), "method": "none"}):
+            with pytest.raises(UserError, match="another training is writing into this folder"):
+                YoloDistiller().train(**keys)
+    assert content == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    YoloDistiller().train(resume=str(folder))  # the lock is released
+
+
+def change_labels(folder: Path, data: Path) -> None:
+    label = next((data / "labels" / "train").glob("*.txt"))
+    label.write_text(label.read_text().replace("0 ", "1 ", 1) if label.read_text().startswith("0") else "0 .5 .5 .2 .2")
+
+
+def pretend_other_cores(folder: Path, data: Path) -> None:
+    (path,) = sidecars(folder / "weights" / "last.pt")
+    torch.save(torch.load(path, weights_only=True) | {"threads": 64}, path)
+
+
+def take_sidecar_of_another_run(folder: Path, data: Path) -> None:
+    (path,) = sidecars(folder / "weights" / "last.pt")
+    state = torch.load(path, weights_only=True)
+    state["ema"]["state"] = {key: value + 1 for key, value in state["ema"]["state"].items()}
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (change_labels, "not exact, because images or labels have changed"),
+        (pretend_other_cores, "not exact, the run began with 64 cores"),
+        (take_sidecar_of_another_run, "belongs to another run, and is ignored"),
+    ],
+)
+def test_a_resume_that_cannot_be_exact_says_so(
+    change: Callable[[Path, Path], None], warning: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    data = write_dataset(tmp_path / "data")
+    folder = train_one_epoch(tiny | {"data": str(data)}, None, "none")
+    change(folder, data.parent)
+    with captured_log() as lines:
+        YoloDistiller().train(resume=str(folder), student="yolov8s.yaml")
+    assert any(warning in line for line in lines)
+    assert any("student=yolov8s.yaml is ignored" in line for line in lines)
+
+
+def test_a_stop_after_the_clock_was_set_back_says_how_to_resume(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = YoloDistiller(method="none")
+
+    def set_clock_back(trainer: Any) -> None:
+        os.utime(trainer.last, (1, 1))
+
+    d.add_callback("on_model_save", set_clock_back)
+    d.add_callback("on_train_epoch_start", lambda t: signal.raise_signal(signal.SIGTERM) if t.epoch else None)
+    with pytest.raises(Interrupted, match="go on with: yolokd train resume="):
+        d.train(**tiny | {"save_dir": str(tmp_path / "run")})
+
+
+def test_resume_true_takes_the_latest_unfinished_run(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {k: v for k, v in tiny.items() if k != "project"} | {"student": "yolov8n.yaml", "method": "none"}
+    unfinished = YoloDistiller(**settings)
+    train_and_stop(unfinished, {})
+    YoloDistiller(**settings).train(epochs=1)
+    assert _resume_overrides({"resume": True})["resume"] == str(unfinished.trainer.last)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ultralytics import YOLO
-from ultralytics.utils import DEFAULT_CFG, SETTINGS, callbacks
+from ultralytics.utils import DEFAULT_CFG, LOGGER, SETTINGS, callbacks
 
 from yolokd.config.parse import merge_cfg_file
 from yolokd.data.dataset import with_data_file
@@ -15,6 +15,7 @@ from yolokd.errors import UserError
 from yolokd.models.checkpoint import Source, as_path, as_paths, load_model
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.training.settings import training_keys
+from yolokd.training.sidecar import sidecars
 from yolokd.training.trainer import DistillationTrainer
 
 DEFAULT_PROJECT = Path("runs/distill")  # the folder of runs whose keys name none
@@ -140,6 +141,8 @@ def _resume_overrides(keys: dict[str, Any]) -> dict[str, Any]:
     if resume is True and model.parts[-2:] == ("weights", "last.pt"):  # as in `yolo train resume=True model=…`
         resume = model
     last = last_checkpoint(resume, keys.get("project"))
+    if keys.get("student") and Path(str(keys["student"])).absolute() != last:
+        LOGGER.warning(f"student={keys['student']} is ignored: a resumed run has the student of its checkpoint")
     settings = {k: v for k, v in keys.items() if k not in {"student", "model"}}
     return settings | {"resume": str(last), "model": str(last)}
 
@@ -147,17 +150,29 @@ def _resume_overrides(keys: dict[str, Any]) -> dict[str, Any]:
 def last_checkpoint(resume: object, project: str | None = None) -> Path:
     """Return the absolute path of the last.pt to resume from.
 
-    resume: a run folder, a checkpoint, or True for the latest run in `project`. Raises UserError if there is none.
+    resume: a run folder, a checkpoint, or True for the latest run in `project` that is not finished.
+    Raises UserError if there is none.
     """
     if resume is True:
         # Ultralytics puts a relative project into runs/detect.
         root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else DEFAULT_PROJECT
-        checkpoints = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime)
-        if not checkpoints:
-            raise UserError("resume=True", f"no run with a checkpoint in {root}", "give resume=path/to/run")
-        return checkpoints[-1].absolute()
+        checkpoints = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+        unfinished = next(filter(_is_unfinished, checkpoints), None)
+        if unfinished is None:
+            raise UserError("resume=True", f"no unfinished run with a checkpoint in {root}", "give resume=path/to/run")
+        return unfinished.absolute()
     path = Path(str(resume))
     last = path / "weights" / "last.pt" if path.is_dir() else path
     if not last.is_file():
         raise UserError(f"resume={resume}", "no checkpoint there", "give a run folder with weights/last.pt")
     return last.absolute()
+
+
+def _is_unfinished(last: Path) -> bool:
+    """Return whether a run can go on; a broken last.pt counts, since the error of its resume says what is wrong."""
+    if sidecars(last):
+        return True
+    try:
+        return int(load_model(last, "resume")[1].get("epoch", -1)) >= 0
+    except UserError:
+        return True

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from yolokd.pyramid.level import Level, LevelShape
 
-EPS = 1e-6  # ours: added to a variance, so that a constant channel is standardized to 0
+EPS = 1e-6  # ours: added to a variance, so that a constant channel is standardized to 0; see PKD
 
 
 class Adapter(nn.Conv2d):
@@ -15,6 +15,9 @@ class Adapter(nn.Conv2d):
 
     In a composition of methods such as `fitnet+pdf`, the methods of one level share their first adapter if its shape is
     the same.
+
+    Ours: a method has its adapter also where both models have the same channels. The released code of FGD, MGD and PKD
+    has none there.
     """
 
     def __init__(self, shape: LevelShape) -> None:

@@ -24,6 +24,9 @@ class CWD(Method):
     P_T, P_S: P of the teacher's map F_T and of the adapted student map F_S. The sum runs over positions.
 
     tau: the paper's τ, the temperature of the softmax.
+
+    Ours: the adapter is a 1x1 convolution. The authors' code for segmentation has batch normalization and a ReLU behind
+    it; MMRazor's for detection has no adapter, since its models have the same channels.
     """
 
     paper = "CWD: channel-wise distillation, Shu et al., ICCV 2021"

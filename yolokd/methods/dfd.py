@@ -37,7 +37,9 @@ class DFD(Method):
     width: where f_trans works. `teacher`: after the adapter, at the teacher's width, like the generator of MGD.
     `student` (ours): before the adapter, at the student's width, which costs a small fraction of that.
 
-    Ours: f_trans is 3x3-ReLU-3x3, because the paper's figure gives no sizes.
+    Ours, because the paper leaves it open and no code was released: A(F_S) is taken of the adapted map. P is the mean
+    over each image by itself, not over the batch. f_trans is 3x3-ReLU-3x3, like MGD's generator; the paper's figure
+    gives no sizes. The student's map is adapted also where both models have the same channels.
     """
 
     paper = "DFD: distilling the feature disparity differently, Liu et al., ICML 2024"

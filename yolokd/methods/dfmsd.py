@@ -34,7 +34,10 @@ class DFMSD(Method):
 
     rho_s, rho_c: ρ_s and ρ_c. delta: δ, the growth per stage.
 
-    Ours: the values of all constants, and the largest fraction MAX_MASKED; we had only the paper's abstract.
+    Ours: we had only the paper's abstract, and found no code. The abstract names two masks by attention, stages,
+    stronger masking of objects, and semantic alignment. All else is our reading: that the positions and channels of
+    highest attention are masked, and not those of lowest; the attention itself; the generators and their sum; N; the
+    adapter; how ρ_s grows; the values of all constants; the largest fraction MAX_MASKED.
     """
 
     paper = "DFMSD: dual masking, stage-wise, Zhang et al., 2024"

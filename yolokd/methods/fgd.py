@@ -33,7 +33,13 @@ class FGD(Method):
     alpha, beta: the paper's α and β, the weights of boxes and background. gamma: γ, the weight of the attention loss.
     lambda_: λ, the weight of the global loss. temperature: T, of both attentions.
 
-    Ours: means over channels, and for γ and λ over positions, where the released code has sums.
+    Ours: means over channels, and for γ and λ over positions, where the released code has sums. Its attention loss thus
+    weights the positions' part H·W/C times as much, beside the channels' part, as ours does. The adapter is also there
+    where both models have the same channels; the released code then has none.
+
+    A box covers the cells that it touches, as in the paper's equation, so that S over a box sums to 1. In the released
+    code a box covers one column more at the right and one row more below. They count in its area even beyond the
+    border, so that S over such a box sums to less than 1.
     """
 
     paper = "FGD: focal and global distillation, Yang et al., CVPR 2022"

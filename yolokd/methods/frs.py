@@ -27,6 +27,11 @@ class FRS(Method):
     alpha, beta: the paper's α and β, the weights of the feature loss and of the class loss.
 
     The released code lets both terms rise from 0 over the first steps; here `frs.warmup` does so.
+
+    Ours: the squared error is averaged over channels, where the released code sums it. The adapter is a 1x1
+    convolution, where that code has a 3x3 one. Of an end-to-end student, z_S are the logits of its one-to-many head.
+    The class loss does not teach its one-to-one head, which predicts after training: in training that head's gradients
+    do not reach the maps that both heads share.
     """
 
     paper = "FRS: feature richness score, Du et al., NeurIPS 2021"

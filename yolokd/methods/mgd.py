@@ -25,7 +25,8 @@ class MGD(Method):
 
     lambda_: the paper's λ, the probability that M is 0 at a position.
 
-    Ours: a mean over channels and positions, where the paper has a sum.
+    Ours: a mean over channels and positions, where the paper has a sum. The adapter is also there where both models
+    have the same channels; the released code then has none.
     """
 
     paper = "MGD: masked generative distillation, Yang et al., ECCV 2022"

@@ -28,9 +28,10 @@ class PDF(Method):
     F_T: the teacher's map. F_S: the adapted student map. P_T, P_S: class probabilities of teacher and student. F: the
     distance. C, H, W: channels, height and width of F_T. W_hw carries no gradient.
 
-    distance: F. `l2`: the squared difference (the paper's best). `l1`: the absolute difference. `kl`: the KL divergence
-    of Bernoulli distributions, teacher first, since YOLO's classes are independent sigmoids. `euclidean`: the root of
-    the sum of squared differences, as in the authors' released code; positions that agree get more weight then.
+    distance: F. `l2`: the squared difference, as in the last version of the authors' code. `euclidean`: the root of the
+    sum of squared differences, as in its release 1.1; positions that agree get more weight then. The paper's best is
+    "L2", which can mean either. `l1`: the absolute difference. `kl`: the KL divergence of Bernoulli distributions,
+    teacher first, since YOLO's classes are independent sigmoids.
     weighting: `soft` is the method. The others are the ablation of the paper's Table 1: `uniform`, or D = 1 at the 25 %
     or 50 % of positions that disagree most (`most25`, `most50`) or least (`least25`, `least50`), and 0 elsewhere. The
     mean of W is 1 in each.
@@ -38,7 +39,11 @@ class PDF(Method):
     box · max_c P_T · (1 − IoU) to D, with the IoU of the boxes that both models predict at the position. max_c P_T is
     there because neither box means anything where the teacher sees nothing.
 
-    Ours: if both models agree exactly at all positions, `soft` is uniform, the limit of equal disagreement.
+    Ours: W has the mean 1 in each image and level, as in the equation. Both versions of the authors' code normalize D
+    over the batch and all levels together, so that an image or level counts more, the more the models disagree there.
+    Their D is a mean over the anchors of a position; YOLO has one. Their adapter is a 3x3 convolution block and a 1x1
+    convolution, ours the latter alone. If both models agree exactly at all positions, `soft` is uniform, the limit of
+    equal disagreement.
     """
 
     paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"

@@ -32,7 +32,8 @@ class Level:
     """The maps and predictions of both models at one level, for one batch; all on the student's grid.
 
     student: (B, C_S, H, W) map, carries gradient. teacher: (B, C_T, H, W) map, no gradient.
-    student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None if no method wants them.
+    student_logits, teacher_logits: (B, K, H, W) logits of the K shared classes, or None if no method wants them; of an
+    end-to-end student, those of its one-to-many head.
     teacher_mean_logits: (B, K, H, W), the mean of the logits of an end-to-end teacher's two branches, for any other
     teacher its logits, or None.
     student_boxes, teacher_boxes: (B, 4, H, W) predicted distances left, top, right, bottom, in cells, or None.

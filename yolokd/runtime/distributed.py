@@ -28,6 +28,8 @@ WORLD_SIZE = LAUNCHED_PROCESSES if IS_DISTRIBUTED else 1
 # The number of processes on this machine.
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) if IS_DISTRIBUTED else 1
 TIMEOUT = timedelta(hours=3)  # as in Ultralytics: the main process may have to download a data set
+# Ours: after the first step, how long a process waits for another one. In minutes.
+STEP_TIMEOUT = timedelta(minutes=float(os.environ.get("YOLOKD_STEP_TIMEOUT", "15")))
 
 
 def init_process_group(device: object) -> str:
@@ -48,6 +50,17 @@ def init_process_group(device: object) -> str:
             torch.cuda.set_device(int(indices[LOCAL_RANK]))
         dist.init_process_group("gloo" if devices == "cpu" else "nccl", timeout=TIMEOUT)
     return devices
+
+
+def shorten_timeout() -> None:
+    """Let this process wait for others for STEP_TIMEOUT only: from the first step on, all do the same work."""
+    if IS_DISTRIBUTED:
+        dist.distributed_c10d._set_pg_timeout(STEP_TIMEOUT)
+
+
+def timed_out(error: BaseException) -> bool:
+    """Return whether an error says that another process did not answer in time."""
+    return "timed out" in str(error).lower()
 
 
 def device_of_rank(devices: str) -> torch.device:

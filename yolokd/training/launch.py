@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 
+from yolokd.data.fingerprint import content_hash, image_names_hash
 from yolokd.errors import UserError
 from yolokd.patches.ddp_on_cpu import ddp_on_cpu
-from yolokd.runtime.distributed import IS_MAIN, T
+from yolokd.runtime.distributed import IS_MAIN, STEP_TIMEOUT, T, all_gather, shorten_timeout, timed_out
 from yolokd.runtime.signals import Interrupted, StopRequest, handle_signals
 
 
@@ -38,6 +39,22 @@ class SignalRelay(StopRequest):
                 elif not from_terminal:
                     launcher.send_signal(signum)
         super().receive(signum, frame)
+
+
+def same_content_hash(loader: Any) -> str:
+    """Return the `content_hash` of a training's images and labels; from here on, processes wait for STEP_TIMEOUT only.
+
+    loader: this process's training loader. Raises UserError if the processes see different images or labels: they would
+    wait for each other without end.
+    """
+    content = content_hash(loader.dataset)
+    seen = all_gather((len(loader.dataset.im_files), image_names_hash(loader.dataset), content))
+    other = next((rank for rank, images in enumerate(seen) if images != seen[0]), None)
+    if other is not None:
+        counts = f"process {other} sees {seen[other][0]} training images, process 0 sees {seen[0][0]}"
+        raise UserError("data", f"{counts}, or their labels differ", "give every machine the same files")
+    shorten_timeout()
+    return content
 
 
 def supervise_launch(launch: Callable[[], T], resume_hint: Callable[[], str]) -> T:
@@ -66,7 +83,11 @@ def worker_process(device: torch.device, request: StopRequest, resume_hint: Call
     except UserError as e:
         print(f"yolokd: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except (Interrupted, RuntimeError):  # RuntimeError if another process stopped first
+    except (Interrupted, RuntimeError) as e:  # RuntimeError if another process stopped first
+        if request.signum is None and timed_out(e):
+            problem = f"another process has not answered for {STEP_TIMEOUT}: it is stopped, or its machine is gone"
+            print(f"yolokd: error: {UserError('device', problem, resume_hint())}", file=sys.stderr)
+            sys.exit(2)
         if request.signum is None:
             raise
         if IS_MAIN:

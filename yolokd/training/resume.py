@@ -40,6 +40,7 @@ class SavedRun:
     last: Path
     keys: dict[str, Any]
     state: State | None
+    stripped: bool  # whether last.pt is in its final form already
 
     @property
     def folder(self) -> Path:
@@ -58,9 +59,13 @@ def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
     Raises UserError if there is nothing to resume, and for a key that cannot change in a resumed run.
     """
     last = Path(str(keys["resume"] if keys["resume"] is not True else keys.get("model")))
-    _, checkpoint = load_model(last, "resume", bool(keys.get("trust")))
-    state = load_sidecar(last, int(checkpoint.get("epoch", -1)))
-    finished = checkpoint.get("epoch", -1) < 0 or checkpoint.get("optimizer") is None
+    model, checkpoint = load_model(last, "resume", bool(keys.get("trust")))
+    epoch = int(checkpoint.get("epoch", -1))
+    state = load_sidecar(last, epoch)
+    if state is not None and epoch >= 0 and not _is_of_checkpoint(state, model):
+        LOGGER.warning(f"resume: the sidecar beside {last} belongs to another run, and is ignored")
+        state = None
+    finished = epoch < 0 or checkpoint.get("optimizer") is None
     if finished and (state is None or not state["stop"]):
         raise UserError(f"resume={last}", "is finished, nothing to resume", f"start a new run with student={last}")
     saved = dict(checkpoint.get("train_args", {})) | (state["own"] if state is not None else {})
@@ -74,7 +79,15 @@ def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
         saved = {k: v for k, v in saved.items() if "." not in k or k.partition(".")[0] in names}
     else:
         _check_unchanged(keys, saved)
-    return SavedRun(last, saved, state)
+    return SavedRun(last, saved, state, finished)
+
+
+def _is_of_checkpoint(state: State, model: Detector) -> bool:
+    """Return whether a sidecar's averaged weights are those of a checkpoint, which holds them in half precision."""
+    averaged, weights = state["ema"]["state"], model.state_dict()
+    return averaged.keys() == weights.keys() and all(
+        torch.equal(averaged[key].half().nan_to_num(), weights[key].half().nan_to_num()) for key in weights
+    )
 
 
 def _check_unchanged(keys: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -178,6 +191,8 @@ def evaluate_trained_run(trainer: Any) -> None:
     trainer.plan = replace(trainer.plan, teachers=())
     trainer._setup_train()
     trainer.epoch = trainer.saved_run.state["epoch"]
+    if IS_MAIN and not trainer.saved_run.stripped:
+        _repair_best(trainer, trainer.saved_run)
     trainer.final_eval()
     if IS_MAIN:
         remove_temporary_files(trainer.wdir)
@@ -204,8 +219,21 @@ def restore_run(trainer: Any) -> None:
     restore_state(trainer, state)
     if not trainer.adapters_changed and trainer.criterion is not None:
         restore_criterion(trainer.criterion, state)
-    if IS_MAIN and state["fitness"] == state["best_fitness"] and last.exists():
-        trainer.best.write_bytes(last.read_bytes())  # the run was cut after it wrote last.pt and before best.pt
+    if IS_MAIN:
+        _repair_best(trainer, saved_run)
+
+
+def _repair_best(trainer: Any, saved_run: SavedRun) -> None:
+    """Write best.pt anew if it is older than last.pt or lies in another folder.
+
+    A run may have been cut after it wrote last.pt and before best.pt; and it may go on in another folder.
+    """
+    last, state = saved_run.last, saved_run.state
+    best = last.with_name("best.pt")
+    if state is not None and state["fitness"] == state["best_fitness"]:
+        trainer.best.write_bytes(last.read_bytes())
+    elif best.exists() and not trainer.best.exists():
+        trainer.best.write_bytes(best.read_bytes())
 
 
 def restore_criterion(criterion: DistillationCriterion, state: State) -> None:
@@ -223,10 +251,15 @@ def close_mosaic_again(trainer: Any, state: State) -> None:
         trainer.args.close_mosaic = 0
 
 
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is replaced, whatever the clock says; None if there is no file."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
 def resume_hint(trainer: Any) -> str:
     """Return one sentence that tells the user how to continue an interrupted run."""
     last: Path = trainer.last
-    if not trainer.resume and not (last.exists() and last.stat().st_mtime >= trainer.begun):
+    if not trainer.resume and stamp(last) == trainer.last_before:
         return "there is no finished epoch to resume"
     if trainer.finished or (trainer.ddp and not sidecars(last)):
         return "the training is finished"

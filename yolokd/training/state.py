@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.config.parse import split_keys
+from yolokd.data.fingerprint import image_names_hash
 from yolokd.models.precision import name_of
 from yolokd.runtime.distributed import IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import atomic_path
@@ -30,6 +29,8 @@ def capture_state(trainer: Any, streams_by_rank: Sequence[State]) -> State:
         "streams": streams_by_rank,
         "epoch": trainer.epoch,
         "device": trainer.device.type,
+        "content": trainer.content_hash,
+        "threads": torch.get_num_threads(),
         "names": dict(trainer.data["names"]),
         "precisions": [name_of(paired.teacher.settings.dtype) for paired in trainer.plan.teachers],
         "teachers": [paired.sha256 for paired in trainer.plan.teachers],
@@ -65,13 +66,8 @@ def capture_streams(loader: Any) -> State:
         "random": random_state(),
         "sampler": loader.generator.get_state() if loader.generator is not None else None,
         "buffer": list(getattr(loader.dataset, "buffer", [])),
-        "images": _hash_of_images(loader),
+        "images": image_names_hash(loader.dataset),  # the buffer and the sampler refer to images by index
     }
-
-
-def _hash_of_images(loader: Any) -> str:
-    """Return a hash of the training images' names: the buffer and the sampler refer to them by index."""
-    return hashlib.sha256("\n".join(Path(f).name for f in loader.dataset.im_files).encode()).hexdigest()
 
 
 def restore_state(trainer: Any, state: State) -> None:
@@ -111,9 +107,14 @@ def restore_streams(trainer: Any, state: State) -> None:
         LOGGER.warning(f"resume: not exact, the run began with {len(streams)} processes and now has {WORLD_SIZE}")
         return
     saved = streams[max(RANK, 0)]
-    if saved["images"] != _hash_of_images(loader):
+    if saved["images"] != image_names_hash(loader.dataset):
         LOGGER.warning("resume: not exact, because the training images are not those that the run began with")
         return
+    if state.get("content", trainer.content_hash) != trainer.content_hash:
+        LOGGER.warning("resume: not exact, because images or labels have changed since the run began")
+    if trainer.device.type == "cpu" and state.get("threads", torch.get_num_threads()) != torch.get_num_threads():
+        cores = f"{state['threads']} cores and now has {torch.get_num_threads()}"
+        LOGGER.warning(f"resume: not exact, the run began with {cores}, which sum in another order")
     for index in saved["buffer"] if not loader.num_workers else []:
         loader.dataset.load_image(index)  # fills the buffer in its old order
     loader.iterator = loader._get_iterator()

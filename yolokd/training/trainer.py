@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,10 +24,11 @@ from yolokd.patches.training_loop import adapters_not_counted, atomic_stripping,
 from yolokd.runtime import distributed
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import AtomicPath, os_errors_as_user_errors
+from yolokd.runtime.lock import FolderLock
 from yolokd.runtime.signals import Interrupted, StopRequest, handle_signals
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training import logs, resume
-from yolokd.training.launch import supervise_launch, worker_process
+from yolokd.training.launch import same_content_hash, supervise_launch, worker_process
 from yolokd.training.optimizer import OptimizerSteps, StepAfterEveryBatch
 from yolokd.training.plan import TrainPlan, training_imgsz
 from yolokd.training.provenance import provenance
@@ -57,7 +57,9 @@ class DistillationTrainer(DetectionTrainer):
         if IS_DISTRIBUTED:
             keys["device"] = distributed.init_process_group(resume.device_of_run(keys, self.saved_run))
         self.plan: TrainPlan = resume.plan_run(cfg, keys, self.saved_run)
-        self._init_ultralytics(cfg, keys, _callbacks)
+        self._lock = FolderLock()
+        with self._lock.released_on_error():
+            self._init_ultralytics(cfg, keys, _callbacks)
         self.wdir = AtomicPath(self.wdir)  # Ultralytics writes checkpoints in place; this path replaces them at once
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
         self.teacher_score: float | None = None  # mAP50-95 on the validation set; None if it was not measured
@@ -65,7 +67,7 @@ class DistillationTrainer(DetectionTrainer):
         self._streams_to_restore: State | None = None
         self.adapters_changed = False  # whether a resumed run has other adapters than it began with
         self._stop_request, self._resume_hint = StopRequest(), partial(resume.resume_hint, self)
-        self.begun, self.finished = time.time(), False
+        self.last_before, self.finished = resume.stamp(self.last), False
         self._add_own_callbacks()
         if IS_MAIN and not self.resume:
             logs.write_distill_yaml(self.save_dir, self.plan.config.flat() | {"name": keys.get("name")})
@@ -79,7 +81,9 @@ class DistillationTrainer(DetectionTrainer):
         ):
             if IS_DISTRIBUTED and not keys.get("resume"):
                 settings["save_dir"] = distributed.shared_save_dir(get_cfg(cfg, settings))
+            self._lock.take(settings.get("save_dir"))  # before Ultralytics writes into it
             super().__init__(cfg, settings, callbacks)
+            self._lock.take(self.save_dir)
         if IS_DISTRIBUTED:
             self.world_size = WORLD_SIZE
             self.args.rect = False  # Ultralytics' own launch does so: rect gives processes unequal numbers of batches
@@ -105,8 +109,10 @@ class DistillationTrainer(DetectionTrainer):
     def train(self) -> Any:
         """Run Ultralytics' loop, or its launch of several processes, with restricted loading of checkpoints."""
         if self.ddp:
-            return supervise_launch(super().train, self._resume_hint)
+            with self._lock:
+                return supervise_launch(super().train, self._resume_hint)
         with (
+            self._lock,
             safe_loading(self.plan.config.trust),
             bfloat16_on_cpu(),
             atomic_stripping(),
@@ -141,7 +147,6 @@ class DistillationTrainer(DetectionTrainer):
         resume.evaluate_trained_run(self)
 
     # Set-up
-
     def set_model_attributes(self) -> None:
         """Attach the criterion: after Ultralytics sets `model.args`, before it builds optimizer, DDP and EMA."""
         super().set_model_attributes()
@@ -153,9 +158,8 @@ class DistillationTrainer(DetectionTrainer):
         self.plan = replace(self.plan, teachers=optimize_teachers(self.plan, precisions, images))
         self.model.yolokd = provenance(self.plan)
         pairs = [(paired.teacher, paired.pairing) for paired in self.plan.teachers]
-        self.model.criterion = DistillationCriterion(self.model, pairs, self.plan.config, self.args.seed).to(
-            self.device
-        )
+        criterion = DistillationCriterion(self.model, pairs, self.plan.config, self.args.seed)
+        self.model.criterion = criterion.to(self.device)
 
     def _setup_train(self) -> None:
         channels_last = self.args.channels_last
@@ -182,7 +186,6 @@ class DistillationTrainer(DetectionTrainer):
             return super().get_validator()
 
     # The loop
-
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare the batch as Ultralytics does, and start the teacher on it."""
         batch = super().preprocess_batch(batch)
@@ -200,6 +203,7 @@ class DistillationTrainer(DetectionTrainer):
         self._accumulate = StepAfterEveryBatch(batches)
 
     def _prepare_exact_resume(self) -> None:
+        self.content_hash = same_content_hash(self.train_loader)
         self._streams_to_restore = self.saved_run.state if self.saved_run is not None else None
         if self._streams_to_restore is not None:
             resume.close_mosaic_again(self, self._streams_to_restore)
@@ -227,7 +231,6 @@ class DistillationTrainer(DetectionTrainer):
                 self.steps.step(self, list(criterion.parameters()), criterion.guard)
 
     # Logs
-
     def label_loss_items(self, loss_items: dict[str, Any] | None = None, prefix: str = "train") -> Any:
         """Return labelled loss items; leave out the distillation losses of a validation, which has none."""
         labels = super().label_loss_items(loss_items, prefix)
@@ -253,7 +256,6 @@ class DistillationTrainer(DetectionTrainer):
         return recovered
 
     # Checkpoints
-
     def save_model(self) -> bool:
         """Save Ultralytics' checkpoint, and before it the sidecar that belongs to it."""
         save_sidecar(self.last, self.epoch, capture_state(self, self._streams_by_rank))
