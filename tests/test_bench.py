@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+import time
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import cv2
 import pytest
@@ -17,6 +19,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 
 from yolokd import UserError
+from yolokd.commands import bench
 from yolokd.commands.bench import run_bench
 from yolokd.commands.bench.candidate import BenchSetting, Candidate, StepSeconds
 from yolokd.commands.bench.memory import peak_mib
@@ -41,7 +44,10 @@ def test_sl2_equals_the_loss_of_ultralytics_distill_model(cfg: str) -> None:
     assert float(losses[-1].detach()) / 2 == pytest.approx(float(items["dis_loss"]), rel=1e-3)
 
 
-def test_bench_measures_every_candidate(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_measures_every_candidate(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "TOLERANCE", -1.0)  # no real epoch agrees with the benchmark
     out = run_bench(
         teacher="yolov8n.yaml,yolov8s.yaml", imgsz=32, batch=2, method="native,dfd+sl2", amp="False,bf16", rounds=2,
         data=data, project=str(tmp_path), memory=False, device="cpu",
@@ -65,8 +71,56 @@ def test_bench_measures_every_candidate(data: str, tmp_path: Path, capsys: pytes
         assert (float(row["teacher_seconds"]) > 0) == (row["contender"] != "none")
         assert float(row["times_native"]) > 0
         assert (row["times_bound"] != "") == (row["contender"] != "none")
-    assert cv2.imread(str(out / "bench.png")) is not None
-    assert re.search(r"dfd\+sl2: a step that measures gradients takes -?\d+% longer", capsys.readouterr().out)
+        assert (float(row["methods"]) > 0) == (row["contender"] != "none")
+    told = capsys.readouterr().out
+    assert "DISAGREES with" in told
+    assert re.search(r"dfd\+sl2: a step that measures gradients takes -?\d+% longer", told)
+    red = (cv2.imread(str(out / "bench.png")) == (0, 0, 255)).all(-1)
+    assert red.sum() > 100  # the warning in the plot
+
+
+class Slow(torch.autograd.Function):
+    """Returns its input, and sleeps in both directions."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.2)
+        return gradient
+
+
+def slow_down(module: torch.nn.Module) -> None:
+    """Let a module return its output late, and pass its gradient on late."""
+    module.register_forward_hook(lambda _module, _inputs, output: Slow.apply(output))
+
+
+@pytest.mark.parametrize("method", ["fitnet", "native"])
+def test_the_losses_of_a_step_and_their_backward_count_to_its_methods(
+    method: str, data: str, teacher: str, tmp_path: Path
+) -> None:
+    candidate = Candidate(BenchSetting(teacher, "yolov8n.yaml", 32, 2, data, str(tmp_path), CPU), method, amp=False)
+    model = candidate.trainer.model
+    student = model.student_model if method == "native" else model
+    slow_down(student.model[0])
+    assert candidate.step().methods < 0.2
+    slow_down(model.projector[0] if method == "native" else model.criterion.stage.methods[0][0])
+    seconds = candidate.step()
+    assert seconds.methods >= 0.4
+    assert seconds.step - seconds.data - seconds.teacher - seconds.methods >= 0.4
+
+
+def test_the_parts_of_a_step_are_those_of_its_own_candidate() -> None:
+    """A plain step that was slow, on a machine that was busy, says nothing about the others."""
+    times = Rounds()
+    for _ in range(3):
+        times.add("none False", StepSeconds(3.8, 0.01, 0))
+        times.add("dfd False", StepSeconds(0.22, 0.01, 0.05, 0.04))
+    parts = times.parts("dfd False")
+    assert parts == {"data": 0.01, "teacher_seconds": 0.05, "student": pytest.approx(0.12), "methods": 0.04}
 
 
 def test_peak_memory_is_measured_in_a_new_process(data: str, tmp_path: Path) -> None:
@@ -121,6 +175,7 @@ def test_ratios_compare_steps_of_the_same_round() -> None:
         {"pdf.distance": "l1"},
         {"batch": 64},
         {"teacher": "rtdetr-l.yaml"},
+        {"project": __file__},
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object], data: str, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,11 @@ import yaml
 from helpers.cli import run_forked, run_yolokd
 from helpers.data import write_dataset
 from helpers.models import random_detector, save_checkpoint
+from helpers.runs import captured_log
 from ultralytics.nn.tasks import ClassificationModel
+
+from yolokd.training.settings import training_keys
+from yolokd.version import __version__
 
 
 def detector_at(layer: int, path: Path) -> str:
@@ -94,7 +100,11 @@ BAD = {
     f"{OK} student=nothere.pt": "student=nothere.pt",
     f"{OK} student=nothere.yaml": "student=nothere.yaml",
     f"{OK} student=model.onnx": "neither .yaml nor .pt",
-    f"{OK} student={{classifier}}": "student={classifier}",
+    f"{OK} student=yolov8n": "student=yolov8n: is neither .yaml nor .pt (did you mean yolov8n.yaml?)",
+    f"{OK} student=yolov8n-seg.yaml": "is a segmentation model; yolokd trains plain YOLO detectors so far",
+    f"{OK} student=yolov8n-pose.yaml": "is a pose model; yolokd",
+    f"{OK} student=rtdetr-l.yaml": "is an RT-DETR; yolokd",
+    f"{OK} student={{classifier}}": "student={classifier}: is a classification model; yolokd",
     f"{OK} student={{teacher}}": "is the teacher's own file",
     f"{OK} student={{evil}}": "student={evil}",
     f"{OK} student={{coarse}} teacher2=x": "teacher2: unknown key",
@@ -102,11 +112,12 @@ BAD = {
     "train data={data} teacher=nothere.pt": "teacher=nothere.pt",
     "train teacher=nothere.pt": "teacher=nothere.pt",
     "train data={data} teacher=yolov8l.pt": "teacher=yolov8l.pt",
+    "train data={data} teacher=yolov8l": "did you mean yolov8l.pt?",
     "train data={data} teacher=yolov8l.yaml": "teacher=yolov8l.yaml",
     "train data={data} teacher={truncated}": "teacher={truncated}",
     "train data={data} teacher={text}": "teacher={text}",
     "train data={data} teacher={tensor}": "teacher={tensor}",
-    "train data={data} teacher={classifier}": "teacher={classifier}: is not a detector",
+    "train data={data} teacher={classifier}": "teacher={classifier}: is a classification model",
     "train data={data} teacher={evil}": "could run code",
     "train data={data} teacher={fine} student={coarse}": "none in common",
     "train teacher={teacher} data=nothere.yaml": "data=nothere.yaml",
@@ -143,6 +154,7 @@ def test_bad_input_gets_one_line_of_error_and_status_2(
     assert len(errors) == 1
     assert BAD[line].format(**files) in errors[0]
     assert "Traceback" not in done.stdout + done.stderr
+    assert "Overriding" not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert not Path(files["written"]).exists()
 
@@ -157,6 +169,19 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = run_yolokd("train", "method=dfx", "--debug", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
+
+
+def test_python_runs_the_package_as_the_command_line(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "yolokd", "version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == __version__
+
+
+def test_without_data_a_training_says_that_it_uses_shapes() -> None:
+    with captured_log() as lines:
+        assert training_keys({"method": "none"})["data"] == "shapes"
+        assert training_keys({"method": "none", "data": "d.yaml"})["data"] == "d.yaml"
+    assert [line for line in lines if "`shapes` is used" in line] == lines
+    assert len(lines) == 1
 
 
 def test_trust_loads_a_checkpoint_that_runs_code(files: dict[str, str], tmp_path: Path) -> None:
@@ -190,7 +215,10 @@ def test_check_shows_the_pairing_and_writes_nothing(files: dict[str, str], tmp_p
         "relative L2",
     ):
         assert text in done.stdout
-    assert "P2" not in done.stdout
+    assert "level P2 of the student has no partner in teacher teacher.pt" in done.stdout
+    assert "│ P2" not in done.stdout
+    assert "ready to train" in done.stdout.splitlines()[-1]
+    assert "data: none is given" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
 import time
+from io import StringIO
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from filelock import FileLock
 from helpers.data import write_dataset
 from helpers.models import random_detector, save_checkpoint
 from helpers.runs import TINY
+from matplotlib.figure import Figure
+from rich.console import Console
 from scipy.stats import ttest_1samp
 from ultralytics.utils import SETTINGS
 
@@ -27,7 +31,7 @@ from yolokd.commands.compare.grounds import name_configurations
 from yolokd.commands.compare.ledger import LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.report import report
-from yolokd.commands.compare.show import draw_plot, markdown
+from yolokd.commands.compare.show import draw_plot, markdown, summary_cells, terminal_table
 from yolokd.commands.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
 
@@ -206,7 +210,8 @@ def test_the_plot_ranks_methods_and_shows_the_range_in_which_they_differ() -> No
     rows = [row("none", 0, 0.52, curve=late), row("frs", 0, 0.51, curve="0 0.3 0.49 0.51")]
     rows += [row("pdf", 0, 0.6, curve=late), row("dfd", 7, 0.9, curve=late)]
     teachers = [teacher_row(0.7)]
-    figure = draw_plot(summarize(rows, "none", None, teachers), teachers, "title")
+    figure = Figure()
+    draw_plot(figure, summarize(rows, "none", None, teachers), teachers, "title")
     curves, bars = figure.axes
     figure.draw_without_rendering()
     assert [label.get_text() for label in bars.get_yticklabels()] == ["pdf\n(one seed)", "frs\n(one seed)"]
@@ -214,6 +219,9 @@ def test_the_plot_ranks_methods_and_shows_the_range_in_which_they_differ() -> No
     assert curves.get_ylim()[0] == pytest.approx(0.49)
     assert curves.get_ylim()[1] > 0.7
     assert len({line.get_color() for line in curves.get_lines()[:4]}) == 4
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["none", "pdf\n(one seed)", "frs\n(one seed)", "dfd", "teacher t.pt"]
 
 
 def test_the_interval_of_the_closed_gap_includes_the_noise_of_the_gap() -> None:
@@ -273,6 +281,60 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: str) -> No
     path.write_text(content)
     with pytest.raises(UserError, match="no comparison's CSV"):
         run_compare(csv=str(path))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("map", "nan"),
+        ("map50", "inf"),
+        ("map", "7"),
+        ("ap_small", "-inf"),
+        ("seconds", "nan"),
+        ("seed", "x"),
+        ("images_per_second", "-1"),
+        ("curve", "0.1 nan"),
+        ("curve", "0.1 ?"),
+        ("curve", "0.1,0.2"),
+    ],
+)
+def test_a_number_that_is_none_in_a_ledger_is_named(tmp_path: Path, column: str, value: str) -> None:
+    path = tmp_path / "c.csv"
+    good = [row("none", seed, 0.5).model_dump() for seed in (0, 1)]
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, fieldnames=list(good[0]))
+        writer.writeheader()
+        writer.writerows([good[0], good[1] | {column: value}])
+    with pytest.raises(UserError, match=f"is no comparison's CSV: line 3, column {column}: "):
+        run_compare(csv=str(path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]", "$\\frac{1}{$", "$x$ :smile:", "a|b"])
+def test_names_appear_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """Nothing in a name is read as markup, as an emoji, as a formula or as the border of a table."""
+    rows = [row(method, seed, 0.5, student=name, curve="") for method in ("none", name) for seed in (0, 1)]
+    shown(tmp_path, *rows, teacher_row(0.6, teacher=name))
+    title, _, table_text = capsys.readouterr().out.partition("\n")
+    assert title.startswith(f"{name} on d.yaml")
+    assert f"│ {name} " in table_text
+    assert f"│ teacher {name} " in table_text
+    lines = (tmp_path / "c-summary.md").read_text().splitlines()[2:]
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+    assert (tmp_path / "c.png").stat().st_size > 100
+
+
+def test_a_table_fits_a_narrow_terminal_and_cuts_off_no_number() -> None:
+    rows = [row(method, seed, 0.5 + seed / 100) for method in ("none", "native", "fitnet+pdf") for seed in (0, 1)]
+    lines = [summary_cells(s) for s in summarize(rows, "none", "native", [teacher_row(0.6)])]
+    for width in (80, 100, 200):
+        console = Console(width=width, file=StringIO())
+        console.print(terminal_table(lines, width))
+        text = console.file.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        for line in lines:
+            assert {line[0], line[2], line[5]} <= {cell.strip() for cell in re.split("[│\n]", text)} | {""}
+        assert ("not shown: " in text) == (width < 200)
 
 
 def command(keys: dict[str, Any]) -> list[str]:
@@ -536,8 +598,12 @@ def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[st
         ({"time": 0.1}, "time: makes scores depend on how busy"),
         ({"classes": [0]}, "classes: does not reach"),
         ({"method": "none,natve"}, "native, or one of"),
-        ({"method": "native", "teacher": None}, "teacher: is missing"),
+        ({"method": "native", "teacher": None}, "teacher: is missing (give teacher=yolov8l.pt, for example, or drop"),
+        ({"method": None, "teacher": None}, "teacher: is missing (give teacher=yolov8l.pt, for example)"),
         ({"epochs": 0}, "epochs=0"),
+        ({"project": Path(__file__) / "c"}, "c: is no folder that can be written"),
+        ({"project": "a\0b"}, "is no folder that can be written"),
+        ({"project": "x" * 300}, "is no folder that can be written"),
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
     ],
 )

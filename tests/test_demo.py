@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import cv2
 import pytest
 from helpers.cli import run_yolokd
+
+from yolokd.commands.demo import PLOT, demo_folder
 
 
 def output_of(folder: Path, *arguments: str) -> str:
@@ -23,8 +29,30 @@ def scores(output: str) -> dict[str, float]:
     return {name: float(score) for name, score in lines}
 
 
-def test_the_short_demo_trains_compares_exports_and_draws(tmp_path: Path) -> None:
-    output = output_of(tmp_path, "demo", "short=True", "seed=1")
+def interrupt_after_the_teacher(folder: Path, *arguments: str) -> str:
+    """Start a demo, interrupt it as Ctrl-C does when its teacher is trained, and return its last line."""
+    command = [sys.executable, "-m", "yolokd", *arguments]
+    environment = os.environ | {"XDG_DATA_HOME": str(folder / "share")}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as demo:
+        deadline = time.monotonic() + 200
+        while not (folder / "runs/distill/demo/student-alone").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        demo.send_signal(signal.SIGINT)
+        _, errors = demo.communicate(timeout=200)
+    assert demo.returncode == 128 + signal.SIGINT
+    return errors.decode().splitlines()[-1]
+
+
+def test_the_short_demo_trains_compares_exports_and_draws_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    demo = ("demo", "short=True", "seed=1")
+    last_line = interrupt_after_the_teacher(tmp_path, *demo)
+    assert last_line.endswith("the demo goes on where it stopped with: yolokd demo short=True seed=1 method=dfd")
+    teacher = tmp_path / "runs/distill/demo/teacher/weights/best.pt"
+    trained = teacher.stat().st_mtime_ns
+    output = output_of(tmp_path, *demo)
+    assert teacher.stat().st_mtime_ns == trained
+    assert output.startswith("the demo goes on in runs/distill/demo")
+    assert [path.name for path in (tmp_path / "runs/distill").iterdir()] == ["demo"]
     assert scores(output).keys() == {"teacher", "student-alone", "student-distilled"}
     assert "pass" in output
     assert "FAIL" not in output
@@ -36,6 +64,18 @@ def test_the_short_demo_trains_compares_exports_and_draws(tmp_path: Path) -> Non
     assert "mAP50-95" in output_of(
         tmp_path, "val", f"model={weights / 'best.pt'}", "data=shapes", "imgsz=64", "device=cpu"
     )
+
+
+def test_only_an_unfinished_demo_with_the_same_keys_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys = {"short": True, "seed": 0, "method": "dfd"}
+    folder = demo_folder(keys)
+    assert folder == tmp_path / "runs/distill/demo"
+    assert demo_folder(keys) == folder
+    other = demo_folder(keys | {"seed": 1})
+    assert other != folder
+    (folder / PLOT).touch()
+    assert demo_folder(keys) not in (folder, other)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ MAX_LINES, MAX_MODULES = 300, 13
 
 # What each folder, or module at the top, imports of the others. It may also import what those import.
 IMPORTS = {
+    "__main__": {"cli"},
     "cli": {"commands"},
     "commands": {"distiller"},
     "distiller": {"training", "exporter"},

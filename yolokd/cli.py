@@ -14,22 +14,9 @@ from typing import Any
 from yolokd.config.arguments import did_you_mean, parse_value
 from yolokd.errors import UserError, first_line
 
-HELP = """yolokd distils a large Ultralytics YOLO into a small one.
-
-  yolokd train teacher=yolov8l.pt student=yolov8n.yaml method=dfd data=coco8.yaml epochs=100 imgsz=640
-  yolokd train cfg=runs/distill/train/distill.yaml   # repeat a run
-  yolokd train resume=runs/distill/train             # resume=True: the latest run
-  yolokd check teacher=… student=… method=… data=…   # a dry run: what is paired, and what is refused
-  yolokd val|predict model=runs/distill/train/weights/best.pt …
-  yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True
-  yolokd methods                                     # list the methods and their constants
-  yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,sl2,dfd,pdf
-  yolokd compare teacher=… student=… data=… method=none,native,dfd,pdf seeds=0,1,2 epochs=60
-  yolokd demo                                        # train, distil, export, detect: up to ten minutes on two cores
-
-Every key of `yolo train` passes through. --debug shows tracebacks."""
-
 Keys = dict[str, Any]
+HELP_FLAGS = frozenset({"help", "-h", "--help"})
+TEXT_KEYS = frozenset({"method", "name", "project", "save_dir"})  # their values are names: `none` and `7`, too
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,14 +50,16 @@ def status_of(command: Callable[[], int], debug: bool = False) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run `COMMAND key=value …` and return the exit status.
+    """Run `COMMAND key=value …` and return the exit status; `help COMMAND` and `COMMAND --help` show its help.
 
     Raises UserError for an unknown command and for arguments that cannot work.
     """
-    name = arguments[0] if arguments else "help"
-    if name in {"help", "-h", "--help"}:
-        print(HELP)
+    wants_help = not arguments or not HELP_FLAGS.isdisjoint(arguments)
+    words = [argument for argument in arguments if argument not in HELP_FLAGS]
+    if not words:
+        _print_overview()
         return 0
+    name = words[0]
     if name in {"version", "--version"}:
         from yolokd.version import __version__
 
@@ -78,7 +67,23 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(name, "unknown command", did_you_mean(name, COMMANDS) or f"one of: {', '.join(COMMANDS)}")
-    return COMMANDS[name](parse_arguments(arguments[1:])) or 0
+    if wants_help:
+        from yolokd.commands.help import print_help
+
+        print_help(name, _summary(COMMANDS[name]))
+        return 0
+    return COMMANDS[name](parse_arguments(words[1:])) or 0
+
+
+def _print_overview() -> None:
+    from yolokd.commands.help import print_overview
+
+    print_overview({name: _summary(command) for name, command in COMMANDS.items()})
+
+
+def _summary(command: Callable[[Keys], int | None]) -> str:
+    """Return the first line of a command's docstring."""
+    return (command.__doc__ or "").partition("\n")[0]
 
 
 def parse_arguments(arguments: Sequence[str]) -> Keys:
@@ -103,18 +108,18 @@ def parse_arguments(arguments: Sequence[str]) -> Keys:
 
 
 def _parse_value(key: str, text: str) -> Any:
-    return text if key == "method" else parse_value(text)  # method=none is a name, not Python's None
+    return text if key in TEXT_KEYS else parse_value(text)
 
 
 def train(keys: Keys) -> None:
-    """Distil a teacher into a student, or train without a teacher (method=none)."""
+    """Train a student with the help of a teacher, or alone (method=none)."""
     from yolokd.distiller import YoloDistiller
 
     YoloDistiller().train(**keys)
 
 
 def check(keys: Keys) -> None:
-    """Print what `train` would do with the same keys."""
+    """Show what `train` would do with the same keys, and what it would refuse, without training."""
     from yolokd.commands.check import print_check
     from yolokd.config.parse import merge_cfg_file
 
@@ -122,7 +127,7 @@ def check(keys: Keys) -> None:
 
 
 def val(keys: Keys) -> None:
-    """Validate a checkpoint with Ultralytics."""
+    """Score a checkpoint on a data set, with Ultralytics."""
     from yolokd.data.dataset import with_data_file
     from yolokd.patches.safe_loading import safe_loading
 
@@ -131,7 +136,7 @@ def val(keys: Keys) -> None:
 
 
 def predict(keys: Keys) -> None:
-    """Predict with Ultralytics, and save the results as `yolo predict` does."""
+    """Detect objects in images, with Ultralytics, and save the results as `yolo predict` does."""
     from yolokd.patches.image_names import any_image_name
     from yolokd.patches.safe_loading import safe_loading
 
@@ -141,7 +146,10 @@ def predict(keys: Keys) -> None:
 
 
 def export(keys: Keys) -> int:
-    """Export a checkpoint and compare an ONNX file with it; return 1 if their results differ."""
+    """Export a checkpoint, and check that an ONNX file gives the same results.
+
+    Returns 1 if it does not.
+    """
     from yolokd.exporter.export_model import export as run_export
 
     if "model" not in keys:
@@ -150,7 +158,7 @@ def export(keys: Keys) -> int:
 
 
 def methods(keys: Keys) -> None:
-    """List the methods and their constants."""
+    """List the methods, with their papers and constants."""
     from yolokd.commands.list_methods import list_methods
     from yolokd.config.parse import check_keys
 
@@ -173,7 +181,7 @@ def compare(keys: Keys) -> None:
 
 
 def demo(keys: Keys) -> None:
-    """Train, distil, export and detect on a small data set that is drawn."""
+    """Train, distil, export and detect on a small drawn data set: at most ten minutes on two cores."""
     from yolokd.commands.demo import run_demo
 
     run_demo(**keys)

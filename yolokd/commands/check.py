@@ -38,7 +38,7 @@ def print_check(keys: Mapping[str, Any]) -> None:
     else:
         _print_teachers(plan, imgsz)
         _print_methods(plan)
-    CONSOLE.print("check passed: `yolokd train` accepts these settings; nothing was trained")
+    CONSOLE.print("ready to train: `yolokd train` accepts these settings; nothing was trained")
 
 
 def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
@@ -50,9 +50,19 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
         name = Path(paired.file).name
         title = f"pyramid levels paired with teacher {name}, which teaches from epoch {start:g}"
         print_table(_levels_table(paired.pairing.levels, imgsz, title))
+        for level in _unpaired_levels(paired):
+            CONSOLE.print(
+                f"level {level} of the student has no partner in teacher {name}: it learns from the labels alone"
+            )
         CONSOLE.print(paired.pairing.classes.describe(plan.data["names"]))
         for line in _describe_precision(plan, paired, images):
             CONSOLE.print(f"teacher {name}: {line}")
+
+
+def _unpaired_levels(paired: PairedTeacher) -> list[str]:
+    """Return the names of the student's levels at whose strides the teacher has none, finest first."""
+    shared = {shape.stride for shape in paired.pairing.levels}
+    return [level_name(stride) for stride in sorted(paired.pairing.student_strides) if stride not in shared]
 
 
 def _describe_precision(plan: TrainPlan, paired: PairedTeacher, images: Tensor) -> list[str]:

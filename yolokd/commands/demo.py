@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -10,19 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import polars
 from pydantic import NonNegativeInt
 from rich.table import Table
 from ultralytics.utils.files import increment_path
 
+from yolokd.commands.run_folder import is_trained, read_history
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import method_names
 from yolokd.config.validate import validate
 from yolokd.data import shapes
 from yolokd.distiller import DEFAULT_PROJECT, YoloDistiller
 from yolokd.errors import UserError
-from yolokd.runtime.console import CONSOLE
+from yolokd.exporter.export_model import export
+from yolokd.runtime.console import CONSOLE, print_table
+from yolokd.runtime.files import atomic_path
+from yolokd.runtime.plots import new_plot
 from yolokd.runtime.resources import bundled_folder
+from yolokd.runtime.signals import Interrupted
+from yolokd.version import __version__
 
 # Ours, found by experiment on the drawn data set: with so few steps, AdamW and mild augmentation work best.
 SETTINGS: Mapping[str, Any] = {
@@ -58,25 +66,31 @@ SHORT = Recipe(
 )
 
 
-@dataclass
+RECORD, PLOT = "demo.json", "demo.png"  # in the demo's folder: what it was started with; drawn at its end
+
+
+@dataclass(frozen=True)
 class DemoRun:
-    """One finished training of the demo."""
+    """One training of the demo, in a folder of its own."""
 
     name: str
-    epochs: int
-    distiller: YoloDistiller
-    seconds: float
+    training: Training
+    folder: Path
 
     @property
     def weights(self) -> Path:
-        """Return the folder that holds best.pt and its exports."""
-        return Path(str(self.distiller.model.ckpt_path)).parent
+        """Return the folder that holds last.pt, best.pt and its exports."""
+        return self.folder / "weights"
 
     @property
     def map_by_epoch(self) -> list[float]:
         """Return mAP50-95 on the validation set after each epoch."""
-        table = polars.read_csv(self.weights.parent / "results.csv")
-        return [float(v) for v in table["metrics/mAP50-95(B)"]]
+        return read_history(self.folder / "results.csv")[0]
+
+    @property
+    def seconds(self) -> float:
+        """Return how long all epochs took."""
+        return read_history(self.folder / "results.csv")[1]
 
     @property
     def score(self) -> float:
@@ -87,42 +101,74 @@ class DemoRun:
 def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown: Any) -> None:
     """Train a teacher, a student alone and a distilled student; score, export and check the last, and detect with it.
 
-    short=True does all this on a few images in one epoch each, to try an installation.
+    short=True does all this on a few images in one epoch each, to try an installation. A demo that was interrupted goes
+    on where it stopped when it is started again with the same keys.
     Raises UserError for an unknown key or method and for an invalid seed, and RuntimeError if the export fails its
     check.
     """
     for key in unknown:
         raise UserError(key, "unknown key", did_you_mean(key, ("short", "seed", "method")) or "short, seed or method")
+    validate("short", short, bool, "must be True or False", "for example short=True")
     validate("seed", seed, NonNegativeInt, "must be a whole number of at least 0", "for example seed=0")
     if not method_names(method):
         raise UserError("method=none", "the demo needs a method to distil with", "for example method=dfd")
+    keys = {"short": short, "seed": seed, "method": method}
+    try:
+        _run(SHORT if short else Recipe(), demo_folder(keys), seed, method)
+    except KeyboardInterrupt as e:
+        command = shlex.join(["yolokd", "demo", *(f"{key}={value}" for key, value in keys.items())])
+        signum = getattr(e, "signum", signal.SIGINT)
+        raise Interrupted(signum, f"the demo goes on where it stopped with: {command}") from e
+
+
+def demo_folder(keys: Mapping[str, Any]) -> Path:
+    """Return the folder of an unfinished demo with the same keys and version, or a new one."""
+    record = json.dumps({**keys, "yolokd": __version__}).encode()
+    for path in sorted(DEFAULT_PROJECT.glob(f"demo*/{RECORD}")):
+        if path.read_bytes() == record and not (path.parent / PLOT).exists():
+            CONSOLE.print("the demo goes on in", path.parent)
+            return path.parent.absolute()
+    folder = Path(increment_path(DEFAULT_PROJECT / "demo", mkdir=True)).absolute()
+    with atomic_path(folder / RECORD) as temporary:
+        temporary.write_bytes(record)
+    return folder
+
+
+def _run(recipe: Recipe, folder: Path, seed: int, method: str) -> None:
+    """Run the demo in its folder; skip the trainings that are finished."""
     started = time.time()
-    recipe = SHORT if short else Recipe()
     data = shapes.ensure(counts=recipe.counts)
-    runs = _train_all(recipe, str(data), seed, method)
-    distilled = runs[-1]
+    runs = _train_all(recipe, str(data), folder, seed, method)
+    best = runs[-1].weights / "best.pt"
     CONSOLE.rule("export and detection")
-    onnx = distilled.distiller.export(imgsz=SETTINGS["imgsz"], dynamic=True)
-    annotated = _detect(onnx, data.parent / "images" / "test", distilled.weights.parent / "detections")
-    plot = plot_map(runs, distilled.weights.parent / "demo.png")
-    CONSOLE.print(_scores_table(runs, seed))
+    report = export(best, imgsz=SETTINGS["imgsz"], dynamic=True)
+    if not report.passed:
+        raise RuntimeError(f"{report.path}: its results differ from the checkpoint's; see {report.parity}")
+    annotated = _detect(report.path, data.parent / "images" / "test", best.parent / "detections")
+    plot_map(runs, folder / PLOT)
+    print_table(_scores_table(runs, seed))
     CONSOLE.print(_summarize(*(run.score for run in runs)))
     CONSOLE.print(f"total time: {time.time() - started:.0f} s")
-    CONSOLE.print("the distilled model:", distilled.weights / "best.pt", onnx, sep="\n  ")
-    CONSOLE.print("images to open:", plot, *annotated, sep="\n  ")
+    CONSOLE.print("the distilled model:", best, report.path, sep="\n  ")
+    CONSOLE.print("images to open:", folder / PLOT, *annotated, sep="\n  ")
 
 
-def _train_all(recipe: Recipe, data: str, seed: int, method: str) -> list[DemoRun]:
+def _train_all(recipe: Recipe, data: str, folder: Path, seed: int, method: str) -> list[DemoRun]:
     """Train the teacher, the student alone and the distilled student, and return the runs in this order."""
-    project = (DEFAULT_PROJECT / "demo").absolute()
 
     def train(name: str, training: Training, **keys: Any) -> DemoRun:
+        run = DemoRun(name, training, folder / name)
         CONSOLE.rule(f"{name}: {training.model}, {training.epochs} epochs, seed {seed}")
-        started = time.time()
-        distiller = YoloDistiller(student=training.model, **keys)
-        settings = {**SETTINGS, "data": data, "save_dir": str(increment_path(project / name)), "seed": seed}
-        distiller.train(**settings, epochs=training.epochs, lr0=training.lr0)
-        return DemoRun(name, training.epochs, distiller, time.time() - started)
+        last = run.weights / "last.pt"
+        if is_trained(last):
+            CONSOLE.print("is trained")
+        elif last.exists():
+            YoloDistiller().train(resume=str(run.folder))
+        else:
+            settings = {**SETTINGS, "data": data, "save_dir": str(run.folder), "seed": seed}
+            distiller = YoloDistiller(student=training.model, **keys)
+            distiller.train(**settings, epochs=training.epochs, lr0=training.lr0)
+        return run
 
     teacher = train("teacher", recipe.teacher, method="none")
     alone = train("student-alone", recipe.student, method="none")
@@ -141,27 +187,23 @@ def _detect(onnx: Path, images: Path, out: Path) -> list[Path]:
     return sorted(out.glob("*.jpg"))
 
 
-def plot_map(runs: Sequence[DemoRun], path: Path) -> Path:
-    """Plot each run's validation mAP50-95 over the epochs, save it as a PNG, and return its path."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for run in runs:
-        axes.plot(
-            range(1, len(run.map_by_epoch) + 1), run.map_by_epoch, marker=".", label=f"{run.name}: {run.score:.3f}"
-        )
-    axes.set(xlabel="epoch", ylabel="mAP50-95 (validation)", title="yolokd demo, drawn data set")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    return path
+def plot_map(runs: Sequence[DemoRun], path: Path) -> None:
+    """Plot each run's validation mAP50-95 over the epochs, and save it as a PNG."""
+    with new_plot(path) as figure:
+        figure.set_size_inches(7, 4)
+        axes = figure.subplots()
+        for run in runs:
+            epochs = range(1, len(run.map_by_epoch) + 1)
+            axes.plot(epochs, run.map_by_epoch, marker=".", label=f"{run.name}: {run.score:.3f}")
+        axes.set(xlabel="epoch", ylabel="mAP50-95 (validation)", title="yolokd demo, drawn data set")
+        axes.legend()
+        axes.grid(alpha=0.3)
 
 
 def _scores_table(runs: Sequence[DemoRun], seed: int) -> Table:
     table = Table("run", "epochs", "seed", "mAP50-95", "seconds", title="validation scores")
     for run in runs:
-        table.add_row(run.name, str(run.epochs), str(seed), f"{run.score:.3f}", f"{run.seconds:.0f}")
+        table.add_row(run.name, str(run.training.epochs), str(seed), f"{run.score:.3f}", f"{run.seconds:.0f}")
     return table
 
 

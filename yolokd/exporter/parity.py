@@ -16,8 +16,8 @@ import torch
 import ultralytics
 from pydantic import BaseModel, ConfigDict
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from ultralytics.nn.autobackend import check_class_names
 from ultralytics.utils import LOGGER
@@ -34,6 +34,7 @@ from yolokd.exporter.agreement import (
     worst_match_iou,
 )
 from yolokd.exporter.onnx_detector import OnnxDetector, precision_of
+from yolokd.runtime.console import make_console
 from yolokd.runtime.files import atomic_path, sha256
 
 
@@ -99,7 +100,7 @@ def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: T
     if problem:
         LOGGER.error(f"{path}: {problem}")
         return report
-    _print_table(report, precision)
+    print_report(report, precision)
     if not any(row.torch_detections for row in rows):
         LOGGER.warning(f"{path}: no detections were compared, because no score is above conf={thresholds.conf}")
     return report
@@ -200,7 +201,8 @@ def _write_json(report: ExportReport, path: Path, precision: str) -> None:
         temporary.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
 
 
-def _print_table(report: ExportReport, precision: str) -> None:
+def print_report(report: ExportReport, precision: str) -> None:
+    """Print how the file's results differ from the checkpoint's, one line for each size of the input."""
     limits = LIMITS[precision]
     table = Table(
         title=f"{report.path.name} ({precision}) compared with its checkpoint", title_justify="left", box=SIMPLE_HEAD
@@ -216,6 +218,6 @@ def _print_table(report: ExportReport, precision: str) -> None:
             f"{row.scores:.1e}",
             f"{row.torch_detections}/{row.onnx_detections}",
             f"{row.worst_iou:.4f}",
-            "[green]pass[/]" if row.passed else "[red]FAIL[/]",
+            Text("pass", "green") if row.passed else Text("FAIL", "red"),
         )
-    Console().print(table)
+    make_console().print(table)

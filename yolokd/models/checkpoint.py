@@ -16,8 +16,9 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
 
 from yolokd.errors import UserError, first_line
-from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector
+from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector, describe_kind, head_of
 from yolokd.patches.safe_loading import safe_loading
+from yolokd.runtime.console import warnings_only
 from yolokd.runtime.files import atomic_path
 
 Checkpoint = dict[str, Any]
@@ -93,7 +94,8 @@ def as_paths(source: Any, argument: str) -> Any:
 def load_teacher(path: str | None, trust: bool) -> Detector:
     """Load a teacher from a .pt checkpoint. Raises UserError if the file is not a detector's checkpoint."""
     if not str(path).endswith(".pt"):
-        raise UserError(f"teacher={path}", "is not a .pt checkpoint", "give a trained model, for example yolov8l.pt")
+        cure = f"did you mean {path}.pt?" if _lacks_ending(path) else "give a trained model, for example yolov8l.pt"
+        raise UserError(f"teacher={path}", "is not a .pt checkpoint", cure)
     model, _ = load_model(str(path), "teacher", trust)
     check_detector(model, f"teacher={path}")
     return model
@@ -108,7 +110,7 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     name = f"student={path}"
     if str(path).endswith((".yaml", ".yml")):
         try:
-            with safe_loading(trust):
+            with safe_loading(trust), warnings_only():
                 model: Detector = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
         except FileNotFoundError as e:
             raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
@@ -117,13 +119,15 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     elif str(path).endswith(".pt"):
         model, _ = load_model(str(path), "student", trust)
     else:
-        raise UserError(name, "is neither .yaml nor .pt", "for example yolov8n.yaml or yolov8n.pt")
-    check_detector(model, name)
-    task = guess_model_task(model)
-    if task != "detect" or not isinstance(model.model[-1], Detect) or isinstance(model.model[-1], PROMPTED_HEADS):
-        raise UserError(
-            name,
-            f"is not a plain YOLO detector ({type(model.model[-1]).__name__}, task {task})",
-            "give a YOLO detection model",
-        )
+        cure = f"did you mean {path}.yaml?" if _lacks_ending(path) else "for example yolov8n.yaml or yolov8n.pt"
+        raise UserError(name, "is neither .yaml nor .pt", cure)
+    head = head_of(model)
+    if not isinstance(head, Detect) or isinstance(head, PROMPTED_HEADS) or guess_model_task(model) != "detect":
+        problem = f"is {describe_kind(model)}; yolokd trains plain YOLO detectors so far"
+        raise UserError(name, problem, "give one, for example yolov8n.yaml")
     return model
+
+
+def _lacks_ending(path: object) -> bool:
+    """Return whether a path is the name of a model without .yaml or .pt, such as `yolov8n`."""
+    return isinstance(path, str) and path.isalnum()

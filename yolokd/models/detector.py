@@ -49,16 +49,32 @@ def read_pyramid(model: Detector, size: int = 256) -> dict[int, int]:
     return {size // m.shape[-1]: m.shape[1] for m in maps}
 
 
+# What a model is, in a user's words, by a part of its head's name.
+KINDS = {
+    "semantic": "a semantic segmentation model", "segment": "a segmentation model", "pose": "a pose model",
+    "classify": "a classification model", "obb": "a model of rotated boxes", "depth": "a depth model",
+    "rtdetr": "an RT-DETR",
+    "worlddetect": "a YOLO-World, which is told its classes", "yoloe": "a YOLOE, which is told its classes",
+}  # fmt: skip
 PROMPTED_HEADS = (WorldDetect, YOLOEDetect)  # heads that get embeddings of the classes beside the maps
+
+
+def head_of(model: Detector) -> nn.Module | None:
+    """Return the last layer of a model, or None if it is not a sequence of layers."""
+    layers = getattr(model, "model", None)
+    return layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
 
 
 def check_detector(model: Detector, argument: str) -> None:
     """Raise UserError unless `model` ends in a detection head with a feature pyramid."""
-    layers = getattr(model, "model", None)
-    head = layers[-1] if isinstance(layers, nn.Sequential) else None
-    if not isinstance(head, Detect | RTDETRDecoder):
-        kind = type(head if head is not None else model).__name__
-        raise UserError(argument, f"is not a detector (its last layer is {kind})", "give a YOLO or RT-DETR detector")
+    if not isinstance(head_of(model), Detect | RTDETRDecoder):
+        raise UserError(argument, f"is {describe_kind(model)}, no detector", "give a YOLO or RT-DETR detector")
+
+
+def describe_kind(model: Detector) -> str:
+    """Return what a model is, in a user's words, for example `a segmentation model`."""
+    name = type(head_of(model)).__name__.lower()
+    return next((kind for part, kind in KINDS.items() if part in name), "an unknown kind of model")
 
 
 def only_detects(model: Detector) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 from ultralytics.cfg import get_cfg, get_save_dir
+from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
 
@@ -22,6 +23,8 @@ from yolokd.runtime.distributed import WORLD_SIZE
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a new run with defaults filled in; `student` becomes Ultralytics' `model`."""
+    if keys.get("data") is None:
+        LOGGER.info("data: none is given, so `shapes` is used, a small set of drawn shapes (data=… names yours)")
     student = keys.get("student") or keys.get("model") or defaults()["student"]
     rest = {k: v for k, v in keys.items() if k not in {"student", "model"}}
     return {"data": defaults()["data"]} | rest | {"model": str(student) if isinstance(student, Path) else student}

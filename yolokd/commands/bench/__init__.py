@@ -15,17 +15,18 @@ import torch
 from pydantic import PositiveInt
 from ultralytics.utils.files import increment_path
 
-from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer, warnings_only
+from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer
 from yolokd.commands.bench.rounds import BenchRow, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
+from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list, parse_value
 from yolokd.config.defaults import defaults
 from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_student, load_teacher
-from yolokd.runtime.console import CONSOLE, print_table
+from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
 
 REAL_BATCHES = 8  # batches of the real epoch with which a benchmark is compared
 TOLERANCE = 0.10  # largest relative difference from the real epoch that counts as agreement
@@ -50,10 +51,12 @@ def run_bench(
     The files are bench.csv and bench.png. In each round, every candidate runs one step.
     teacher (a .yaml gets random weights), imgsz, batch, method and amp may be lists, `a,b`. All methods and values of
     amp are measured with the first teacher, imgsz and batch, and then with each other value of one of these three.
-    The parts of a step: `data` and `teacher` are measured, `student` is a plain step without its data, and `methods`
-    is the rest. other_keys: further keys of `yolokd train`. Raises UserError for what cannot be trained.
+    The parts of a candidate's step: `data`, `teacher` and `methods` (the distillation losses) are measured in its own
+    steps, `student` is the rest. On CUDA the teacher runs beside the student; waiting for it counts to `methods`.
+    other_keys: further keys of `yolokd train`. Raises UserError for what cannot be trained.
     """
     validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
+    check_project(project)
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
     distilled = [m for m in methods if m not in (PLAIN, NATIVE)]
@@ -70,7 +73,8 @@ def run_bench(
         ]
         for title, setting in settings:
             new_rows = measure(setting, title, methods, amps, rounds, memory)
-            print_table(make_table(new_rows))
+            CONSOLE.print(f"{title}, {setting.imgsz} px, batch {setting.batch}: medians, in seconds per step")
+            print_table(make_table(new_rows, table_width()))
             rows += new_rows
             out = out or Path(increment_path(Path(str(project)) / str(name), mkdir=True))
             write_csv(rows, out / "bench.csv")  # after each setting, because a later one may run out of memory
@@ -79,7 +83,10 @@ def run_bench(
         CONSOLE.print(out / "bench.csv", out / "bench.png", sep="\n")
         # The composition of most methods, in the first setting: there, measuring gradients costs most.
         checked = max(rows, key=lambda row: row.contender.count("+") if row.contender in distilled else -1)
-        CONSOLE.print(_compare_with_real_epoch(checked, settings[0][1]))
+        agrees, comparison = _compare_with_real_epoch(checked, settings[0][1])
+        CONSOLE.print(comparison)
+        if not agrees:
+            save_plot(rows, out / "bench.png", warning=comparison)
         if distilled:
             CONSOLE.print(_measure_gradient_cost(checked, settings[0][1], rounds))
     return out
@@ -143,8 +150,11 @@ def _measure_gradient_cost(row: BenchRow, setting: BenchSetting, rounds: int) ->
     )
 
 
-def _compare_with_real_epoch(row: BenchRow, setting: BenchSetting) -> str:
-    """Train two epochs, and return a sentence that compares the benchmark's images per second with the second epoch."""
+def _compare_with_real_epoch(row: BenchRow, setting: BenchSetting) -> tuple[bool, str]:
+    """Train two epochs, and compare the benchmark's images per second with those of the second epoch.
+
+    Returns whether they agree, and a sentence that says so.
+    """
     trainer = build_yolokd_trainer(setting, setting.keys(parse_value(row.amp), "real"), row.contender)
     images = sum(1 for _ in split_images(trainer.data["train"]))
     trainer.args.fraction = min(1.0, REAL_BATCHES * row.batch / images)
@@ -154,8 +164,9 @@ def _compare_with_real_epoch(row: BenchRow, setting: BenchSetting) -> str:
     trainer.train()
     real = len(trainer.train_loader.dataset) / (times[3] - times[2])
     difference = row.images_per_second / real - 1
-    verdict = "agrees with" if abs(difference) <= TOLERANCE else "DISAGREES with"
-    return (
+    agrees = abs(difference) <= TOLERANCE
+    verdict = "agrees with" if agrees else "DISAGREES with"
+    return agrees, (
         f"{row.contender}: the benchmark's {row.images_per_second:.1f} images per second {verdict} {real:.1f} in a "
         f"real epoch (difference {difference:+.0%}, allowed {TOLERANCE:.0%})"
     )

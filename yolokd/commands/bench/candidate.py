@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 from ultralytics.engine import trainer as engine
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.distill_model import DistillationModel
-from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
@@ -27,6 +25,7 @@ from yolokd.training.trainer import DistillationTrainer
 
 NATIVE_ALL = f"{NATIVE}, all cores"
 ENDLESS = 10**9  # epochs
+Moment: TypeAlias = Any  # seconds as a float, or a CUDA event
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,15 @@ class BenchSetting:
 
 @dataclass
 class StepSeconds:
-    """The seconds of one step: in total, waiting for data, and running the teacher."""
+    """The seconds of one step: in total, waiting for data, running the teacher, and in the distillation losses.
+
+    methods: of the losses and of their backward pass, up to the student's maps and predictions.
+    """
 
     step: float
     data: float
     teacher: float
+    methods: float = 0.0
 
 
 class Candidate:
@@ -82,8 +85,11 @@ class Candidate:
         if len(self.trainer.train_loader.dataset) < setting.batch:
             raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
         self._batches = self._endless_batches()
-        self._teacher_seconds = 0.0
+        self._teacher_seconds = self._teacher_before = 0.0  # in this step, and in it before its losses
+        self._methods_begin: Moment | None = None  # in this step: when the YOLO loss is computed,
+        self._methods_end: Moment | None = None  # and when its backward pass begins, after those of the methods
         self._time_teacher()
+        self._time_methods()
 
     def _endless_batches(self) -> Iterator[Any]:
         """Yield full batches, epoch after epoch."""
@@ -97,13 +103,14 @@ class Candidate:
         started = self._now()
         batch = next(self._batches)
         loaded = self._now()
-        self._teacher_seconds = 0.0
+        self._teacher_seconds, self._methods_begin, self._methods_end = 0.0, None, None
         amp = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
         with bfloat16_on_cpu(), engine.autocast(amp, device=trainer.device.type):
             loss, _ = trainer.model(trainer.preprocess_batch(batch))
         trainer.scaler.scale(loss.sum()).backward()
         trainer.optimizer_step()
-        return StepSeconds(self._now() - started, loaded - started, self._teacher_seconds)
+        step = self._now() - started
+        return StepSeconds(step, loaded - started, self._teacher_seconds, self._methods_seconds())
 
     def _now(self) -> float:
         return clock(self.trainer.device)
@@ -129,6 +136,49 @@ class Candidate:
             return output
 
         return timed
+
+    def _time_methods(self) -> None:
+        """Note, in each step, when the YOLO loss is computed and when its backward pass begins.
+
+        Both trainers compute the distillation losses after the YOLO loss, and autograd runs the backward of what was
+        computed last first. So all between these two moments is distillation.
+        """
+        model = unwrap_model(self.trainer.model)
+        if isinstance(model, DistillationModel):
+            model.student_model.loss = self._noting_loss(model.student_model.loss)
+        elif self.trainer.criterion is not None:
+            self.trainer.criterion.base = self._noting_loss(self.trainer.criterion.base)
+
+    def _noting_loss(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap the function that computes the YOLO loss."""
+
+        def end(_gradient: Tensor) -> None:
+            self._methods_end = self._moment()
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            losses, items = compute(*args, **kwargs)
+            if losses.requires_grad:
+                losses.register_hook(end)
+            self._methods_begin, self._teacher_before = self._moment(), self._teacher_seconds
+            return losses, items
+
+        return noting
+
+    def _moment(self) -> Moment:
+        """Return the present moment; on CUDA as an event, because waiting for the device would slow the step down."""
+        if self.trainer.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _methods_seconds(self) -> float:
+        begin, end = self._methods_begin, self._methods_end
+        if begin is None or end is None:
+            return 0.0
+        if isinstance(begin, float):
+            return float(end) - begin - (self._teacher_seconds - self._teacher_before)
+        return float(begin.elapsed_time(end)) / 1000
 
 
 class TeacherAlone:
@@ -161,14 +211,3 @@ def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> Dete
     """Build Ultralytics' own trainer with its own distillation, without yolokd's keys."""
     overrides = split_keys(keys).ultralytics
     return DetectionTrainer(overrides=overrides | {"distill_model": setting.teacher})
-
-
-@contextmanager
-def warnings_only() -> Iterator[None]:
-    """Set Ultralytics' log level to warnings inside the block."""
-    level = LOGGER.level
-    LOGGER.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from yolokd.commands.bench.candidate import BenchSetting, Candidate, warnings_only
+from yolokd.commands.bench.candidate import BenchSetting, Candidate
+from yolokd.runtime.console import warnings_only
 
 
 def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from yolokd.commands.bench.candidate import NATIVE_ALL, BenchSetting, Candidate, StepSeconds, TeacherAlone
 from yolokd.commands.bench.memory import peak_mib
 from yolokd.commands.candidates import NATIVE, PLAIN
+from yolokd.runtime.console import make_progress
 
 WARM_UP = 2  # first steps of each candidate, which are not counted
 
@@ -31,6 +29,12 @@ class Rounds:
         """Return the median seconds of a candidate's steps, or of one part of them (a field of StepSeconds)."""
         return float(median(getattr(s, part) for s in self.seconds[label]))
 
+    def parts(self, label: str) -> dict[str, float]:
+        """Return the median seconds of the parts of a candidate's steps, by the name of BenchRow's fields."""
+        data, teacher, methods = (self.median(label, part) for part in ("data", "teacher", "methods"))
+        student = max(self.median(label) - data - teacher - methods, 0.0)
+        return {"data": data, "teacher_seconds": teacher, "student": student, "methods": methods}
+
     def ratio(self, label: str, *others: str) -> float:
         """Return the median over rounds of a candidate's seconds, divided by the sum of the others' in that round."""
         columns = [self.seconds[other] for other in others]
@@ -40,7 +44,10 @@ class Rounds:
 
 @dataclass
 class BenchRow:
-    """A candidate's median times in seconds, and its times relative to others in the same rounds."""
+    """A candidate's median times in seconds, and its times relative to others in the same rounds.
+
+    data, teacher_seconds and methods are measured in its own steps; student is the rest of them.
+    """
 
     teacher: str
     imgsz: int
@@ -90,7 +97,7 @@ def measure(
 def run_rounds(steppers: Mapping[str, Candidate | TeacherAlone], rounds: int, title: str) -> Rounds:
     """Run one step of every stepper in each round, after WARM_UP rounds that are not counted; return the times."""
     times = Rounds()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with make_progress() as progress:
         task = progress.add_task(title, total=(rounds + WARM_UP) * len(steppers))
         for number in range(WARM_UP + rounds):
             for label, stepper in steppers.items():
@@ -104,19 +111,15 @@ def run_rounds(steppers: Mapping[str, Candidate | TeacherAlone], rounds: int, ti
 def _make_row(
     times: Rounds, label: str, candidate: Candidate, setting: BenchSetting, teacher: str, peak: float | None
 ) -> BenchRow:
-    step, data, teacher_seconds = (times.median(label, part) for part in ("step", "data", "teacher"))
-    plain = f"{PLAIN} {candidate.amp}"
-    student = times.median(plain) - times.median(plain, "data")
-    all_steps = [s.step for s in times.seconds[label]]
+    step, all_steps = times.median(label), [s.step for s in times.seconds[label]]
     row = BenchRow(
         teacher, setting.imgsz, setting.batch, candidate.method, candidate.amp, candidate.threads, step,
-        max(all_steps), min(all_steps), setting.batch / step, data, teacher_seconds, student,
-        max(step - data - teacher_seconds - student, 0.0), peak_mib=peak,
+        max(all_steps), min(all_steps), setting.batch / step, **times.parts(label), peak_mib=peak,
     )  # fmt: skip
     if NATIVE in times.seconds:
         row.times_native = times.ratio(NATIVE, label)
     if NATIVE_ALL in times.seconds:
         row.times_native_all_cores = times.ratio(NATIVE_ALL, label)
     if "teacher" in times.seconds and candidate.method != PLAIN:
-        row.times_bound = times.ratio(label, plain, "teacher")
+        row.times_bound = times.ratio(label, f"{PLAIN} {candidate.amp}", "teacher")
     return row

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, TaskProgressColumn
 
 from yolokd.commands.candidates import DEFAULT_METHODS, PLAIN, parse_candidates
 from yolokd.commands.compare.identity import ComparisonRun
@@ -18,9 +18,11 @@ from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.process import execute_run, kill_running
 from yolokd.commands.compare.report import report, report_all
 from yolokd.commands.compare.row import make_row
+from yolokd.commands.compare.time_left import TimeLeft
+from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list
 from yolokd.errors import UserError
-from yolokd.runtime.console import CONSOLE
+from yolokd.runtime.console import CONSOLE, make_progress
 from yolokd.training.settings import check_device
 
 DEFAULT_SEEDS = (0, 1, 2)
@@ -55,7 +57,7 @@ def run_compare(
     devices = as_list(device)
     methods = _check_methods(method, devices, keys)
     with_baseline = methods if PLAIN in methods else [PLAIN, *methods]
-    folder = Path(str(project)).absolute()
+    folder = check_project(project)
     planned, images = plan_runs(with_baseline, DEFAULT_SEEDS if seeds is None else seeds, split or "val", folder, keys)
     runs = [run for run in planned if run.method in (TEACHER, *methods)]
     ledger = read(path)
@@ -110,9 +112,12 @@ def _execute_all(runs: Sequence[ComparisonRun], devices: Sequence[Any], path: Pa
             free_devices.put(device)
 
     failures: dict[str, str] = {}
-    with ThreadPoolExecutor(len(devices)) as pool, Progress(console=Console(stderr=True), transient=True) as progress:
+    total, time_left = sum(run.epochs for run in runs), ""
+    estimate = TimeLeft(total, _epochs_done(runs), monotonic())
+    progress_bar = make_progress(BarColumn(bar_width=15), TaskProgressColumn())
+    with ThreadPoolExecutor(len(devices)) as pool, progress_bar as progress:
         waiting: dict[Future[None], ComparisonRun] = {pool.submit(execute_on_free_device, run): run for run in runs}
-        task = progress.add_task("", total=sum(run.epochs for run in runs))
+        task = progress.add_task("", total=total)
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
@@ -121,11 +126,12 @@ def _execute_all(runs: Sequence[ComparisonRun], devices: Sequence[Any], path: Pa
                     if (error := future.exception()) is not None:
                         failures[run.hash] = str(error)
                     else:
-                        _record(run, path, images)
-                epochs_done = sum(min(run.epochs_done(), run.epochs) for run in runs)
+                        _record(run, path, images, time_left if waiting else "")
+                epochs_done = _epochs_done(runs)
+                time_left = estimate.describe(epochs_done, monotonic())
                 busy = ", ".join(f"{run.method} seed {run.seed}" for f, run in waiting.items() if f.running())
-                description = f"{len(runs) - len(waiting)} of {len(runs)} runs; {busy}"
-                progress.update(task, completed=epochs_done, description=description)
+                parts = (f"{len(runs) - len(waiting)} of {len(runs)} runs", busy, time_left)
+                progress.update(task, completed=epochs_done, description="; ".join(filter(None, parts)))
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
             kill_running()
@@ -135,8 +141,13 @@ def _execute_all(runs: Sequence[ComparisonRun], devices: Sequence[Any], path: Pa
     return failures
 
 
-def _record(run: ComparisonRun, path: Path, images: int) -> None:
-    """Append a finished run's row to the ledger, and print its score."""
+def _epochs_done(runs: Sequence[ComparisonRun]) -> int:
+    return sum(min(run.epochs_done(), run.epochs) for run in runs)
+
+
+def _record(run: ComparisonRun, path: Path, images: int, time_left: str) -> None:
+    """Append a finished run's row to the ledger, and print its score, and how much time is left."""
     row = make_row(run, images)
     append(path, row)
-    CONSOLE.print(f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s")
+    parts = (f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s", time_left)
+    CONSOLE.print("; ".join(filter(None, parts)))

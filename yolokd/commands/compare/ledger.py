@@ -5,16 +5,29 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from yolokd.errors import UserError
 from yolokd.runtime.files import atomic_path
 
 VERSIONS = ("yolokd", "ultralytics", "torch")  # columns with the versions that made a row
 TEACHER = "teacher"  # the `method` of the row that holds the teacher's own score
+
+
+def _check_curve(curve: str) -> str:
+    """Return the text of a curve. Raises ValueError unless it holds scores with spaces between them."""
+    for value in curve.split():
+        if not 0 <= float(value) <= 1:
+            raise ValueError(f"{value} is no score in 0..1")
+    return curve
+
+
+Score = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0)]
+Curve = Annotated[str, AfterValidator(_check_curve)]
 
 
 class LedgerRow(BaseModel):
@@ -27,7 +40,7 @@ class LedgerRow(BaseModel):
     curve: mAP50-95 on the validation set, epoch by epoch.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     hash: str
     config: str
     ground: str
@@ -39,17 +52,17 @@ class LedgerRow(BaseModel):
     student: str
     data: str
     settings: str
-    map: float
-    map50: float
-    ap_small: float | None
-    ap_medium: float | None
-    ap_large: float | None
-    seconds: float
-    images_per_second: float
+    map: Score
+    map50: Score
+    ap_small: Score | None
+    ap_medium: Score | None
+    ap_large: Score | None
+    seconds: Amount
+    images_per_second: Amount
     yolokd: str
     ultralytics: str
     torch: str
-    curve: str
+    curve: Curve
 
     @property
     def epochs(self) -> list[float]:
@@ -67,15 +80,23 @@ def read(path: Path) -> dict[str, LedgerRow]:
     """
     if not path.exists() or path.stat().st_size == 0:
         return {}
+    cure = "give one that `yolokd compare` wrote"
+    rows: dict[str, LedgerRow] = {}
     try:
         with open(path, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
-            rows = [LedgerRow.model_validate(_empty_ap_as_none(line)) for line in reader]
+            for line in reader:
+                row = LedgerRow.model_validate(_empty_ap_as_none(line))
+                rows[row.hash] = row
             if reader.fieldnames != COLUMNS:
                 raise KeyError(reader.fieldnames)
-    except (ValidationError, TypeError, KeyError, UnicodeDecodeError, OSError, csv.Error) as e:
-        raise UserError(f"csv={path}", "is no comparison's CSV", "give one that `yolokd compare` wrote") from e
-    return {row.hash: row for row in rows}
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = f"line {reader.line_num}, column {first['loc'][0]}"
+        raise UserError(f"csv={path}", f"is no comparison's CSV: {where}: {first['msg']}", cure) from e
+    except (TypeError, KeyError, UnicodeDecodeError, OSError, csv.Error) as e:
+        raise UserError(f"csv={path}", "is no comparison's CSV", cure) from e
+    return rows
 
 
 def _empty_ap_as_none(line: dict[str, Any]) -> dict[str, Any]:

@@ -92,8 +92,9 @@ def plan_runs(
     if split not in SPLITS:
         raise UserError(f"split={split}", "is no split", f"one of: {', '.join(SPLITS)}")
     inputs = _resolve_files(keys)
-    if NATIVE in methods and not inputs.teachers:
-        raise UserError("teacher", "is missing", "give teacher=yolov8l.pt, for example, or drop native")
+    if not inputs.teachers and {*methods} != {PLAIN}:
+        or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
+        raise UserError("teacher", "is missing", f"give teacher=yolov8l.pt, for example{or_drop}")
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
     if inputs.strongest is None or not _can_score_teacher(inputs.strongest, trainings.names):
         return trainings.runs, trainings.images
@@ -134,9 +135,8 @@ def _plan_trainings(
         keys = _method_keys(inputs, method) | QUIET
         plan = _check_training(method, keys, split)
         if content is None:
-            images = check_images(
-                plan.data, plan.args, plan.config.trust
-            )  # before files are hashed: the scan repairs some of them
+            # Before files are hashed: the scan repairs some of them.
+            images = check_images(plan.data, plan.args, plan.config.trust)
             content = read_shared_content(inputs.keys, plan, split)
         keys |= reported_defaults(plan.config)
         config, ground = training_hash(method, content, plan.config), ground_hash(content, split)

@@ -11,7 +11,9 @@ from yolokd.commands.compare import show
 from yolokd.commands.compare.grounds import by_ground, mixed_versions, name_configurations, teachers_of
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.commands.compare.statistics import Summary, summarize
-from yolokd.runtime.console import CONSOLE, print_table
+from yolokd.runtime.console import CONSOLE, print_table, table_width
+from yolokd.runtime.files import atomic_path
+from yolokd.runtime.plots import new_plot
 
 
 def report(compared: Sequence[LedgerRow], ledger: Sequence[LedgerRow], methods: Sequence[str], path: Path) -> None:
@@ -76,14 +78,16 @@ def _make_verdict(rows: Sequence[LedgerRow], ledger: Sequence[LedgerRow], method
 
 
 def _print(verdict: Verdict) -> None:
-    print_table(show.terminal_table(verdict.lines, verdict.title))
+    CONSOLE.print(verdict.title)
+    print_table(show.terminal_table(verdict.lines, table_width()))
 
 
 def _write(verdict: Verdict, base: Path) -> None:
     """Write a verdict's Markdown table, CSV and plot, and print their paths."""
     text = show.markdown(verdict.lines, verdict.title)
-    base.with_name(f"{base.name}-summary.md").write_text(text, encoding="utf-8")
+    with atomic_path(base.with_name(f"{base.name}-summary.md")) as path:
+        path.write_text(text, encoding="utf-8")
     show.write_csv(verdict.summaries, verdict.teachers, base.with_name(f"{base.name}-summary.csv"))
-    plot = show.draw_plot(verdict.summaries, verdict.teachers, verdict.title)
-    plot.savefig(base.with_name(f"{base.name}.png"), dpi=150)
+    with new_plot(base.with_name(f"{base.name}.png")) as figure:
+        show.draw_plot(figure, verdict.summaries, verdict.teachers, verdict.title)
     CONSOLE.print(f"{base}-summary.md", f"{base}-summary.csv", f"{base}.png", sep="\n")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
-
-import polars as pl
 
 from yolokd.commands.compare.identity import FILES, SCORE_NEUTRAL_KEYS, ComparisonRun
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
+from yolokd.commands.run_folder import read_history
 from yolokd.config.schema import teacher_files
 
 
 def make_row(run: ComparisonRun, images: int) -> LedgerRow:
     """Return the ledger's row of a run whose scores are written. images: how many an epoch of training has."""
     scores = json.loads(run.scores_path.read_text(encoding="utf-8"))
-    curve, seconds = _read_history(run.folder / "results.csv")
+    curve, seconds = read_history(run.folder / "results.csv")
     keys = run.keys
     settings = {k: v for k, v in keys.items() if k not in FILES | SCORE_NEUTRAL_KEYS | {"method"}}
     return LedgerRow(
@@ -36,16 +34,3 @@ def make_row(run: ComparisonRun, images: int) -> LedgerRow:
         images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,
         curve=" ".join(f"{v:.4f}" for v in curve),
     )
-
-
-def _read_history(results: Path) -> tuple[list[float], float]:
-    """Return the mAP50-95 of each epoch in results.csv, and the seconds of all epochs; nothing if there is no file."""
-    if not results.exists():
-        return [], 0.0
-    table = pl.read_csv(results, infer_schema_length=None)
-    clock = [0.0, *table["time"].to_list()]
-    # Ultralytics' clock starts at 0 again in a resumed run.
-    seconds = sum(now - before if now >= before else now for before, now in pairwise(clock))
-    # An epoch that was interrupted before its checkpoint was written is there twice: the second one counts.
-    epochs = table.unique("epoch", keep="last", maintain_order=True)
-    return epochs["metrics/mAP50-95(B)"].to_list(), seconds

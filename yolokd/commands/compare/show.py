@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import fill
@@ -16,12 +16,20 @@ from rich.table import Table
 
 from yolokd.commands.compare.ledger import LedgerRow
 from yolokd.commands.compare.statistics import Interval, Summary
+from yolokd.runtime.console import fit_table
+from yolokd.runtime.files import atomic_path
 
 HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
     "improved", "gap closed (95 % interval)", "verdict", "against native", "images/s of a run",
 )  # fmt: skip
+# The columns that a narrow terminal may lack, the most important first; all of them are in the files.
+OPTIONAL = (
+    "gap closed (95 % interval)", "against native", "seeds", "improved", "mAP50", "AP small / medium / large",
+    "images/s of a run",
+)  # fmt: skip
 BASELINE_COLOR = "black"
+LEGEND_COLUMNS = 4
 IN_FRONT = 5  # methods beside the baseline whose curves can be told apart in one plot
 
 
@@ -66,19 +74,15 @@ def _percent(value: Interval | None) -> str:
     return f"{value.mean:.0%} ({value.low:.0%} to {value.high:.0%})"
 
 
-def terminal_table(lines: Sequence[tuple[str, ...]], title: str) -> Table:
-    """Return lines in the order of HEADERS as a table for a terminal."""
-    table = Table(title=title)
-    for header in HEADERS:
-        table.add_column(header, no_wrap=header == "verdict")
-    for line in lines:
-        table.add_row(*line)
-    return table
+def terminal_table(lines: Sequence[tuple[str, ...]], width: int) -> Table:
+    """Return lines in the order of HEADERS as a table for a terminal of `width` characters."""
+    return fit_table(HEADERS, lines, width, OPTIONAL, ("method", "verdict"), "the files below hold all columns")
 
 
 def markdown(lines: Sequence[tuple[str, ...]], title: str) -> str:
     """Return lines in the order of HEADERS as a Markdown table."""
-    rows = [HEADERS, tuple("---" for _ in HEADERS), *lines]
+    cells = (tuple(" ".join(cell.replace("|", "\\|").splitlines()) for cell in line) for line in lines)
+    rows = [HEADERS, tuple("---" for _ in HEADERS), *cells]
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -86,7 +90,7 @@ def write_csv(summaries: Sequence[Summary], teachers: Sequence[LedgerRow], path:
     """Write summaries and teachers' scores as a CSV: one unrounded number in a cell; an empty cell if there is none."""
     lines: list[dict[str, object]] = [_csv_line(summary) for summary in summaries]
     lines += [{"method": f"teacher {teacher.teacher}", **_mean_scores([teacher])} for teacher in teachers]
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
         writer.writeheader()
         writer.writerows(lines)
@@ -120,26 +124,22 @@ def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), parts, strict=True))
 
 
-def draw_plot(summaries: Sequence[Summary], teachers: Sequence[LedgerRow], title: str) -> Figure:
+def draw_plot(figure: Figure, summaries: Sequence[Summary], teachers: Sequence[LedgerRow], title: str) -> None:
     """Draw mAP50-95 over epochs, and differences to the baseline with their intervals, the best method first.
 
-    A method's curve has the color of its bar.
+    A method's curve has the color of its bar. The legend below names all curves.
     """
-    label_lines = sum(_label(summary).count("\n") + 1 for summary in summaries)
-    figure = Figure(figsize=(13, max(5, 2 + 0.15 * len(summaries) + 0.2 * label_lines)), layout="constrained")
-    curves, bars = figure.subplots(1, 2)
     ranked = sorted((s for s in summaries if not s.is_baseline), key=_mean_difference, reverse=True)
+    label_lines = [_label(summary).count("\n") + 1 for summary in summaries]
+    legend_rows = ceil((len(summaries) + len(teachers)) / LEGEND_COLUMNS)
+    height = max(5, 2 + 0.15 * len(summaries) + 0.2 * sum(label_lines)) + 0.2 * legend_rows * max(label_lines)
+    figure.set_size_inches(13, height)
+    curves, bars = figure.subplots(1, 2)
     colors = _colors(ranked)
     _draw_curves(curves, summaries, ranked, teachers, colors)
-    for summary in ranked:
-        if summary.difference is not None:
-            _draw_bar(bars, summary, summary.difference, colors[summary.method])
-    bars.axvline(0, color="black", linewidth=1)
-    bars.invert_yaxis()
-    bars.locator_params(axis="x", nbins=6)
-    bars.set(xlabel="difference of mAP50-95 to the baseline,\npaired by seed; 95 % interval")
+    _draw_bars(bars, [summary for summary in ranked if summary.difference is not None], colors)
+    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small")
     figure.suptitle(fill(title, 120))
-    return figure
 
 
 def _colors(ranked: Sequence[Summary]) -> dict[str, Any]:
@@ -180,29 +180,27 @@ def _draw_curves(
     Teachers' scores are dashed lines; not if they are those of another split than the curves'.
     """
     baseline = [summary for summary in summaries if summary.is_baseline]
-    for summary in [*reversed(ranked), *baseline]:
+    in_order = [*baseline, *ranked]  # of the legend
+    for number, summary in enumerate(in_order):
         in_front = summary in (*ranked[:IN_FRONT], *baseline)
-        _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR), in_front)
+        _draw_curve(curves, summary, colors.get(summary.method, BASELINE_COLOR), in_front, zorder=3 - number / 1000)
     for teacher in teachers if teachers and teachers[0].split == "val" else ():
         curves.axhline(teacher.map, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher.teacher}")
     # Methods differ late, and by little: the axis fits the second half of training, and cuts off the start.
-    curves.set_ylim(bottom=min(mean for s in summaries for mean in _epoch_means(s)[len(_epoch_means(s)) // 2 :]))
+    late = [mean for s in summaries for mean in _epoch_means(s)[len(_epoch_means(s)) // 2 :]]
+    curves.set_ylim(bottom=min(late, default=None))
     curves.set_xlim(left=1)
     banded = f" (baseline and best {IN_FRONT})" if len(ranked) > IN_FRONT else ""
     curves.set_xlabel(f"epoch\nbands{banded}: one standard deviation over seeds")
     curves.set_ylabel("mAP50-95 on the validation set")
-    curves.legend()
 
 
-def _draw_curve(curves: Any, summary: Summary, color: Any, in_front: bool) -> None:
-    """Draw a method's curve; with a band of one standard deviation if it is in front.
-
-    The legend names it only if no bar does.
-    """
+def _draw_curve(curves: Any, summary: Summary, color: Any, in_front: bool, zorder: float) -> None:
+    """Draw a method's curve; with a band of one standard deviation if it is in front."""
     means = _epoch_means(summary)
     epochs = range(1, len(means) + 1)
-    label = _label(summary) if summary.difference is None else None
-    curves.plot(epochs, means, color=color, label=label, linewidth=1.5 if in_front else 0.6)
+    width = 1.5 if in_front else 0.6
+    curves.plot(epochs, means, color=color, label=_label(summary), linewidth=width, zorder=zorder)
     if not in_front:
         return
     deviations = [stdev(scores) if len(scores) > 1 else 0.0 for scores in _scores_by_epoch(summary)]
@@ -210,8 +208,16 @@ def _draw_curve(curves: Any, summary: Summary, color: Any, in_front: bool) -> No
     curves.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def _draw_bar(bars: Any, summary: Summary, difference: Interval, color: Any) -> None:
-    """Draw the difference to the baseline; a hatched bar has one seed and therefore no interval."""
-    error = None if difference.low is None else [[difference.mean - difference.low]] * 2
-    hatch = "//" if error is None else None
-    bars.barh(_label(summary), difference.mean, xerr=error, color=color, capsize=4, hatch=hatch)
+def _draw_bars(bars: Any, summaries: Sequence[Summary], colors: dict[str, Any]) -> None:
+    """Draw differences to the baseline; a hatched bar has one seed and therefore no interval."""
+    for position, summary in enumerate(summaries):
+        difference = summary.difference
+        assert difference is not None
+        error = None if difference.low is None else [[difference.mean - difference.low]] * 2
+        hatch = "//" if error is None else None
+        bars.barh(position, difference.mean, xerr=error, color=colors[summary.method], capsize=4, hatch=hatch)
+    bars.set_yticks(range(len(summaries)), [_label(summary) for summary in summaries])
+    bars.axvline(0, color="black", linewidth=1)
+    bars.invert_yaxis()
+    bars.locator_params(axis="x", nbins=6)
+    bars.set(xlabel="difference of mAP50-95 to the baseline,\npaired by seed; 95 % interval")

@@ -13,6 +13,7 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from yolokd.commands.candidates import NATIVE
 from yolokd.commands.compare.identity import NMS_SETTINGS, ComparisonRun
 from yolokd.commands.compare.ledger import TEACHER
+from yolokd.commands.run_folder import is_trained, saved_epoch
 from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
 from yolokd.distiller import YoloDistiller
@@ -24,7 +25,6 @@ from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path
 from yolokd.training.provenance import versions
-from yolokd.training.sidecar import sidecars
 
 VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", *NMS_SETTINGS)  # settings of training that scoring uses
 
@@ -92,13 +92,10 @@ def _repair_half_written(run: ComparisonRun) -> None:
 def _is_trained(run: ComparisonRun) -> bool:
     """Return whether a run's training is complete, by its last checkpoint."""
     last = run.weights / "last.pt"
-    if not last.exists():
-        return False
-    _, checkpoint = load_model(last, "resume")
-    epoch = int(checkpoint.get("epoch", -1))  # -1 in a finished checkpoint
-    if run.method == NATIVE:  # Ultralytics cannot resume a run whose final evaluation alone is missing
-        return epoch < 0 or epoch + 1 >= run.epochs
-    return epoch < 0 and not sidecars(last)
+    if run.method != NATIVE or not last.exists():
+        return is_trained(last)
+    epoch = saved_epoch(last)
+    return epoch < 0 or epoch + 1 >= run.epochs  # Ultralytics cannot resume if the final evaluation alone is missing
 
 
 def _train(run: ComparisonRun, device: object) -> None:

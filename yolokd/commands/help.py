@@ -1,0 +1,194 @@
+"""`yolokd help`: what each command does, its keys, and examples; starts without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from yolokd.config.descriptions import Key, ultralytics_keys, yolokd_keys
+from yolokd.runtime.console import CONSOLE, make_console
+
+MAX_WIDTH = 110  # in characters: longer lines are hard to read
+KEY_WIDTH = 28
+MODEL = Key("model", "", "required: a checkpoint, such as runs/distill/train/weights/best.pt")
+TRUST = yolokd_keys()["trust"]
+TEACHER = yolokd_keys()["teacher"]
+
+
+@dataclass(frozen=True)
+class Help:
+    """What the help of a command shows, beside its summary.
+
+    keys: those of cfg/default.yaml come first if `all_training_keys`. ultralytics: names of the keys of `yolo MODE`
+    that matter most; more_keys: a sentence on which other keys the command takes.
+    """
+
+    examples: tuple[str, str]
+    keys: tuple[Key, ...] = ()
+    all_training_keys: bool = False
+    ultralytics: tuple[str, ...] = ()
+    more_keys: str = ""
+
+    @property
+    def described_keys(self) -> tuple[Key, ...]:
+        """Return the command's own keys."""
+        return (*(yolokd_keys().values() if self.all_training_keys else ()), *self.keys)
+
+
+CONSTANTS = Key("NAME.KEY", "", "a setting of the method NAME, such as dfd.alpha=0.5; `yolokd methods` lists them")
+CFG = Key("cfg", "none", "a run's distill.yaml: take all settings from it that are not given")
+ALSO_TRAIN = "Every other key of `yolokd train` works, too: see `yolokd train --help`."
+MOST = ("epochs", "imgsz", "batch", "device")
+
+HELP: Mapping[str, Help] = {
+    "train": Help(
+        (
+            "yolokd train teacher=yolov8l.pt student=yolov8n.yaml data=coco8.yaml epochs=100 imgsz=640",
+            "yolokd train resume=runs/distill/train",
+        ),
+        (CONSTANTS, CFG, Key("resume", "False", "go on with an interrupted run: its folder; True: the latest")),
+        all_training_keys=True,
+        ultralytics=(*MOST, "workers", "seed", "optimizer", "lr0", "patience", "amp", "cache", "project", "name"),
+        more_keys="Every key of `yolo train` works.",
+    ),
+    "check": Help(
+        (
+            "yolokd check teacher=yolov8l.pt student=yolov8n.yaml data=coco8.yaml",
+            "yolokd check teacher=yolov8l.pt method=dfd+pdf dfd.alpha=0.5 imgsz=320",
+        ),
+        (CONSTANTS, CFG),
+        all_training_keys=True,
+        ultralytics=MOST,
+        more_keys="Every key of `yolo train` works.",
+    ),
+    "val": Help(
+        (
+            "yolokd val model=runs/distill/train/weights/best.pt data=coco8.yaml",
+            "yolokd val model=runs/distill/train/weights/best.pt data=shapes split=test",
+        ),
+        (MODEL, Key("data", "the model's", "a data set's .yaml; shapes: yolokd's drawn data set"), TRUST),
+        ultralytics=("split", "imgsz", "batch", "device", "conf", "iou", "save_json", "plots"),
+        more_keys="Every key of `yolo val` works.",
+    ),
+    "predict": Help(
+        (
+            "yolokd predict model=runs/distill/train/weights/best.pt source=photo.jpg",
+            "yolokd predict model=runs/distill/train/weights/best.pt source=images/ conf=0.5 save_txt=True",
+        ),
+        (MODEL, TRUST),
+        ultralytics=("source", "imgsz", "conf", "iou", "device", "classes", "save_txt", "project", "name"),
+        more_keys="Every key of `yolo predict` works.",
+    ),
+    "export": Help(
+        (
+            "yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True",
+            "yolokd export model=runs/distill/train/weights/best.pt imgsz=320 quantize=16",
+        ),
+        (
+            MODEL,
+            Key("format", "onnx", "the file's format; yolokd compares an onnx file with the checkpoint"),
+            Key("data", "the model's", "the data set's .yaml on whose validation images the two are compared"),
+            Key("batch", "1", "the number of images in a batch"),
+            TRUST,
+        ),
+        ultralytics=("imgsz", "dynamic", "quantize", "nms", "simplify", "opset", "device"),
+        more_keys="Every key of `yolo export` works.",
+    ),
+    "methods": Help(
+        ("yolokd methods", "yolokd train teacher=yolov8l.pt method=dfd+pdf dfd.alpha=0.5   # use two, set a constant"),
+    ),
+    "bench": Help(
+        (
+            "yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,dfd",
+            "yolokd bench teacher=t.pt data=d.yaml imgsz=320,640 amp=False,bf16 rounds=5 memory=False",
+        ),
+        (
+            Key("teacher", "yolov8l.yaml", "a .pt checkpoint, or a .yaml: random weights; several: a,b"),
+            Key("student", "yolov8n.yaml", yolokd_keys()["student"].meaning),
+            Key("imgsz", "320", "the image size in pixels; several: 320,640"),
+            Key("batch", "16", "images in a batch; several: 8,16"),
+            Key("method", "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf",
+                "what to measure; none: plain training, native: Ultralytics' own distillation"),
+            Key("amp", "False", "the precision of training; several: False,bf16"),
+            Key("rounds", "7", "how many steps of each candidate are measured"),
+            Key("data", "shapes", "the data set's .yaml"),
+            Key("project", "runs/distill", "the folder in which the results get a folder"),
+            Key("name", "bench", "the name of that folder"),
+            Key("memory", "True", "also measure peak memory, each candidate in a process of its own"),
+        ),
+        ultralytics=("device", "workers"),
+        more_keys=ALSO_TRAIN,
+    ),
+    "compare": Help(
+        (
+            "yolokd compare teacher=t.pt student=yolov8n.yaml data=d.yaml method=none,dfd,pdf seeds=0,1,2 epochs=60",
+            "yolokd compare csv=runs/compare/compare.csv   # print and write the results again, without training",
+        ),
+        (
+            TEACHER,
+            yolokd_keys()["student"],
+            yolokd_keys()["data"],
+            Key("method", "none,native,sl2,dfd,pdf,dfd+pdf,fitnet+pdf",
+                "what to compare; none: plain training, native: Ultralytics' own distillation"),
+            Key("seeds", "0,1,2", "train each method once with each seed"),
+            Key("split", "val", "the split that scores the final checkpoints: val, test or train"),
+            Key("csv", "PROJECT/compare.csv", "the file that keeps finished runs; alone: show its results"),
+            Key("project", "runs/compare", "the folder that holds all runs"),
+            Key("device", "none", "where to train; several, such as 0,1: as many runs at the same time"),
+        ),
+        ultralytics=("epochs", "imgsz", "batch", "workers"),
+        more_keys=ALSO_TRAIN,
+    ),
+    "demo": Help(
+        ("yolokd demo", "yolokd demo short=True method=pdf"),
+        (
+            Key("short", "False", "True: a few images and one epoch each, to try an installation in a minute"),
+            Key("seed", "0", "of all three trainings"),
+            Key("method", "dfd", "the method that distils; `yolokd methods` lists them"),
+        ),
+        more_keys="If it was interrupted, the same command goes on where it stopped.",
+    ),
+}  # fmt: skip
+
+
+def print_overview(summaries: Mapping[str, str]) -> None:
+    """Print what yolokd is, and one line for each command. summaries: {command: what it does}."""
+    CONSOLE.print("yolokd distils a large Ultralytics YOLO into a small one.\n")
+    _print_grid((f"yolokd {name}", summary) for name, summary in summaries.items())
+    CONSOLE.print("\nExamples:")
+    for name in ("train", "check", "export", "compare"):
+        CONSOLE.print(f"  {HELP[name].examples[0]}")
+    CONSOLE.print("\n`yolokd COMMAND --help` shows a command's keys. Every key of `yolo train` works, too.")
+    CONSOLE.print("--debug shows tracebacks.")
+
+
+def print_help(name: str, summary: str) -> None:
+    """Print what a command does, its own keys, Ultralytics' keys that matter most, and examples."""
+    shown = HELP[name]
+    CONSOLE.print(f"yolokd {name}: {summary}\n\nExamples:")
+    for example in shown.examples:
+        CONSOLE.print(f"  {example}")
+    if shown.described_keys:
+        CONSOLE.print("\nKeys, with their defaults:")
+        _print_keys(shown.described_keys)
+    if shown.ultralytics:
+        CONSOLE.print("\nKeys of Ultralytics that matter most:")
+        _print_keys(ultralytics_keys()[key] for key in shown.ultralytics)
+    if shown.more_keys:
+        CONSOLE.print(f"\n{shown.more_keys}")
+
+
+def _print_keys(keys: Iterable[Key]) -> None:
+    _print_grid((f"{key.name}={key.default}" if key.default else key.name, key.meaning) for key in keys)
+
+
+def _print_grid(rows: Iterable[tuple[str, str]]) -> None:
+    """Print two columns; the second one's text wraps below itself."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column()
+    grid.add_column(max_width=KEY_WIDTH, overflow="fold")
+    for row in rows:
+        grid.add_row("", *row)
+    make_console(width=min(CONSOLE.width, MAX_WIDTH)).print(grid)
