@@ -62,7 +62,9 @@ SKIPPED: dict[str, Callable[[Path], Any]] = {
     "one.png": lambda p: p.write_bytes(encoded(".png", GOOD[:1, :1])),
 }
 BAD_LABELS = {
-    "nan": "0 nan 0.5 0.3 0.3", "infinite": "0 inf 0.5 0.3 0.3", "negative size": "0 0.5 0.5 -0.3 0.3",
+    "nan": "0 nan 0.5 0.3 0.3", "infinite": "0 inf 0.5 0.3 0.3", "too large": "0 0.5 0.5 1e309 0.3",
+    "an infinite class": "1e309 0.5 0.5 0.3 0.3", "an infinite corner": "0 0.1 0.1 0.2 0.1 0.2 1e309",
+    "negative size": "0 0.5 0.5 -0.3 0.3",
     "no such class": "2 0.5 0.5 0.3 0.3", "negative class": "-1 0.5 0.5 0.3 0.3", "half a class": "0.5 0.5 0.5 0.3 0.3",
     "beyond the image": "0 0.5 0.5 3 3", "a word": "disc 0.5 0.5 0.3 0.3", "too short": "0 0.5 0.5",
 }  # fmt: skip
@@ -233,12 +235,15 @@ def assert_refused(teacher: str, data: str, folder: Path, problem: str) -> None:
         ({"nc": 1}, "must match"),
         ({"names": {0: "disc", 5: "box"}}, "cannot be used"),
         ({"names": []}, "cannot be used"),
+        ({"names": {0: "disc", -1: "box"}}, "its names: must count 2 classes from 0, without a gap"),
+        ({"names": {"0": "disc", 0: "box"}}, "has 2 classes, but 1 names"),
+        ({"names": list(range(10**5))}, "its names: Dictionary should have at most 10000 items"),
         ({"channels": 4}, "takes 3 channels, the data 4"),
         ({"val": "nowhere"}, "missing path"),
         ({"train": "nowhere"}, "no images in its train split"),
         ({"train": 3}, "cannot be used"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_contradictory_data_files_are_refused(
     change: dict[str, Any], problem: str, teacher: str, tmp_path: Path
@@ -246,6 +251,13 @@ def test_contradictory_data_files_are_refused(
     path = write_dataset(tmp_path / "d")
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **change}))
     assert_refused(teacher, str(path), tmp_path, problem)
+
+
+def test_a_class_name_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "d")
+    path.write_text(path.read_text().replace("disc", r'"\udcff"'))
+    with pytest.raises(UserError, match="cannot be used: YAML syntax error"):
+        load_data(str(path))
 
 
 @pytest.mark.parametrize("download", ["open({written!r}, 'w').close()", "bash -c touch {written}"])

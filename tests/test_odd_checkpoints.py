@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from yolokd import UserError
 from yolokd.models.checkpoint import load_student, load_teacher
+from yolokd.training.plan import make_plan
 
 DATA = {"nc": 2, "channels": 3}
 
@@ -49,7 +51,7 @@ ODD: dict[str, tuple[Callable[[Any], None], str]] = {
     "a name is a number": (with_names({0: "disc", 1: 5}), "its names.1: Input should be a valid string"),
     "an index is a text": (with_names({"0": "disc", 1: "box"}), "its names.0: Input should be a valid integer"),
     "names too few": (with_names({0: "disc"}), "contradicts itself: 2 class channels, nc=2 and 1 names"),
-    "names with a gap": (with_names({0: "disc", 2: "box"}), "its names: Value error, must count 2 classes from 0"),
+    "names with a gap": (with_names({0: "disc", 2: "box"}), "its names: must count 2 classes from 0"),
     "a surrogate": (with_names({0: "disc", 1: "\udcff"}), "its names.1: "),
     "100,000 names": (with_names(dict(enumerate(map(str, range(10**5))))), "at most 10000 items"),
     "no class branch": (lambda model: delattr(model.model[-1], "cv3"), "contradicts itself: 0 class channels"),
@@ -88,3 +90,19 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(argument: str, odd: tup
     assert message.startswith(f"{argument}={path}: ")
     assert len(message) < 400
     message.encode()
+
+
+def test_a_teacher_whose_maps_or_scores_are_not_finite_is_refused(content: bytes, data: str, tmp_path: Path) -> None:
+    for weight, value, problem in (
+        ("model.0.conv.weight", nan, "its feature maps at stride 8 are not finite on a validation image"),
+        ("model.15.cv2.conv.weight", 3e38, "its feature maps at stride 8 are not finite"),
+        ("model.22.cv3.1.2.bias", nan, "its class scores at stride 16 are not finite"),
+        ("model.22.cv2.2.2.bias", inf, "its boxes at stride 32 are not finite"),
+    ):
+        model = pickle.loads(content)
+        model.state_dict()[weight].fill_(value)
+        path = tmp_path / "teacher.pt"
+        torch.save({"model": model, "train_args": {}}, path)
+        with pytest.raises(UserError) as caught:
+            make_plan({"teacher": str(path), "model": "yolov8n.yaml", "data": data})
+        assert f"teacher={path}: {problem}" in str(caught.value)

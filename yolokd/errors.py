@@ -32,8 +32,11 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def describe_invalid(error: ValidationError) -> str:
-    """Return what is wrong with the first wrong value: where it is, and what pydantic says about it."""
+def describe_invalid(error: ValidationError, name: str = "") -> str:
+    """Return what is wrong with the first wrong value: where it is, and what pydantic says about it.
+
+    name: of the value that was checked, if it is part of another.
+    """
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    return f"its {place or 'content'}: {first['msg']}"
+    place = ".".join(str(part) for part in (name, *first["loc"]) if part not in {"", "[key]"})
+    return f"its {place or 'content'}: {first['msg'].removeprefix('Value error, ')}"

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.build import build_yolo_dataset
@@ -21,7 +22,8 @@ from ultralytics.utils import LOGGER, NUM_THREADS
 from ultralytics.utils.patches import imread
 
 from yolokd.data import shapes
-from yolokd.errors import UserError, first_line
+from yolokd.data.class_names import ClassNames
+from yolokd.errors import UserError, describe_invalid, first_line
 from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.safe_loading import safe_loading
 
@@ -60,9 +62,21 @@ def load_data(
         raise
     except Exception as e:  # whatever the parsers of YAML, paths and archives raise
         raise UserError(argument, f"cannot be used: {first_line(e)}", cure) from e
+    _check_names(argument, loaded)
     if empty:
         raise UserError(argument, f"no images in its {empty[0]} split ({loaded[empty[0]]})", "check the split's path")
     return loaded | {"names": {0: "item"}, "nc": 1} if single_cls else loaded
+
+
+def _check_names(argument: str, data: Mapping[str, Any]) -> None:
+    """Raise UserError unless each class of a data set has a name; Ultralytics has turned numbers into text."""
+    cure = "list one name for each class in the .yaml"
+    try:
+        names = TypeAdapter(ClassNames).validate_python(data["names"], strict=True)
+    except ValidationError as e:
+        raise UserError(argument, describe_invalid(e, "names"), cure) from e
+    if len(names) != data["nc"]:  # `0` and `"0"` are one index
+        raise UserError(argument, f"has {data['nc']} classes, but {len(names)} names", cure)
 
 
 def check_images(data: dict[str, Any], args: Any, trust: bool = False) -> int:

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from ultralytics.utils.checks import check_imgsz
 
 from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
-from yolokd.data.dataset import load_data
+from yolokd.data.dataset import load_data, sample_batch
 from yolokd.errors import UserError
 from yolokd.methods import registered
 from yolokd.models.checkpoint import load_student, load_teacher
 from yolokd.models.detector import Detector, read_pyramid
-from yolokd.models.teacher import Teacher
+from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.files import sha256
 from yolokd.training.settings import check_settings
+
+TRIAL_IMGSZ = 64  # ours: the image size in pixels at which a teacher is tried before anything is written
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def _pair_teacher(
 ) -> PairedTeacher:
     teacher = Teacher(model)
     _check_fit(file, teacher, config, data)
+    _check_finite(file, teacher, data)
     pairing = Pairing(
         tuple(pair_levels(teacher.pyramid, strides)), tuple(strides), pair_classes(teacher.names, data["names"])
     )
@@ -121,3 +125,14 @@ def _check_fit(file: str, teacher: Teacher, config: DistillationConfig, data: Ma
             f"has no class scores per position, which {needing[0]} needs",
             "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
         )
+
+
+def _check_finite(file: str, teacher: Teacher, data: Mapping[str, Any]) -> None:
+    """Raise UserError if the teacher's maps, class scores or boxes of a validation image are not finite."""
+    requested = RequestedOutputs(logits=teacher.has_logits, boxes=teacher.has_logits)
+    output = teacher(sample_batch(dict(data), TRIAL_IMGSZ)[:1], requested)
+    for name, values in (("feature maps", output.maps), ("class scores", output.logits), ("boxes", output.boxes)):
+        for stride, tensor in values.items():
+            if not torch.isfinite(tensor).all():
+                problem = f"its {name} at stride {stride} are not finite on a validation image"
+                raise UserError(f"teacher={file}", problem, "give one that is trained; its weights may hold NaN")
