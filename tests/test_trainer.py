@@ -30,7 +30,6 @@ from yolokd.methods import Method
 from yolokd.models import precision
 from yolokd.training.sidecar import sidecar_path, sidecars
 
-STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
 # Every time for an end-to-end head, which Ultralytics handles separately; for the simpler one among the slow tests.
 SIMPLER_SLOW = (pytest.param("yolov8n.yaml", marks=pytest.mark.slow), "yolo26n.yaml")
 
@@ -42,7 +41,7 @@ def _first_training(data: str, tmp_path_factory: pytest.TempPathFactory) -> None
     YOLO("yolov8n.yaml").train(**TINY, data=data, epochs=1, project=str(root))
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
 def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -> None:
     ours = YoloDistiller(student=student, method="none")
     ours.train(**tiny)
@@ -59,7 +58,7 @@ def test_gradients_are_accumulated_as_in_plain_training(tiny: dict[str, Any]) ->
     assert states_equal(weights(ours.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
 def test_gains_of_zero_give_the_weights_of_plain_training(student: str, tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, student, tiny | {"check_teacher": True}, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
     assert states_equal(weights(d.trainer), weights(train_plainly(student, tiny)))
@@ -425,8 +424,8 @@ def test_a_segmentation_model_teaches_and_is_not_scored(tiny: dict[str, Any], tm
 
 
 @pytest.mark.parametrize(
-    "settings", [{"freeze": 22}, {"freeze": 16}, {"multi_scale": 0.5}, {"rect": True}, {"single_cls": True, "cls": 0.3},
-                 {"save_period": 1, "fraction": 0.5}, {"imgsz": [64, 32], "label_smoothing": 0.0}]
+    "settings", [{"freeze": 22}, {"freeze": 16, "multi_scale": 0.5}, {"rect": True, "save_period": 1, "fraction": 0.5},
+                 {"single_cls": True, "cls": 0.3, "imgsz": [64, 32], "label_smoothing": 0.0}]
 )  # fmt: skip
 def test_settings_of_ultralytics_work(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1} | settings)
