@@ -290,7 +290,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def final_eval(self) -> None:
         """Finish as Ultralytics does, and remove the sidecar: a finished run has nothing to resume."""
-        if self.resume and self.best.exists():  # Ultralytics' stripping loads it without restriction
+        if self.resume and self.best.exists():  # Ultralytics would skip a broken one with a warning
             load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
         if IS_MAIN:
