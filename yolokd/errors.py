@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 MAX_SHOWN = 300  # characters of an argument, and of a problem, in a message
 
 
@@ -31,3 +36,10 @@ def first_line(error: Exception) -> str:
     """
     text = str(error).strip().removeprefix("ERROR ❌️ ")
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """Return what is wrong with the first wrong value: where it is, and what pydantic says about it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    return f"its {place or 'content'}: {first['msg']}"

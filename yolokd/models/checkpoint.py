@@ -4,25 +4,49 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from platformdirs import user_data_path
+from pydantic import BaseModel, ValidationError
 from torch import nn
 from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
 
-from yolokd.errors import UserError, first_line
+from yolokd.errors import UserError, describe_invalid, first_line
 from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector, describe_kind, head_of
 from yolokd.patches.safe_loading import safe_loading
+from yolokd.patches.tensor_sizes import TensorSizeError, checked_tensor_sizes
 from yolokd.runtime.console import warnings_only
 from yolokd.runtime.files import atomic_path
+from yolokd.runtime.rng import preserve_random_state
 
 Checkpoint = dict[str, Any]
 Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO` or `RTDETR` object, or a module
+
+
+class SavedGroup(BaseModel):
+    """A group of an optimizer's parameters: their indices."""
+
+    params: list[int]
+
+
+class SavedOptimizer(BaseModel):
+    """The part of an optimizer's state that yolokd reads."""
+
+    param_groups: list[SavedGroup] = []
+
+
+class CheckpointContent(BaseModel):
+    """What yolokd reads of a checkpoint's dictionary beside the model, and the types of it."""
+
+    epoch: int = -1
+    train_args: dict[str, Any] = {}
+    optimizer: SavedOptimizer | None = None
 
 
 def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[Detector, Checkpoint]:
@@ -38,7 +62,7 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
     if Path(path).name != str(path) and not Path(path).exists():  # Ultralytics downloads bare names only
         raise UserError(name, "no such file", "give the path of an existing .pt checkpoint")
     try:
-        with safe_loading(trust):
+        with safe_loading(trust), checked_tensor_sizes():
             model, ckpt = tasks.load_checkpoint(path)
     except UserError:
         raise
@@ -50,6 +74,10 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
         raise UserError(name, _loading_problem(e), "give an intact Ultralytics .pt checkpoint") from e
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
         raise UserError(name, "holds no Ultralytics model", "give an Ultralytics .pt checkpoint")
+    try:
+        CheckpointContent.model_validate(ckpt, strict=True)
+    except ValidationError as e:
+        raise UserError(name, describe_invalid(e), "give an intact Ultralytics .pt checkpoint") from e
     return model, ckpt
 
 
@@ -62,7 +90,7 @@ def check_path(path: str | Path, argument: str) -> None:
 def _loading_problem(error: Exception) -> str:
     if "outside the supported" in first_line(error):
         return "holds objects other than a known model, which could run code; trust=True loads them"
-    return "not a readable checkpoint"
+    return f"not a readable checkpoint{f': {error}' if isinstance(error, TensorSizeError) else ''}"
 
 
 def as_path(source: Source | None, argument: str) -> str | None:
@@ -105,17 +133,11 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     """Load a student from a .pt, or build it with random weights from a .yaml.
 
     data: Ultralytics' dictionary of the data set, which gives the numbers of classes and channels.
-    Raises UserError if the model is not a plain YOLO detector.
+    Raises UserError if the model is not an intact plain YOLO detector.
     """
     name = f"student={path}"
     if str(path).endswith((".yaml", ".yml")):
-        try:
-            with safe_loading(trust), warnings_only():
-                model: Detector = DetectionModel(str(path), nc=data["nc"], ch=data["channels"], verbose=False)
-        except FileNotFoundError as e:
-            raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
-        except Exception as e:
-            raise UserError(name, "does not describe a YOLO detector", "for example yolov8n.yaml") from e
+        model = _build(str(path), name, data, trust)
     elif str(path).endswith(".pt"):
         model, _ = load_model(str(path), "student", trust)
     else:
@@ -125,7 +147,23 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     if not isinstance(head, Detect) or isinstance(head, PROMPTED_HEADS) or guess_model_task(model) != "detect":
         problem = f"is {describe_kind(model)}; yolokd trains plain YOLO detectors so far"
         raise UserError(name, problem, "give one, for example yolov8n.yaml")
+    check_detector(model, name)
+    if str(path).endswith(".pt"):
+        with preserve_random_state():  # Ultralytics will build it, too, and take the weights from the checkpoint
+            _build(model.yaml, name, data, trust)
     return model
+
+
+def _build(cfg: str | dict[str, Any], name: str, data: Mapping[str, Any], trust: bool) -> Detector:
+    """Build a detector with random weights from the path of a .yaml, or from its content in a checkpoint."""
+    try:
+        with safe_loading(trust), warnings_only():
+            return DetectionModel(deepcopy(cfg), nc=data["nc"], ch=data["channels"], verbose=False)
+    except FileNotFoundError as e:
+        raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
+    except Exception as e:
+        problem = "does not describe" if isinstance(cfg, str) else "holds a yaml that does not describe"
+        raise UserError(name, f"{problem} a YOLO detector", "for example yolov8n.yaml") from e
 
 
 def _lacks_ending(path: object) -> bool:

@@ -1,10 +1,12 @@
-"""Questions about an Ultralytics model: its feature pyramid, and what its head detects."""
+"""Questions about an Ultralytics model: its feature pyramid, what its head detects, and whether it is intact."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeAlias
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PositiveInt, ValidationError
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import (
     OBB,
@@ -17,35 +19,41 @@ from ultralytics.nn.modules.head import (
     YOLOESegment,
 )
 
-from yolokd.errors import UserError
+from yolokd.data.class_names import ClassNames
+from yolokd.errors import UserError, describe_invalid, first_line
 
 # An Ultralytics model: an nn.Module whose attributes (model, yaml, names, stride) torch's types do not know.
 Detector: TypeAlias = Any
 
+INTACT = "give an intact Ultralytics checkpoint of a detector"  # the cure for a model that contradicts itself
+
 
 @torch.no_grad()
-def read_pyramid(model: Detector, size: int = 256) -> dict[int, int]:
+def read_pyramid(model: Detector, argument: str = "model", size: int = 256) -> dict[int, int]:
     """Return {stride: channels} of the maps that enter a detector's head, finest first.
 
     Runs one forward pass on a square image of `size` pixels, a multiple of every stride, and derives the strides from
     the maps' sizes, so that it works for any family of models. The model's modes are restored.
+    Raises UserError, naming `argument`, if the model does not run or has no pyramid.
     """
     maps: list[Tensor] = []
 
     def record(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
         maps.extend(m for m in inputs[0] if m.ndim == 4)  # YOLOE's head also gets embeddings of classes
 
-    head = model.model[-1]
     modes = [(m, m.training) for m in model.modules()]
-    handle = head.register_forward_pre_hook(record)
+    handle = model.model[-1].register_forward_pre_hook(record)
+    channels = model.yaml.get("channels", 3)
     try:
-        parameter = next(model.parameters())
-        channels = model.yaml.get("channels", 3)
-        model.eval()(parameter.new_zeros(1, channels, size, size))
+        model.eval()(next(model.parameters()).new_zeros(1, channels, size, size))
+    except Exception as e:  # whatever the layers of a strange model raise
+        raise UserError(argument, f"does not run on an image of {channels} channels: {first_line(e)}", INTACT) from e
     finally:
         handle.remove()
         for module, mode in modes:
             module.training = mode
+    if not maps:
+        raise UserError(argument, "has no feature maps that enter its head", INTACT)
     return {size // m.shape[-1]: m.shape[1] for m in maps}
 
 
@@ -65,10 +73,64 @@ def head_of(model: Detector) -> nn.Module | None:
     return layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
 
 
+class Layout(BaseModel):
+    """The part of a model's yaml that yolokd reads."""
+
+    channels: Annotated[int, Field(strict=True, ge=1)] = 3
+
+
+class DetectorAttributes(BaseModel):
+    """The attributes that a detector must have beside its layers, and their types; a checkpoint may hold any.
+
+    nc: the number of classes that its head claims. stride: the strides of its pyramid's levels, in pixels.
+    """
+
+    model_config = ConfigDict(strict=True)
+    names: ClassNames
+    nc: PositiveInt
+    yaml: Layout
+    stride: InstanceOf[Tensor]
+
+
 def check_detector(model: Detector, argument: str) -> None:
-    """Raise UserError unless `model` ends in a detection head with a feature pyramid."""
-    if not isinstance(head_of(model), Detect | RTDETRDecoder):
+    """Raise UserError unless `model` is an intact detector with a feature pyramid: a file may hold anything.
+
+    Its attributes must have the right types, its head must score the classes that it names, and it must run on an
+    image, with the strides that it claims.
+    """
+    check_attributes(model, argument)
+    strides = list(read_pyramid(model, argument))
+    if isinstance(head_of(model), Detect) and model.stride.tolist() != strides:
+        raise UserError(argument, f"claims the strides {model.stride.tolist()}, but has {strides}", INTACT)
+
+
+def check_attributes(model: Detector, argument: str) -> None:
+    """Raise UserError unless `model` ends in a detection head, and its attributes fit each other; does not run it."""
+    head = head_of(model)
+    if not isinstance(head, Detect | RTDETRDecoder):
         raise UserError(argument, f"is {describe_kind(model)}, no detector", "give a YOLO or RT-DETR detector")
+    values = {name: getattr(model, name, None) for name in ("names", "yaml", "stride")}
+    try:
+        attributes = DetectorAttributes.model_validate({"nc": getattr(head, "nc", None), **values})
+    except ValidationError as e:
+        raise UserError(argument, describe_invalid(e), INTACT) from e
+    if isinstance(head, PROMPTED_HEADS):  # their scores come from embeddings of the classes
+        return
+    for channels in class_channels(head):
+        if not channels == attributes.nc == len(attributes.names):
+            counts = f"{channels} class channels, nc={attributes.nc} and {len(attributes.names)} names"
+            raise UserError(argument, f"contradicts itself: {counts}", INTACT)
+
+
+def class_channels(head: nn.Module) -> Iterator[int]:
+    """Yield the number of channels in which each branch of a head scores classes, at each level; 0 if it has none."""
+    names = ("dec_score_head",) if isinstance(head, RTDETRDecoder) else ("cv3", "one2one_cv3")
+    branches = [branch for name in names if isinstance(branch := getattr(head, name, None), nn.ModuleList)]
+    if not branches:
+        yield 0
+    for level in (level for branch in branches for level in branch):
+        layers = [layer for layer in level.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+        yield layers[-1].weight.shape[0] if layers else 0
 
 
 def describe_kind(model: Detector) -> str:

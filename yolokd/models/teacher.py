@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect
 
-from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector, read_pyramid
+from yolokd.models.detector import PROMPTED_HEADS, Detector, check_attributes, read_pyramid
 from yolokd.pyramid.boxes import decode_distances
 
 
@@ -66,11 +66,11 @@ class Teacher:
     """
 
     def __init__(self, model: Detector) -> None:
-        check_detector(model, "teacher")
+        check_attributes(model, "teacher")
         model = deepcopy(model).float().eval().requires_grad_(False)
         self.names: dict[int, str] = dict(model.names)
         self.channels: int = model.yaml.get("channels", 3)
-        self.pyramid = read_pyramid(model)
+        self.pyramid = read_pyramid(model, "teacher")
         model.end2end = False  # otherwise fusing removes the one-to-many branch of an end-to-end teacher
         model.model[-1] = _Tap(model.model[-1])
         self.settings = InferenceSettings()

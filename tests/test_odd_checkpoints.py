@@ -1,0 +1,90 @@
+"""Checkpoints and sidecars that contradict themselves, and files that are in the way: one line of error, exit 2."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import random_detector
+from torch import nn
+
+from yolokd import UserError
+from yolokd.models.checkpoint import load_student, load_teacher
+
+DATA = {"nc": 2, "channels": 3}
+
+
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    """Return a random detector in a pickle, from which each test takes a copy."""
+    return pickle.dumps(random_detector())
+
+
+def with_names(names: Any) -> Callable[[Any], None]:
+    return lambda model: setattr(model, "names", names)
+
+
+def with_stride(stride: Any) -> Callable[[Any], None]:
+    return lambda model: setattr(model, "stride", stride)
+
+
+def with_yaml(**changes: Any) -> Callable[[Any], None]:
+    return lambda model: model.yaml.update(changes)
+
+
+def repeat_one_number(model: Any) -> None:
+    """Replace a weight by a tensor that claims four terabytes and holds four bytes."""
+    model.model[0].conv.weight = nn.Parameter(torch.zeros(1).expand(10**12))
+
+
+ODD: dict[str, tuple[Callable[[Any], None], str]] = {
+    "names are numbers": (with_names([0, 1]), "its names: Input should be a valid dictionary"),
+    "names are a text": (with_names("ab"), "its names: Input should be a valid dictionary"),
+    "names are None": (with_names(None), "its names: Input should be a valid dictionary"),
+    "no names": (lambda model: delattr(model, "names"), "its names: Input should be a valid dictionary"),
+    "a name is a number": (with_names({0: "disc", 1: 5}), "its names.1: Input should be a valid string"),
+    "an index is a text": (with_names({"0": "disc", 1: "box"}), "its names.0: Input should be a valid integer"),
+    "names too few": (with_names({0: "disc"}), "contradicts itself: 2 class channels, nc=2 and 1 names"),
+    "names with a gap": (with_names({0: "disc", 2: "box"}), "its names: Value error, must count 2 classes from 0"),
+    "a surrogate": (with_names({0: "disc", 1: "\udcff"}), "its names.1: "),
+    "100,000 names": (with_names(dict(enumerate(map(str, range(10**5))))), "at most 10000 items"),
+    "no class branch": (lambda model: delattr(model.model[-1], "cv3"), "contradicts itself: 0 class channels"),
+    "no box branch": (lambda model: delattr(model.model[-1], "cv2"), "does not run on an image of 3 channels"),
+    "nc lies": (lambda model: setattr(model.model[-1], "nc", 3), "contradicts itself: 2 class channels, nc=3"),
+    "nc is a text": (lambda model: setattr(model.model[-1], "nc", "2"), "its nc: Input should be a valid integer"),
+    "reg_max lies": (lambda model: setattr(model.model[-1], "reg_max", 7), "does not run on an image"),
+    "stride is a text": (with_stride("8"), "its stride: Input should be an instance of Tensor"),
+    "stride lies": (with_stride(torch.tensor([8.0, 16.0, 1e12])), "claims the strides [8.0, 16.0, 9"),
+    "channels lie": (with_yaml(channels=4), "does not run on an image of 4 channels"),
+    "channels are a text": (with_yaml(channels="3"), "its yaml.channels: Input should be a valid integer"),
+    "terabytes": (repeat_one_number, "not a readable checkpoint: a tensor claims 4000000000000 bytes"),
+    "a layer is gone": (lambda model: model.model.__delitem__(5), "does not run on an image of 3 channels"),
+    "no layers": (lambda model: setattr(model, "model", nn.Sequential()), "not a readable checkpoint"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=ODD)
+def odd(request: pytest.FixtureRequest, content: bytes, tmp_path: Path) -> tuple[str, str]:
+    """Return the path of a checkpoint that contradicts itself, and the problem that the error has to name."""
+    change, problem = ODD[request.param]
+    model = pickle.loads(content)
+    change(model)
+    path = tmp_path / "odd.pt"
+    torch.save({"model": model, "train_args": {}}, path)
+    return str(path), problem
+
+
+@pytest.mark.parametrize("argument", ["teacher", "student"])
+def test_a_checkpoint_that_contradicts_itself_is_refused(argument: str, odd: tuple[str, str]) -> None:
+    path, problem = odd
+    with pytest.raises(UserError) as caught:
+        load_teacher(path, trust=False) if argument == "teacher" else load_student(path, DATA, trust=False)
+    message = str(caught.value)
+    assert problem in message
+    assert message.startswith(f"{argument}={path}: ")
+    assert len(message) < 400
+    message.encode()
