@@ -241,7 +241,9 @@ class DistillationTrainer(DetectionTrainer):
         if self.criterion is not None:
             clip = self.steps.mean_clip_coefficient()
             means = self.criterion.recorder.means()
-            metrics = metrics | logs.distillation_metrics(means, clip, sum(self._dropped_by_rank))
+            measured = logs.distillation_metrics(means, clip, sum(self._dropped_by_rank))
+            self.metrics = logs.without_measurements(self.metrics) | measured  # TensorBoard and MLflow log these
+            metrics = logs.without_measurements(metrics) | measured
             LOGGER.info(logs.balance_summary(self.plan, means, clip))
         logs.rotate_results_csv(self.csv, metrics, self.epoch)
         super().save_metrics(metrics)
