@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MAX_SHOWN = 300  # characters of an argument, and of a problem, in a message
+
 
 class UserError(ValueError):
     """A mistake in the user's input; the message names argument, problem and cure in one line.
@@ -14,7 +16,11 @@ class UserError(ValueError):
 
     def __init__(self, argument: str, problem: str, cure: str) -> None:
         self.argument, self.problem, self.cure = argument, problem, cure
-        super().__init__(" ".join(f"{argument}: {problem} ({cure})".split()))
+        super().__init__(" ".join(f"{_shorten(argument)}: {_shorten(problem)} ({cure})".split()))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
+import psutil
+import torch
 from ultralytics.cfg import get_cfg, get_save_dir
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import check_imgsz
@@ -14,11 +15,12 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.config.defaults import defaults
 from yolokd.config.schema import DistillationConfig
-from yolokd.config.ultralytics_keys import OPTIMIZERS
-from yolokd.config.validate import validate
+from yolokd.config.train_settings import check_types
 from yolokd.errors import UserError, first_line
 from yolokd.models.checkpoint import check_path
 from yolokd.runtime.distributed import WORLD_SIZE
+
+BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,19 +51,18 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
     Raises UserError for what Ultralytics would refuse only after it has written files, and for what does not work with
     a teacher.
     """
+    check_types({k: v for k, v in settings.items() if k != "model"})
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
         args.imgsz = check_imgsz(args.imgsz, max_dim=1)  # [640, 480] means the larger one in a training
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     devices = check_device(args.device)
-    validate("epochs", args.epochs, PositiveInt, "must be a whole number of at least 1", "for example epochs=100")
     check_path(get_save_dir(args), "project")
     processes = max(WORLD_SIZE, len(devices.split(",")))
     if processes > 1 and args.batch < processes:
         raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
-    if str(args.optimizer).lower() not in OPTIMIZERS:
-        raise UserError(f"optimizer={args.optimizer}", "no such optimizer", f"one of: {', '.join(OPTIMIZERS)}")
+    check_memory("imgsz", args.imgsz, args.batch, devices)
     if not config.method_configs:
         return args
     if args.distill_model:
@@ -72,4 +73,25 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
         raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
     if args.batch < 1:
         raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
+    if config.teacher_imgsz is not None:
+        check_memory("teacher_imgsz", config.teacher_imgsz, args.batch, devices)
     return args
+
+
+def check_memory(key: str, imgsz: int, batch: float, devices: str) -> None:
+    """Raise UserError if the feature maps of a batch of square images cannot fit into the device's memory.
+
+    key: the setting that gives `imgsz`, in pixels. batch: below 1, Ultralytics chooses it. devices: as `check_device`
+    returns them.
+    """
+    first = devices.split(",")[0]
+    if first.isdigit():
+        memory = torch.cuda.get_device_properties(int(first)).total_memory
+    else:
+        memory = psutil.virtual_memory().total
+    needed = max(int(batch), 1) * imgsz**2 * BYTES_PER_PIXEL
+    if needed > memory:
+        problem = (
+            f"takes more than {needed / 2**30:,.0f} GiB of memory with batch={batch}; there are {memory / 2**30:.0f}"
+        )
+        raise UserError(f"{key}={imgsz}", problem, "give a smaller image size or a smaller batch")
