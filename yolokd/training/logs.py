@@ -51,6 +51,19 @@ def distillation_metrics(means: Mapping[str, float], clip: float, dropped: int) 
     return levels | {"clip/student": clip, "distill/dropped": dropped}
 
 
+def add_measurements(trainer: Any, metrics: Mapping[str, Any], dropped: int) -> dict[str, Any]:
+    """Return the metrics of an epoch with yolokd's columns, and log what these mean.
+
+    The trainer's own metrics get them, too, because TensorBoard, MLflow and other loggers log those.
+    dropped: the steps of the epoch without distillation.
+    """
+    clip, means = trainer.steps.mean_clip_coefficient(), trainer.criterion.recorder.means()
+    LOGGER.info(balance_summary(trainer.plan, means, clip))
+    measured = distillation_metrics(means, clip, dropped)
+    trainer.metrics = without_measurements(trainer.metrics) | measured
+    return without_measurements(metrics) | measured
+
+
 def without_measurements(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return metrics without yolokd's columns, which stay from the epoch before if there was no validation."""
     return {name: value for name, value in metrics.items() if not name.startswith(MEASUREMENTS)}
