@@ -263,4 +263,4 @@ def resume_hint(trainer: Any) -> str:
         return "there is no finished epoch to resume"
     if trainer.finished or (trainer.ddp and not sidecars(last)):
         return "the training is finished"
-    return f"go on with: yolokd train resume={quote(str(trainer.save_dir))}"
+    return f"go on with: yolokd train resume={quote(str(Path(trainer.save_dir).absolute()))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,32 @@ from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.config.defaults import defaults
-from yolokd.config.schema import DistillationConfig
+from yolokd.config.schema import DistillationConfig, normalize_teachers
 from yolokd.config.train_settings import check_types
 from yolokd.errors import UserError, first_line
-from yolokd.models.checkpoint import check_path
+from yolokd.models.checkpoint import as_paths, check_path
 from yolokd.runtime.distributed import WORLD_SIZE
 
 BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
+PATH_KEYS = ("teacher", "model", "data", "pretrained", "distill_model")
+
+
+def with_absolute_paths(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a run with absolute paths of files, so that it can be repeated from any folder.
+
+    Teachers that are model objects are saved to files first. Names that are no files stay as they are: Ultralytics
+    downloads yolov8l.pt, and brings coco8.yaml and yolov8n.yaml along.
+    """
+    paths = {key: keys[key] for key in PATH_KEYS if key in keys}
+    if "teacher" in paths:
+        paths["teacher"] = normalize_teachers(as_paths(paths["teacher"], "teacher"))
+    return dict(keys) | {key: _absolute(value) for key, value in paths.items()}
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_absolute(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str | Path) and os.path.isfile(value) else value
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,11 +58,13 @@ def check_device(device: object) -> str:
     Raises UserError if this machine has no such device.
     """
     try:
-        name = parse_device("" if device is None else device)
-        select_device(name, verbose=False)
+        name = str(parse_device("" if device is None else device))
+        selected = select_device(name, verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError(f"device={device}", first_line(e), "give one that is here, for example device=cpu") from e
-    return str(name)
+    if selected.type == "cpu" and name not in {"", "cpu"}:  # Ultralytics silently takes the CPU
+        raise UserError(f"device={device}", "this machine has no such device", "give one that it has, or device=cpu")
+    return name
 
 
 def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> Any:
