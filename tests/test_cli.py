@@ -202,7 +202,7 @@ def test_methods_lists_papers_and_constants(tmp_path: Path) -> None:
 
 def test_check_shows_the_pairing_and_writes_nothing(files: dict[str, str], tmp_path: Path) -> None:
     done = run_yolokd("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
-                  "method=dfd+pdf+sl2", "imgsz=64", cwd=tmp_path)  # fmt: skip
+                  "method=dfd+pdf+sl2", "imgsz=64", "teacher_precision=bf16", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (
         "P3",

@@ -355,7 +355,7 @@ def training(keys: dict[str, Any]) -> dict[str, Any]:
 def test_runs_in_the_ledger_are_not_run_again(
     keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys |= {"method": "none,native,dfd", "amp": "bf16"}
+    keys |= {"method": "none,native,dfd"}
     two_at_once = command(keys | {"device": "cpu,cpu"})
     first = subprocess.run(two_at_once, capture_output=True, text=True, timeout=400)
     assert first.returncode == 0, first.stderr

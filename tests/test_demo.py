@@ -33,7 +33,10 @@ def interrupt_after_the_teacher(folder: Path, *arguments: str) -> str:
     """Start a demo, interrupt it as Ctrl-C does when its teacher is trained, and return its last line."""
     command = [sys.executable, "-m", "yolokd", *arguments]
     environment = os.environ | {"XDG_DATA_HOME": str(folder / "share")}
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as demo:
+    with subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background processes ignore it
+    ) as demo:  # fmt: skip
         deadline = time.monotonic() + 200
         while not (folder / "runs/distill/demo/student-alone").exists() and time.monotonic() < deadline:
             time.sleep(0.05)

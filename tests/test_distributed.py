@@ -200,6 +200,7 @@ def test_a_process_that_stops_for_good_ends_the_training_after_a_while(data: str
     assert "go on with: yolokd train resume=" in output
 
 
+@pytest.mark.slow
 def test_two_machines_train_as_two_processes_of_one(launched: Path, data: str, teacher: str, tmp_path: Path) -> None:
     keys = settings(data, teacher, tmp_path / "run", balance=0.3)
     machine = [

@@ -143,7 +143,7 @@ def test_prompted_teachers_give_maps_and_no_logits(family: Any, cfg: str) -> Non
 def test_a_student_that_needs_prompts_is_refused(tmp_path: Path) -> None:
     """Ultralytics' detection trainer would call it without prompts."""
     path = save_checkpoint(WorldModel("yolov8s-world.yaml", nc=2, verbose=False), tmp_path / "world.pt")
-    with pytest.raises(UserError, match=r"is not a plain YOLO detector \(WorldDetect"):
+    with pytest.raises(UserError, match=r"is a YOLO-World, which is told its classes"):
         load_student(path, {"nc": 2, "channels": 3}, trust=False)
 
 

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
 from helpers.models import random_detector, save_checkpoint
 from helpers.runs import TINY, captured_log, train_one_epoch
+from PIL import EpsImagePlugin
 from ultralytics.cfg import get_cfg
-from ultralytics.utils import ROOT, YAML
+from ultralytics.data import utils
+from ultralytics.engine.exporter import export_formats
+from ultralytics.nn.autobackend import AutoBackend
+from ultralytics.utils import ROOT, YAML, checks
+from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolokd import UserError, YoloDistiller
+from yolokd.cli import predict, val
+from yolokd.commands.compare.identity import ComparisonRun
+from yolokd.commands.compare.process import execute_run
 from yolokd.config.parse import merge_cfg_file
 from yolokd.data.dataset import check_images, load_data
+from yolokd.distiller import load_yolo
 from yolokd.models.checkpoint import load_model, load_student
 from yolokd.patches.label_cache import load_label_cache
+from yolokd.patches.safe_imports import safe_imports
+from yolokd.patches.safe_loading import safe_loading
+from yolokd.training.launch import supervise_launch
 from yolokd.training.resume import load_saved_run
 from yolokd.training.sidecar import load_sidecar, save_sidecar, sidecar_path
 
@@ -199,3 +219,182 @@ def test_a_copied_run_resumes_where_it_lies_and_leaves_the_original_alone(interr
     loose = tmp_path / "loose"
     shutil.copytree(interrupted / "weights", loose)
     assert load_saved_run({"resume": str(loose / "last.pt")}).folder == loose
+
+
+class Writer(torch.nn.Module):
+    """A TorchScript program that writes a file at each forward pass."""
+
+    def __init__(self, target: Path) -> None:
+        super().__init__()
+        self.target = str(target)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, self.target)
+        return torch.zeros(1, 6, 84)
+
+
+def test_a_torchscript_model_runs_for_a_person_who_trusts_it_alone(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "save", torch.serialization.save)  # TorchScript does not know Ultralytics' replacement
+    model, target = tmp_path / "m.torchscript", tmp_path / "target"
+    torch.jit.script(Writer(target)).save(model)
+    keys = {"model": str(model), "imgsz": 64, "device": "cpu", "project": str(tmp_path / "runs")}
+    source = str(next((Path(data).parent / "images" / "val").iterdir()))
+    for run in (lambda: predict({**keys, "source": source}), lambda: val({**keys, "data": data})):
+        with pytest.raises(UserError, match=r"m\.torchscript: has a format that can hold programs"):
+            run()
+    with safe_loading(), pytest.raises(UserError, match="can hold programs"):
+        torch.jit.load(model)  # as the text model of a YOLOE
+    assert not target.exists()
+    predict({**keys, "source": source, "trust": True})
+    assert target.exists()
+
+
+def test_exported_models_of_all_formats_but_onnx_are_refused() -> None:
+    suffixes = [suffix for suffix in export_formats()["Suffix"] if suffix not in {".pt", ".onnx"}]
+    assert len(suffixes) > 15
+    for suffix in [*suffixes, "_saved_model", "_openvino_model"]:
+        with safe_loading(), pytest.raises(UserError, match="can hold programs"):
+            AutoBackend(f"model{suffix}")
+
+
+def test_no_code_runs_when_a_checkpoint_is_stripped(checkpoint: Path, tmp_path: Path) -> None:
+    target, best = tmp_path / "target", tmp_path / "best.pt"
+    torch.save(torch.load(checkpoint, weights_only=False) | {"extra": Payload(target)}, best)
+    before = best.read_bytes()
+    with safe_loading():
+        assert strip_optimizer(best) == {}
+        assert strip_optimizer(checkpoint, str(tmp_path / "stripped.pt"))["epoch"] == -1
+    assert not target.exists()
+    assert best.read_bytes() == before
+
+
+class HookedParameter(torch.nn.Parameter):
+    """A parameter whose pickle says that a class is to be called in each backward pass."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return torch._utils._rebuild_parameter, (self.data, True, OrderedDict({0: torch.nn.Sequential}))
+
+
+@pytest.mark.parametrize("place", ["layer", "parameter"])
+def test_a_checkpoint_that_hooks_functions_into_its_model_is_refused(place: str, tmp_path: Path) -> None:
+    """Hooks run at each forward or backward pass. Restricted loading keeps those that are known classes' functions."""
+    model = random_detector()
+    if place == "layer":
+        model.model[3].register_forward_pre_hook(torch.nn.Module.share_memory)
+    else:
+        model.model[3].conv.weight = HookedParameter(model.model[3].conv.weight.data)
+    with pytest.raises(UserError, match="could run code"):
+        load_model(save_checkpoint(model, tmp_path / "model.pt"), "teacher")
+
+
+def write_script(path: Path, target: Path) -> None:
+    """Write a program that only writes `target`."""
+    path.write_text(f"#!/bin/sh\ntouch '{target}'\n")
+    path.chmod(0o755)
+
+
+def test_a_checkpoint_installs_no_package(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key `modelopt` makes Ultralytics run `uv pip install`; here, a script stands for uv."""
+    target, model = tmp_path / "target", tmp_path / "model.pt"
+    write_script(tmp_path / "uv", target)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(checks, "AUTOINSTALL", True)
+    monkeypatch.setattr(checks, "ONLINE", True)
+    torch.save(torch.load(checkpoint, weights_only=False) | {"modelopt": {"modelopt": {}, "ranges": {}}}, model)
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        load_model(model, "teacher")
+    assert not target.exists()
+    with pytest.raises(UserError):
+        load_model(model, "teacher", trust=True)
+    assert target.exists()  # Ultralytics did run it
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_image_that_is_a_program_does_not_run_in_a_prediction_from_python(
+    stream: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, images = tmp_path / "target", tmp_path / "images"
+    write_script(tmp_path / "gs", target)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    images.mkdir()
+    (images / "a.avif").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n%%EOF\n")
+    cv2.imwrite(str(images / "b.png"), np.zeros((64, 64, 3), np.uint8))
+    distiller = YoloDistiller()
+    distiller._model = load_yolo(checkpoint)
+    results = list(distiller.predict(images, stream=stream, imgsz=64, device="cpu", verbose=False))
+    assert [Path(result.path).name for result in results] == ["b.png"]
+    assert not target.exists()
+
+
+@pytest.fixture
+def ran_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Work in a folder with two modules of the standard library's names; return the file that either writes."""
+    target = tmp_path / "target"
+    for name in ("multiprocessing", "colorsys"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(target)!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    return target
+
+
+def test_no_module_in_the_working_folder_runs_in_a_launch_of_processes(ran_module: Path) -> None:
+    command = [sys.executable, "-m", "colorsys"]  # stands for torch.distributed.run, which takes seconds
+    supervise_launch(lambda: subprocess.run(command, check=True), lambda: "")
+    assert not ran_module.exists()
+    subprocess.run(command, check=True)
+    assert ran_module.exists()
+
+
+def test_no_module_in_the_working_folder_runs_in_a_new_process(ran_module: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    with safe_imports():
+        process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert not ran_module.exists()
+
+
+@pytest.mark.slow
+def test_no_module_in_the_working_folder_runs_in_a_comparison(ran_module: Path, tmp_path: Path) -> None:
+    run = ComparisonRun("none", 0, "val", {}, "", "", "", tmp_path / "project")
+    with pytest.raises(RuntimeError, match="none with seed 0 failed"):
+        execute_run(run, "cpu")
+    assert not ran_module.exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_data_set_in_an_archive_writes_nothing_outside_its_folder(
+    kind: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path / "datasets" / "inner")
+    root, archive = Path(data).parent, tmp_path / f"set.{kind}"
+    members = {f"set/{path.relative_to(root)}": path for path in root.rglob("*") if path.suffix != ".cache"}
+    members = {name: path for name, path in members.items() if path.is_file()} | {"../escaped": Path(data)}
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as zipped:
+            for name, path in members.items():
+                zipped.write(path, name)
+    else:
+        with tarfile.open(archive, "w") as tar:
+            for name, path in members.items():
+                tar.add(path, name)
+    assert len(load_data(str(archive))["names"]) == 2
+    assert not (tmp_path / "datasets" / "escaped").exists()
+    assert not list((tmp_path / "datasets").rglob("escaped"))
+
+
+@pytest.mark.parametrize("reader", ["data", "cfg", "student", "tracker"])
+def test_no_code_in_a_yaml_file_runs(reader: str, tmp_path: Path) -> None:
+    target, path = tmp_path / "target", tmp_path / "yolov8n.yaml"
+    path.write_text(f"train: !!python/object/apply:os.mkdir ['{target}']\n")
+    readers: dict[str, Any] = {
+        "data": lambda: load_data(str(path)),
+        "cfg": lambda: merge_cfg_file({"cfg": path}),
+        "student": lambda: load_student(str(path), {"nc": 2, "channels": 3}, trust=False),
+        "tracker": lambda: YAML.load(path),
+    }
+    with pytest.raises((UserError, ValueError)):
+        readers[reader]()
+    assert not target.exists()

@@ -16,7 +16,7 @@ KEYS = {
     "format", "yolokd", "epoch", "device", "names", "own", "model", "gradients", "pending", "ema", "optimizer",
     "scaler", "stopper", "stop", "best_fitness", "fitness", "metrics", "csv", "streams", "teachers", "precisions",
     "criterion", "measured",
-    "content", "threads",  # since 0.2; a resume works without them
+    "content", "threads",  # added later; a resume works without them
 }  # fmt: skip
 STREAMS = {"random", "sampler", "buffer", "images"}
 RANDOM = {"python", "numpy", "torch", "cuda"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from copy import deepcopy
@@ -15,7 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers.data import write_dataset
-from helpers.models import calibrated_detector, random_detector, save_checkpoint
+from helpers.models import calibrated_detector, label_with, random_detector, save_checkpoint
 from helpers.results import rows, states_equal, weights
 from helpers.runs import TINY, captured_log, distil, train_and_stop, train_plainly
 from torch import nn
@@ -30,7 +29,6 @@ from yolokd.methods import Method
 from yolokd.models import precision
 from yolokd.training.sidecar import sidecar_path, sidecars
 
-STUDENTS = ("yolov8n.yaml", "yolo26n.yaml")
 # Every time for an end-to-end head, which Ultralytics handles separately; for the simpler one among the slow tests.
 SIMPLER_SLOW = (pytest.param("yolov8n.yaml", marks=pytest.mark.slow), "yolo26n.yaml")
 
@@ -42,7 +40,7 @@ def _first_training(data: str, tmp_path_factory: pytest.TempPathFactory) -> None
     YOLO("yolov8n.yaml").train(**TINY, data=data, epochs=1, project=str(root))
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
 def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -> None:
     ours = YoloDistiller(student=student, method="none")
     ours.train(**tiny)
@@ -59,7 +57,7 @@ def test_gradients_are_accumulated_as_in_plain_training(tiny: dict[str, Any]) ->
     assert states_equal(weights(ours.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("student", SIMPLER_SLOW)
 def test_gains_of_zero_give_the_weights_of_plain_training(student: str, tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, student, tiny | {"check_teacher": True}, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
     assert states_equal(weights(d.trainer), weights(train_plainly(student, tiny)))
@@ -349,15 +347,6 @@ def test_the_distiller_validates_predicts_and_exports(tiny: dict[str, Any], teac
     assert path.with_suffix(".parity.json").is_file()
 
 
-def label_with(model: nn.Module, data: Path, size: int, path: Path) -> None:
-    """Replace the labels of the validation set by a detector's predictions, so that it scores well without training."""
-    keys = {"imgsz": size, "conf": 0.3, "plots": False, "project": path.parent, "device": "cpu"}
-    predictions = YOLO(save_checkpoint(model, path)).val(data=data, save_txt=True, **keys).save_dir / "labels"
-    for label in (data.parent / "labels" / "val").glob("*.txt"):
-        predicted = predictions / label.name
-        label.write_text(predicted.read_text() if predicted.exists() else "")
-
-
 def test_a_teachers_score_does_not_depend_on_the_order_of_its_classes(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A teacher with more classes in another order scores the same as the teacher that has the data set's classes."""
     data = write_dataset(tmp_path / "d", val=12)
@@ -425,8 +414,8 @@ def test_a_segmentation_model_teaches_and_is_not_scored(tiny: dict[str, Any], tm
 
 
 @pytest.mark.parametrize(
-    "settings", [{"freeze": 22}, {"freeze": 16}, {"multi_scale": 0.5}, {"rect": True}, {"single_cls": True, "cls": 0.3},
-                 {"save_period": 1, "fraction": 0.5}, {"imgsz": [64, 32], "label_smoothing": 0.0}]
+    "settings", [{"freeze": 22}, {"freeze": 16, "multi_scale": 0.5}, {"rect": True, "save_period": 1, "fraction": 0.5},
+                 {"single_cls": True, "cls": 0.3, "imgsz": [64, 32], "label_smoothing": 0.0}]
 )  # fmt: skip
 def test_settings_of_ultralytics_work(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1} | settings)
@@ -485,12 +474,3 @@ def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any],
     resumed = YoloDistiller()
     resumed.train(resume=str(d.trainer.save_dir))
     assert resumed.trainer.criterion.stage.teacher.settings.dtype == precision.DTYPES[other]
-
-
-@pytest.mark.parametrize("first", ["from yolokd import YoloDistiller", "from ultralytics import YOLO"])
-def test_trainings_use_all_cores_whatever_is_imported_first(first: str, tmp_path: Path) -> None:
-    """Ultralytics sets OMP_NUM_THREADS=1 on import, and torch obeys it if it is imported later."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    code = f"{first}\nfrom yolokd.runtime.threads import training_threads\nprint(training_threads())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert int(done.stdout) == min(8, len(os.sched_getaffinity(0)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from yolokd.runtime.users_threads import note_users_threads
 from yolokd.version import __version__
 
 __all__ = ["Method", "UserError", "YoloDistiller", "__version__", "distillation_trainer", "register"]
+
+note_users_threads()  # before any module imports Ultralytics
 
 if TYPE_CHECKING:
     from yolokd.distiller import YoloDistiller, distillation_trainer

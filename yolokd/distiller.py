@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,11 @@ class YoloDistiller:
             return self.model.val(**with_data_file(kwargs))
 
     def predict(self, source: Any = None, **kwargs: Any) -> Any:
-        """Return Ultralytics' predictions of the student; keys are those of `yolo predict`."""
-        return self.model.predict(source, **kwargs)
+        """Return Ultralytics' predictions of the student, a generator with `stream=True`; keys as in `yolo predict`."""
+        trust = self.trainer is not None and self.trainer.plan.config.trust
+        with safe_loading(trust):
+            results = self.model.predict(source, **kwargs)
+        return _iterate_safely(results, trust) if kwargs.get("stream") else results
 
     def export(self, **kwargs: Any) -> Path:
         """Export the student, compare an ONNX file with the checkpoint, and return the file's path.
@@ -127,6 +130,17 @@ def load_yolo(path: str | Path, trust: bool = False) -> YOLO:
         load_model(path, "model", trust)
     with safe_loading(trust):
         return YOLO(str(path))
+
+
+def _iterate_safely(results: Iterator[Any], trust: bool) -> Iterator[Any]:
+    """Yield results that Ultralytics computes one by one, with safe loading while it computes."""
+    end = object()
+    while True:
+        with safe_loading(trust):
+            result = next(results, end)
+        if result is end:
+            return
+        yield result
 
 
 def _new_run_overrides(keys: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+MAX_SHOWN = 300  # characters of an argument, and of a problem, in a message
+
 
 class UserError(ValueError):
     """A mistake in the user's input; the message names argument, problem and cure in one line.
@@ -19,7 +21,11 @@ class UserError(ValueError):
 
     def __init__(self, argument: str, problem: str, cure: str) -> None:
         self.argument, self.problem, self.cure = argument, problem, cure
-        super().__init__(" ".join(f"{argument}: {problem} ({cure})".split()))
+        super().__init__(" ".join(f"{_shorten(argument)}: {_shorten(problem)} ({cure})".split()))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def first_line(error: Exception) -> str:

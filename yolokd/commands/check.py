@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils.torch_utils import get_num_params, parse_device, select_device
 
-from yolokd.data.dataset import check_images, sample_batch
+from yolokd.data.dataset import sample_batch
 from yolokd.distillation.stage import build_methods
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape, level_name
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training.plan import PairedTeacher, TrainPlan, make_plan, training_imgsz
+from yolokd.training.plan import PairedTeacher, TrainPlan, check_data, make_plan, training_imgsz
 from yolokd.training.settings import training_keys
 
 
@@ -30,7 +30,7 @@ def print_check(keys: Mapping[str, Any]) -> None:
     Trains nothing. Raises UserError for what the training would refuse.
     """
     plan = make_plan(training_keys(keys))
-    check_images(plan.data, plan.args, plan.config.trust)
+    check_data(plan)
     imgsz = training_imgsz(plan.args.imgsz, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.teachers:

@@ -75,7 +75,9 @@ class DistillationCriterion(nn.Module):
         if self._base is None:
             student = self._student()
             assert student is not None
-            self._base = student.init_criterion()
+            # TensorBoard's trace reads every property in inference mode, whose tensors no training can use later.
+            with torch.inference_mode(False):
+                self._base = student.init_criterion()
         return self._base
 
     @base.setter

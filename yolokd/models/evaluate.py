@@ -73,7 +73,9 @@ def check_teacher(
         return None
     scores = score(aligned_copy(teacher, names, classes.mapping), settings, save_dir)
     LOGGER.info(f"teacher: mAP50-95 {scores.map:.3f}, mAP50 {scores.map50:.3f} on the validation set")
-    unknown = [names[i] for i in sorted(set(names) - set(classes.student))]
+    used = settings.get("classes")
+    used = names if used is None else used if isinstance(used, list) else [used]
+    unknown = [name for i, name in names.items() if i in used and i not in classes.student]
     if unknown:
         LOGGER.warning(
             f"teacher: does not know {', '.join(unknown)}: these classes the student learns from the labels only"

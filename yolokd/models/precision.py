@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,13 +90,6 @@ def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teach
             return low, [*notes, f"{trial}: taken"]
         notes.append(f"{trial}: not taken")
     return plain, notes or [f"this {images.device.type.upper()} has no fast instructions below fp32"]
-
-
-def clock(device: torch.device) -> float:
-    """Return the time in seconds, after the device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def measure_precision(name: Precision, plain: Teacher, low: Teacher, images: Tensor) -> Trial:

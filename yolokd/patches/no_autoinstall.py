@@ -1,4 +1,4 @@
-"""An export that installs no packages."""
+"""Commands that install no packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def no_autoinstall() -> Iterator[None]:
     """Let Ultralytics fail on a missing package inside the block, instead of running pip.
 
     Replaces: `utils.checks.AUTOINSTALL`.
-    Why: an export must not change the user's environment; Ultralytics reads YOLO_AUTOINSTALL once, when imported.
+    Why: an export must not change the user's environment, nor must a file: a checkpoint with a key `modelopt`, or an
+    image in the format HEIC, makes Ultralytics run pip. It reads YOLO_AUTOINSTALL once, when imported.
     Unnecessary once: Ultralytics asks before it installs, or takes the choice as an argument.
     """
     with patched(checks, "AUTOINSTALL", False):

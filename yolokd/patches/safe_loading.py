@@ -1,4 +1,4 @@
-"""Loading of checkpoints and data sets without running code from them."""
+"""Loading of models and data sets without running code from them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from ultralytics.utils import ROOT
 
 from yolokd.errors import UserError
 from yolokd.patches.label_cache import safe_label_caches
+from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.patched import patched
+from yolokd.patches.safe_models import safe_models
 
 
 @contextmanager
 def safe_loading(trust: bool = False) -> Iterator[None]:
-    """Load checkpoints and data sets inside the block without running code from them; `trust=True` allows the code.
+    """Load models and data sets inside the block without running code from them; `trust=True` allows the code.
 
-    A checkpoint may then hold objects of known classes only, a model's .yaml may name known layers only, and a label
-    cache may hold plain data only. A data set's `download:` may be an archive's address, or
-    the Python code of a data set that Ultralytics ships; other code and shell commands do not run.
+    What models may hold, `safe_models` says. A label cache may hold plain data only. A data set's `download:` may be an
+    archive's address, or the Python code of a data set that Ultralytics ships; other code and shell commands do not
+    run. No file makes Ultralytics install a package, or Pillow run Ghostscript.
     The replacements hold for the whole process: do not use this in two threads at once.
     Raises UserError if torch is too old for restricted loading and, inside the block, for a data set whose images are
     missing and whose `download:` is refused.
 
-    Replaces: `nn.tasks.SAFE_LOAD`, and the names `exec` and `subprocess` in `data.utils`.
-    Why: a pickle, the `activation:` of a model's .yaml or a download script can run any code. Ultralytics allows all by
-    default: it reads ULTRALYTICS_SAFE_LOAD once, when imported; `load_checkpoint` and `DetectionModel` have no argument
-    for it, and scripts always run.
-    Unnecessary once: `load_checkpoint`, `DetectionModel`, `YOLO` and `check_det_dataset` take an argument that forbids
-    such code.
+    Replaces: the names `exec` and `subprocess` in `data.utils`.
+    Why: a download script can run any code, and Ultralytics always runs it.
+    Unnecessary once: `check_det_dataset` takes an argument that forbids scripts.
     """
     if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
         raise UserError("torch", f"{torch.__version__} cannot load checkpoints safely", "install torch >= 2.6")
@@ -45,11 +44,12 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
         return
     subprocess = SimpleNamespace(run=_refuse)
     with (
-        patched(tasks, "SAFE_LOAD", True),
+        safe_models(),
         patched(utils, "exec", _exec),
         patched(utils, "subprocess", subprocess),
         safe_label_caches(),
         no_ghostscript(),
+        no_autoinstall(),
     ):
         yield
 

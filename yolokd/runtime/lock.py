@@ -33,7 +33,7 @@ class FolderLock:
         if os.environ.get(VARIABLE) == str(folder):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK_FILE)
+        lock = FileLock(folder / LOCK_FILE, is_singleton=True)  # one process may make several trainers
         try:
             lock.acquire(timeout=0)
         except Timeout as e:

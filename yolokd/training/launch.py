@@ -15,6 +15,7 @@ import torch
 from yolokd.data.fingerprint import content_hash, image_names_hash
 from yolokd.errors import UserError
 from yolokd.patches.ddp_on_cpu import ddp_on_cpu
+from yolokd.patches.safe_imports import safe_imports
 from yolokd.runtime.distributed import IS_MAIN, STEP_TIMEOUT, T, all_gather, shorten_timeout, timed_out
 from yolokd.runtime.signals import Interrupted, StopRequest, handle_signals
 
@@ -62,7 +63,7 @@ def supervise_launch(launch: Callable[[], T], resume_hint: Callable[[], str]) ->
 
     Raises Interrupted if this process received a signal, and UserError if one of the processes failed.
     """
-    with handle_signals(SignalRelay()) as request:
+    with handle_signals(SignalRelay()) as request, safe_imports():
         try:
             return launch()
         except subprocess.CalledProcessError as e:

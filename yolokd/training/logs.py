@@ -11,6 +11,7 @@ from ultralytics.utils import LOGGER, YAML
 from yolokd.pyramid.level import level_name
 from yolokd.training.plan import TrainPlan
 
+MEASUREMENTS = ("level/", "clip/", "distill/")  # how the names of yolokd's columns of results.csv begin
 OF_ONE_RUN = frozenset({"save_dir", "resume", "mode", "task", "cfg"})  # settings that a repeated run must not take
 
 
@@ -48,6 +49,24 @@ def distillation_metrics(means: Mapping[str, float], clip: float, dropped: int) 
     """Return yolokd's columns of results.csv. dropped: the steps of the epoch without distillation."""
     levels = {f"level/{name}": value for name, value in means.items()}
     return levels | {"clip/student": clip, "distill/dropped": dropped}
+
+
+def add_measurements(trainer: Any, metrics: Mapping[str, Any], dropped: int) -> dict[str, Any]:
+    """Return the metrics of an epoch with yolokd's columns, and log what these mean.
+
+    The trainer's own metrics get them, too, because TensorBoard, MLflow and other loggers log those.
+    dropped: the steps of the epoch without distillation.
+    """
+    clip, means = trainer.steps.mean_clip_coefficient(), trainer.criterion.recorder.means()
+    LOGGER.info(balance_summary(trainer.plan, means, clip))
+    measured = distillation_metrics(means, clip, dropped)
+    trainer.metrics = without_measurements(trainer.metrics) | measured
+    return without_measurements(metrics) | measured
+
+
+def without_measurements(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics without yolokd's columns, which stay from the epoch before if there was no validation."""
+    return {name: value for name, value in metrics.items() if not name.startswith(MEASUREMENTS)}
 
 
 def without_distillation(labels: Any, prefix: str, plan: TrainPlan) -> Any:

@@ -13,10 +13,10 @@ from ultralytics.utils.checks import check_imgsz
 from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
-from yolokd.data.dataset import load_data, sample_batch
+from yolokd.data.dataset import check_images, load_data, sample_batch
 from yolokd.errors import UserError
 from yolokd.methods import registered
-from yolokd.models.checkpoint import load_student, load_teacher
+from yolokd.models.checkpoint import load_model, load_student, load_teacher
 from yolokd.models.detector import Detector, read_pyramid
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
@@ -67,6 +67,9 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     files = config.teachers if config.method_configs else ()
     for file in files:
         _check_distinct(file, settings.get("model"))
+    for key in ("pretrained", "distill_model"):
+        if isinstance(settings.get(key), str | Path):
+            load_model(settings[key], key, config.trust)
     models = {file: load_teacher(file, config.trust) for file in files}
     # Data after the teachers: the embedded set is drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
@@ -102,6 +105,28 @@ def training_imgsz(imgsz: object, plan: TrainPlan) -> int:
     """Return the image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
     largest = max([32, *map(int, plan.student.stride)])
     return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))
+
+
+def check_data(plan: TrainPlan) -> int:
+    """Check images and labels as `check_images` does, and return the number of training images.
+
+    Raises UserError also if the last batch would be too small.
+    """
+    images = check_images(plan.data, plan.args, plan.config.trust)
+    _check_last_batch(plan, images)
+    return images
+
+
+def _check_last_batch(plan: TrainPlan, images: int) -> None:
+    """Raise UserError if a batch of one image would reach the coarsest level as one position: BatchNorm needs two.
+
+    images: the number of training images.
+    """
+    args, stride = plan.args, max(map(int, plan.student.stride))
+    if training_imgsz(args.imgsz, plan) > stride or 1 not in (args.batch, images % max(int(args.batch), 1)):
+        return
+    problem = f"leaves one position of one image at stride {stride} in a batch, and BatchNorm needs two values"
+    raise UserError(f"imgsz={args.imgsz} batch={args.batch}", problem, f"give imgsz={2 * stride}, or another batch")
 
 
 def _check_distinct(teacher: object, student: object) -> None:

@@ -19,14 +19,14 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
 from yolokd.config.parse import method_names, split_keys, without_trust
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
-from yolokd.data.dataset import check_images, data_file
+from yolokd.data.dataset import data_file
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import Detector
 from yolokd.runtime.distributed import IS_MAIN
 from yolokd.runtime.files import remove_temporary_files
-from yolokd.training.plan import TrainPlan, make_plan
+from yolokd.training.plan import TrainPlan, check_data, make_plan
 from yolokd.training.sidecar import State, load_sidecar, sidecars
 from yolokd.training.state import restore_state
 
@@ -136,7 +136,7 @@ def plan_run(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> T
         plan = make_plan(merge_keys(cfg, keys, saved_run))
         if saved_run is not None:
             check_same_run(plan, saved_run)
-        check_images(plan.data, plan.args, plan.config.trust)
+        check_data(plan)
     return plan
 
 
@@ -263,4 +263,4 @@ def resume_hint(trainer: Any) -> str:
         return "there is no finished epoch to resume"
     if trainer.finished or (trainer.ddp and not sidecars(last)):
         return "the training is finished"
-    return f"go on with: yolokd train resume={quote(str(trainer.save_dir))}"
+    return f"go on with: yolokd train resume={quote(str(Path(trainer.save_dir).absolute()))}"

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
+import psutil
+import torch
 from ultralytics.cfg import get_cfg, get_save_dir
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.torch_utils import parse_device, select_device
 
 from yolokd.config.defaults import defaults
-from yolokd.config.schema import DistillationConfig
-from yolokd.config.ultralytics_keys import OPTIMIZERS
-from yolokd.config.validate import validate
+from yolokd.config.schema import DistillationConfig, normalize_teachers
+from yolokd.config.train_settings import check_types
 from yolokd.errors import UserError, first_line
-from yolokd.models.checkpoint import check_path
+from yolokd.models.checkpoint import as_paths, check_path
 from yolokd.runtime.distributed import WORLD_SIZE
+
+BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
+PATH_KEYS = ("teacher", "model", "data", "pretrained", "distill_model")
+
+
+def with_absolute_paths(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a run with absolute paths of files, so that it can be repeated from any folder.
+
+    Teachers that are model objects are saved to files first. Names that are no files stay as they are: Ultralytics
+    downloads yolov8l.pt, and brings coco8.yaml and yolov8n.yaml along.
+    """
+    paths = {key: keys[key] for key in PATH_KEYS if key in keys}
+    if "teacher" in paths:
+        paths["teacher"] = normalize_teachers(as_paths(paths["teacher"], "teacher"))
+    return dict(keys) | {key: _absolute(value) for key, value in paths.items()}
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_absolute(item) for item in value]
+    return os.path.abspath(value) if isinstance(value, str | Path) and os.path.isfile(value) else value
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,11 +58,13 @@ def check_device(device: object) -> str:
     Raises UserError if this machine has no such device.
     """
     try:
-        name = parse_device("" if device is None else device)
-        select_device(name, verbose=False)
+        name = str(parse_device("" if device is None else device))
+        selected = select_device(name, verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError(f"device={device}", first_line(e), "give one that is here, for example device=cpu") from e
-    return str(name)
+    if selected.type == "cpu" and name not in {"", "cpu"}:  # Ultralytics silently takes the CPU
+        raise UserError(f"device={device}", "this machine has no such device", "give one that it has, or device=cpu")
+    return name
 
 
 def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> Any:
@@ -49,19 +73,18 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
     Raises UserError for what Ultralytics would refuse only after it has written files, and for what does not work with
     a teacher.
     """
+    check_types({k: v for k, v in settings.items() if k != "model"})
     try:
         args = get_cfg(overrides={k: v for k, v in settings.items() if k != "model"})
         args.imgsz = check_imgsz(args.imgsz, max_dim=1)  # [640, 480] means the larger one in a training
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     devices = check_device(args.device)
-    validate("epochs", args.epochs, PositiveInt, "must be a whole number of at least 1", "for example epochs=100")
     check_path(get_save_dir(args), "project")
     processes = max(WORLD_SIZE, len(devices.split(",")))
     if processes > 1 and args.batch < processes:
         raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
-    if str(args.optimizer).lower() not in OPTIMIZERS:
-        raise UserError(f"optimizer={args.optimizer}", "no such optimizer", f"one of: {', '.join(OPTIMIZERS)}")
+    check_memory("imgsz", args.imgsz, args.batch, devices)
     if not config.method_configs:
         return args
     if args.distill_model:
@@ -72,4 +95,25 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
         raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
     if args.batch < 1:
         raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
+    if config.teacher_imgsz is not None:
+        check_memory("teacher_imgsz", config.teacher_imgsz, args.batch, devices)
     return args
+
+
+def check_memory(key: str, imgsz: int, batch: float, devices: str) -> None:
+    """Raise UserError if the feature maps of a batch of square images cannot fit into the device's memory.
+
+    key: the setting that gives `imgsz`, in pixels. batch: below 1, Ultralytics chooses it. devices: as `check_device`
+    returns them.
+    """
+    first = devices.split(",")[0]
+    if first.isdigit():
+        memory = torch.cuda.get_device_properties(int(first)).total_memory
+    else:
+        memory = psutil.virtual_memory().total
+    needed = max(int(batch), 1) * imgsz**2 * BYTES_PER_PIXEL
+    if needed > memory:
+        problem = (
+            f"takes more than {needed / 2**30:,.0f} GiB of memory with batch={batch}; there are {memory / 2**30:.0f}"
+        )
+        raise UserError(f"{key}={imgsz}", problem, "give a smaller image size or a smaller batch")

@@ -15,7 +15,7 @@ from yolokd.models.precision import choose_precision, name_of
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, broadcast
 from yolokd.training.plan import PairedTeacher, TrainPlan
 
-SCORING_SETTINGS = ("data", "imgsz", "device", "workers", "split", "single_cls")
+SCORING_SETTINGS = ("data", "imgsz", "device", "workers", "split", "single_cls", "classes")
 
 
 def optimize_teachers(plan: TrainPlan, precisions: Sequence[Any], images: Tensor) -> tuple[PairedTeacher, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.config.parse import split_keys
 from yolokd.data.dataset import sample_batch
 from yolokd.distillation.criterion import DistillationCriterion
-from yolokd.models.checkpoint import as_paths, load_model
+from yolokd.models.checkpoint import load_model
 from yolokd.patches.patched import patched
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import adapters_not_counted, atomic_stripping, bfloat16_on_cpu
@@ -32,6 +33,7 @@ from yolokd.training.launch import same_content_hash, supervise_launch, worker_p
 from yolokd.training.optimizer import OptimizerSteps, StepAfterEveryBatch
 from yolokd.training.plan import TrainPlan, training_imgsz
 from yolokd.training.provenance import provenance
+from yolokd.training.settings import with_absolute_paths
 from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.state import capture_state, capture_streams, restore_streams
 from yolokd.training.teachers import optimize_teachers, score_teachers
@@ -50,9 +52,7 @@ class DistillationTrainer(DetectionTrainer):
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
-        keys = dict(overrides or {})
-        if "teacher" in keys:
-            keys["teacher"] = as_paths(keys["teacher"], "teacher")
+        keys = with_absolute_paths(overrides or {})
         self.saved_run = resume.load_saved_run(keys) if keys.get("resume") else None
         if IS_DISTRIBUTED:
             keys["device"] = distributed.init_process_group(resume.device_of_run(keys, self.saved_run))
@@ -88,7 +88,7 @@ class DistillationTrainer(DetectionTrainer):
             self.world_size = WORLD_SIZE
             self.args.rect = False  # Ultralytics' own launch does so: rect gives processes unequal numbers of batches
         # A resumed checkpoint's arguments hold yolokd's keys, too: also those of a method that force=True has replaced.
-        own = self.plan.config.flat() | {"save_dir": str(self.save_dir)}
+        own = self.plan.config.flat() | {"save_dir": os.path.abspath(self.save_dir)}
         self.args = type(self.args)(**split_keys(vars(self.args)).ultralytics | own)
 
     def _add_own_callbacks(self) -> None:
@@ -239,10 +239,7 @@ class DistillationTrainer(DetectionTrainer):
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         """Write a row of results.csv, with the measurements per level and the student's clip coefficient."""
         if self.criterion is not None:
-            clip = self.steps.mean_clip_coefficient()
-            means = self.criterion.recorder.means()
-            metrics = metrics | logs.distillation_metrics(means, clip, sum(self._dropped_by_rank))
-            LOGGER.info(logs.balance_summary(self.plan, means, clip))
+            metrics = logs.add_measurements(self, metrics, sum(self._dropped_by_rank))
         logs.rotate_results_csv(self.csv, metrics, self.epoch)
         super().save_metrics(metrics)
 
@@ -290,7 +287,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def final_eval(self) -> None:
         """Finish as Ultralytics does, and remove the sidecar: a finished run has nothing to resume."""
-        if self.resume and self.best.exists():  # Ultralytics' stripping loads it without restriction
+        if self.resume and self.best.exists():  # Ultralytics would skip a broken one with a warning
             load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
         if IS_MAIN:

@@ -17,7 +17,6 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
 from yolokd.config.parse import split_keys
 from yolokd.errors import UserError
-from yolokd.models.precision import clock
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.runtime.threads import training_threads
@@ -113,7 +112,10 @@ class Candidate:
         return StepSeconds(step, loaded - started, self._teacher_seconds, self._methods_seconds())
 
     def _now(self) -> float:
-        return clock(self.trainer.device)
+        """Return the time in seconds, after the device has finished its queued work."""
+        if self.trainer.device.type == "cuda":
+            torch.cuda.synchronize(self.trainer.device)
+        return time.perf_counter()
 
     def _time_teacher(self) -> None:
         """Measure the teacher's seconds; not on CUDA, where the teacher runs at the same time as the student."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from yolokd.commands.bench.candidate import BenchSetting, Candidate
+from yolokd.patches.safe_imports import safe_imports
 from yolokd.runtime.console import warnings_only
 
 
@@ -21,7 +22,8 @@ def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, setting, candidate.method, candidate.trainer.args.amp))
-    process.start()
+    with safe_imports():
+        process.start()
     sender.close()
     try:
         return float(receiver.recv())

@@ -24,13 +24,13 @@ from yolokd.config.parse import check_keys
 from yolokd.config.schema import DistillationConfig, normalize_teachers, teacher_files
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.config.validate import validate
-from yolokd.data.dataset import check_images, data_file, split_images
+from yolokd.data.dataset import data_file, split_images
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import as_paths, load_model, load_teacher
 from yolokd.models.detector import Detector, only_detects
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.console import CONSOLE
-from yolokd.training.plan import TrainPlan, make_plan
+from yolokd.training.plan import TrainPlan, check_data, make_plan
 from yolokd.training.settings import training_keys
 
 QUIET = {"plots": False, "verbose": False, "check_teacher": False}
@@ -136,7 +136,7 @@ def _plan_trainings(
         plan = _check_training(method, keys, split)
         if content is None:
             # Before files are hashed: the scan repairs some of them.
-            images = check_images(plan.data, plan.args, plan.config.trust)
+            images = check_data(plan)
             content = read_shared_content(inputs.keys, plan, split)
         keys |= reported_defaults(plan.config)
         config, ground = training_hash(method, content, plan.config), ground_hash(content, split)

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.train_and_score import train_and_score
+from yolokd.patches.safe_imports import safe_imports
 
 
 def execute_run(run: ComparisonRun, device: object) -> None:
@@ -31,7 +32,8 @@ def execute_run(run: ComparisonRun, device: object) -> None:
 def _start_process(run: ComparisonRun, device: object) -> None:
     """Start the run's process and wait for its end. Raises RuntimeError if it leaves no scores."""
     process = multiprocessing.get_context("spawn").Process(target=_run_in_process, args=(run, device))
-    process.start()
+    with safe_imports():
+        process.start()
     process.join()
     if process.exitcode != 0 or not run.scores_path.exists():
         log = run.folder / "log.txt"
