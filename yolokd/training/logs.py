@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from yolokd.pyramid.level import level_name
 from yolokd.training.plan import TrainPlan
 
 MEASUREMENTS = ("level/", "clip/", "distill/")  # how the names of yolokd's columns of results.csv begin
+LEAST_SHARE = 0.01  # ours: a level with less of the teacher's confidence is as good as not taught
 OF_ONE_RUN = frozenset({"save_dir", "resume", "mode", "task", "cfg"})  # settings that a repeated run must not take
 
 
@@ -28,7 +29,7 @@ def log_pairing(plan: TrainPlan) -> None:
 
 
 def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) -> str:
-    """Return one log line: how hard each method pulls at each level, beside the YOLO loss.
+    """Return one log line: what the teacher teaches where, and how hard each method pulls, beside the YOLO loss.
 
     means: the measurements of an epoch by column name (`P3/pdf_ratio`, `P3/share`, …). clip: the mean factor by which
     the student's gradients were clipped.
@@ -39,10 +40,36 @@ def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) ->
         for method in plan.config.method_configs
     )
     confidence = ", ".join(f"{level} {means[f'{level}/share']:.2%}" for level in levels)
+    shares = {level: means[f"{level}/share"] for level in levels}
     return (
-        f"distillation gradient as a multiple of the YOLO loss's: {'; '.join(ratios)}. "
+        f"distillation: {taught_levels(shares, plan.config.level_weights)}. "
+        f"Its gradient as a multiple of the YOLO loss's: {'; '.join(ratios)}. "
         f"Teacher's confidence by level: {confidence}. Student's gradients were clipped to {clip:.3g} of their norm."
     )
+
+
+def taught_levels(shares: Mapping[str, float], level_weights: str) -> str:
+    """Return in words at which levels the teacher is confident, and what that means for the student.
+
+    shares: {name of a level: the teacher's share of confidence there}.
+
+    >>> taught_levels({"P3": 0.995, "P4": 0.003, "P5": 0.002}, "confidence")
+    'the teacher sees objects at P3 only: P4 and P5 are not taught'
+    >>> taught_levels({"P3": 0.6, "P4": 0.396, "P5": 0.004}, "uniform")
+    'the teacher sees objects at P3 and P4 only; level_weights=uniform teaches P5, too'
+    """
+    seen = [level for level, share in shares.items() if share >= LEAST_SHARE]
+    unseen = [level for level in shares if level not in seen]
+    if not unseen or not seen:
+        return "the teacher teaches at all levels"
+    where = f"the teacher sees objects at {_and(seen)} only"
+    if level_weights == "uniform":
+        return f"{where}; level_weights=uniform teaches {_and(unseen)}, too"
+    return f"{where}: {_and(unseen)} {'is' if len(unseen) == 1 else 'are'} not taught"
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def distillation_metrics(means: Mapping[str, float], clip: float, dropped: int) -> dict[str, float]:

@@ -36,6 +36,7 @@ from yolokd.training.provenance import provenance
 from yolokd.training.settings import with_absolute_paths
 from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.state import capture_state, capture_streams, restore_streams
+from yolokd.training.summary import run_summary, teacher_sizes
 from yolokd.training.teachers import optimize_teachers, score_teachers
 
 
@@ -173,6 +174,7 @@ class DistillationTrainer(DetectionTrainer):
         self.ema.ema._modules.pop("criterion", None)
         if IS_MAIN and self.plan.teachers:
             logs.log_pairing(self.plan)
+            self._teacher_sizes = teacher_sizes(self)
             if self.plan.config.check_teacher and not self.resume:
                 self.teacher_score = score_teachers(self.plan, self.args, self.batch_size * 2, self.save_dir)
         # The whole teachers were needed for their scores only: free their memory.
@@ -292,4 +294,6 @@ class DistillationTrainer(DetectionTrainer):
         super().final_eval()
         if IS_MAIN:
             drop_sidecars(self.last)
+        if IS_MAIN and self.plan.teachers:
+            LOGGER.info(run_summary(self, self._teacher_sizes))
         self.finished = True

@@ -1,0 +1,70 @@
+"""The summary at the end of a run: each teacher and the student, side by side."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from ultralytics.utils.torch_utils import get_flops, get_num_params
+
+from yolokd.models.detector import Detector
+from yolokd.runtime.console import make_console, table_width
+
+SCORE = "metrics/mAP50-95(B)"  # the name of the column in results.csv
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model costs: parameters, GFLOPs of a forward pass of one training image, bytes of its file."""
+
+    name: str
+    parameters: int
+    gflops: float
+    bytes: int
+
+    def cells(self) -> tuple[str, str, str]:
+        """Return the numbers as text, with units that a reader can compare."""
+        return f"{self.parameters / 1e6:.2f} million", f"{self.gflops:.2f}", f"{self.bytes / 1e6:.1f} MB"
+
+
+def model_size(model: Detector, file: Path, imgsz: int) -> ModelSize:
+    """Return the size of a model, which the checkpoint `file` holds, for square images of `imgsz` pixels."""
+    return ModelSize(file.name, get_num_params(model), get_flops(model, imgsz), file.stat().st_size)
+
+
+def teacher_sizes(trainer: Any) -> list[ModelSize]:
+    """Return the sizes of a trainer's teachers, while it still has the whole models."""
+    return [
+        model_size(paired.model, Path(paired.model.pt_path), trainer.args.imgsz) for paired in trainer.plan.teachers
+    ]
+
+
+def run_summary(trainer: Any, teachers: Sequence[ModelSize]) -> str:
+    """Return a table of a finished run as text: scores of teachers and student, and what each model costs."""
+    imgsz = trainer.args.imgsz
+    title = f"result on the validation set, images of {imgsz} pixels"
+    table = Table("model", "mAP50-95", "parameters", "GFLOPs", "file", title=title, title_justify="left")
+    scores = [None] * (len(teachers) - 1) + [trainer.teacher_score]  # a trainer keeps that of the last teacher
+    for teacher, score in zip(teachers, scores, strict=True):
+        table.add_row(f"teacher {teacher.name}", "not measured" if score is None else f"{score:.3f}", *teacher.cells())
+    if trainer.args.val and (first := _first_row(trainer.csv)):
+        table.add_row(f"student after epoch {first['epoch']}", f"{float(first[SCORE]):.3f}")
+    student = model_size(trainer.ema.ema, trainer.best if trainer.best.exists() else trainer.last, imgsz)
+    table.add_row(f"student {student.name}", f"{trainer.metrics[SCORE]:.3f}", *student.cells())
+    console = make_console(width=table_width())
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _first_row(path: Path) -> dict[str, str] | None:
+    """Return the first row of results.csv, or None if it holds no score."""
+    if not path.exists():
+        return None
+    with open(path, encoding="utf-8") as f:
+        row = next(csv.DictReader(f, skipinitialspace=True), None)
+    return row if row is not None and row.get(SCORE) else None
