@@ -69,12 +69,12 @@ class Candidate:
     def __init__(self, setting: BenchSetting, method: str, amp: object) -> None:
         self.method, self.amp, self.batch = method, str(amp), setting.batch
         keys = setting.keys(amp, f"{method}-{amp}".replace(", ", "-"))
-        self.trainer: Any = (
-            build_native_trainer(setting, keys)
-            if method.startswith(NATIVE)
-            else build_yolokd_trainer(setting, keys, method)
-        )
         with bfloat16_on_cpu(), safe_loading(bool(dict(setting.other_keys).get("trust"))):
+            self.trainer: Any = (
+                build_native_trainer(setting, keys)
+                if method.startswith(NATIVE)
+                else build_yolokd_trainer(setting, keys, method)
+            )
             self.trainer._setup_train()
         self.trainer._model_train()
         # A benchmark may take more steps than fit into two epochs. After the last epoch a scheduled gain would be 0,
