@@ -24,7 +24,7 @@ def break_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]
 
     def broken(self: Teacher, *args: Any) -> TeacherOutput:
         output = run(self, *args)
-        if next(counter) in steps:
+        if len(args[0]) > 1 and next(counter) in steps:  # the plan tries one image before the training
             output.maps[16][1] = value
         return output
 
@@ -151,6 +151,8 @@ def test_steps_in_which_float16_overflows_are_dropped(
 
     def overflowing(self: Teacher, *args: Any) -> TeacherOutput:
         output = run(self, *args)
+        if len(args[0]) == 1:  # the plan tries one image before the training
+            return output
         return TeacherOutput({s: (m * 1e30).half() for s, m in output.maps.items()}, *list(vars(output).values())[1:])
 
     monkeypatch.setattr(Teacher, "_run", overflowing)
