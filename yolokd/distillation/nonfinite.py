@@ -22,7 +22,7 @@ MAX_NAMED_IMAGES = 3  # in a message
 
 @dataclass(frozen=True)
 class _Step:
-    """What a message says of a step: where its gradients were watched, and the files of its images."""
+    """The facts about a step that a message names: where its gradients were watched, and the files of its images."""
 
     places: Sequence[str]
     images: Sequence[str]
