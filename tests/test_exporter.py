@@ -244,14 +244,23 @@ def sizes_of_record(folder: Path) -> list[tuple[int, int, int]]:
     return [(row["batch"], row["height"], row["width"]) for row in rows]
 
 
+def copy_export(exported: ExportReport, checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint, its ONNX file and its record into a folder; return the checkpoint's copy."""
+    for file in (exported.path, exported.parity):
+        shutil.copy(str(file), folder)
+    return Path(shutil.copy(checkpoint, folder / "best.pt"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_a_full_disk_leaves_the_old_file_and_its_record(
     plain: ExportReport, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """A limit on the size of this process's files stands for a full disk."""
-    model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
-    for file in (plain.path, plain.parity):
-        shutil.copy(str(file), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = copy_export(plain, checkpoints["v8"], tmp_path)
+    before = contents(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
@@ -261,7 +270,7 @@ def test_a_full_disk_leaves_the_old_file_and_its_record(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.slow
@@ -269,12 +278,10 @@ def test_an_int8_export_leaves_the_float_file_and_its_record(
     plain: ExportReport, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     """Ultralytics writes best.onnx first, and removes it when best_int8.onnx is made."""
-    model = shutil.copy(checkpoints["v8"], tmp_path / "best.pt")
-    for file in (plain.path, plain.parity):
-        shutil.copy(str(file), tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = copy_export(plain, checkpoints["v8"], tmp_path)
+    before = contents(tmp_path)
     assert export(model, imgsz=64, quantize=8).path == tmp_path / "best_int8.onnx"
-    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    after = contents(tmp_path)
     assert after.pop("best_int8.onnx")
     assert after == before
 

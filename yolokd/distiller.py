@@ -14,8 +14,8 @@ from yolokd.data.dataset import with_data_file
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import Source, as_path, as_paths, load_model
 from yolokd.patches.safe_loading import safe_loading
+from yolokd.training.resume import is_trained
 from yolokd.training.settings import training_keys
-from yolokd.training.sidecar import sidecars
 from yolokd.training.trainer import DistillationTrainer
 
 DEFAULT_PROJECT = Path("runs/distill")  # the folder of runs whose keys name none
@@ -184,9 +184,7 @@ def last_checkpoint(resume: object, project: str | None = None) -> Path:
 
 def _is_unfinished(last: Path) -> bool:
     """Return whether a run can go on; a broken last.pt counts, since the error of its resume says what is wrong."""
-    if sidecars(last):
-        return True
     try:
-        return int(load_model(last, "resume")[1].get("epoch", -1)) >= 0
+        return not is_trained(last)
     except UserError:
         return True

@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt
 from rich.table import Table
 from ultralytics.utils.files import increment_path
 
-from yolokd.commands.run_folder import is_trained, read_history
+from yolokd.commands.run_folder import read_history
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import method_names
 from yolokd.config.validate import validate
@@ -30,6 +30,7 @@ from yolokd.runtime.files import atomic_path
 from yolokd.runtime.plots import new_plot
 from yolokd.runtime.resources import bundled_folder
 from yolokd.runtime.signals import Interrupted
+from yolokd.training.resume import is_trained
 from yolokd.version import __version__
 
 # Ours, found by experiment on the drawn data set: with so few steps, AdamW and mild augmentation work best.

@@ -19,7 +19,7 @@ TEACHER = yolokd_keys()["teacher"]
 
 @dataclass(frozen=True)
 class Help:
-    """What the help of a command shows, beside its summary.
+    """The help of a command, beside its summary.
 
     keys: those of cfg/default.yaml come first if `all_training_keys`. ultralytics: names of the keys of `yolo MODE`
     that matter most; more_keys: a sentence on which other keys the command takes.

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be made, whether its training is complete, and its scores epoch by epoch."""
+"""The folder of a run: whether it can be made, and its scores epoch by epoch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 import polars as pl
 
 from yolokd.errors import UserError
-from yolokd.models.checkpoint import load_model
-from yolokd.training.sidecar import sidecars
 
 
 def check_project(project: object) -> Path:
@@ -30,16 +28,6 @@ def _is_writable(folder: Path) -> bool:
     except (OSError, ValueError):  # a file on the way, a name that is too long, a NUL in it
         return False
     return folder.is_dir() and os.access(folder, os.W_OK)
-
-
-def is_trained(last: Path) -> bool:
-    """Return whether a run of yolokd is complete, its final evaluation included. last: its last.pt."""
-    return last.exists() and saved_epoch(last) < 0 and not sidecars(last)
-
-
-def saved_epoch(last: Path) -> int:
-    """Return the epoch that a checkpoint names: -1 once the training is finished."""
-    return int(load_model(last, "resume")[1].get("epoch", -1))
 
 
 def read_history(results: Path) -> tuple[list[float], float]:

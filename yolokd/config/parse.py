@@ -13,6 +13,7 @@ from yolokd.config.arguments import as_list, did_you_mean
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.schedule import Schedule
 from yolokd.config.schema import METHOD_SETTINGS, OWN_KEYS, DistillationConfig, MethodConfig, normalize_teachers
+from yolokd.config.validate import as_user_error
 from yolokd.errors import UserError
 from yolokd.methods import constants_model, registered
 
@@ -65,7 +66,7 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
     try:
         config = DistillationConfig(**values, method_configs=methods)
     except ValidationError as e:
-        raise _as_user_error(e, values) from e
+        raise as_user_error(e, values) from e
     _check_stages(config)
     return config
 
@@ -153,13 +154,7 @@ def _method_config(name: str, constants: Mapping[str, Any]) -> MethodConfig:
         schedule = Schedule(**{k: v for k, v in values.items() if k in Schedule.model_fields})
         return MethodConfig(name=name, gain=values["gain"], schedule=schedule, constants=checked)
     except ValidationError as e:
-        raise _as_user_error(e, values, prefix=f"{name}.") from e
-
-
-def _as_user_error(error: ValidationError, values: Mapping[str, Any], prefix: str = "") -> UserError:
-    first = error.errors()[0]
-    key = str(first["loc"][0]) if first["loc"] else ""
-    return UserError(f"{prefix}{key}={values.get(key)}", "not a valid value", first["msg"])
+        raise as_user_error(e, values, prefix=f"{name}.") from e
 
 
 def merge_cfg_file(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, ConfigDict, Field, ValidationError, create_
 from ultralytics.cfg import CFG_BOOL_KEYS, CFG_FLOAT_KEYS, CFG_FRACTION_KEYS, CFG_INT_KEYS
 
 from yolokd.config.ultralytics_keys import OPTIMIZERS
-from yolokd.errors import UserError
+from yolokd.config.validate import as_user_error
 
 MAX_SEED = 2**32 - 2**16  # NumPy takes seeds below 2^32, and Ultralytics adds 1 and the number of the process
 MAX_NAME_BYTES = 255  # of a file or folder on common file systems
@@ -85,6 +85,4 @@ def check_types(settings: Mapping[str, Any]) -> None:
     try:
         TrainSettings(**settings)
     except ValidationError as e:
-        first = e.errors()[0]
-        key = str(first["loc"][0])
-        raise UserError(f"{key}={settings.get(key)}", "not a valid value", first["msg"]) from e
+        raise as_user_error(e, settings) from e

@@ -1,7 +1,8 @@
-"""Checks of single values, by pydantic."""
+"""Checks by pydantic, whose errors become user errors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,3 +23,10 @@ def validate(key: str, value: object, kind: Any, problem: str, cure: str) -> Any
         return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as e:
         raise UserError(f"{key}={value}", problem, cure) from e
+
+
+def as_user_error(error: ValidationError, values: Mapping[str, Any], prefix: str = "") -> UserError:
+    """Return a UserError for the first wrong value. values: those that were checked. prefix: of their keys (`dfd.`)."""
+    first = error.errors()[0]
+    key = str(first["loc"][0]) if first["loc"] else ""
+    return UserError(f"{prefix}{key}={values.get(key)}", "not a valid value", first["msg"])

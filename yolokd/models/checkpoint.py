@@ -42,7 +42,7 @@ class SavedOptimizer(BaseModel):
 
 
 class CheckpointContent(BaseModel):
-    """What yolokd reads of a checkpoint's dictionary beside the model, and the types of it."""
+    """The part of a checkpoint's dictionary that yolokd reads beside the model, and its types."""
 
     epoch: int = -1
     train_args: dict[str, Any] = {}

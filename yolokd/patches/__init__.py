@@ -1,8 +1,10 @@
 """Every name of Ultralytics or torch that yolokd replaces; each is replaced inside a `with` block only.
 
 - `patched.patched`: the tool that all others use; replaces one attribute.
-- `safe_loading.safe_loading`: models and data sets run no code; it holds the next four.
+- `safe_loading.safe_loading`: models and data sets run no code; it holds safe_models, safe_label_caches,
+  no_ghostscript and no_autoinstall.
 - `safe_models.safe_models`: model files run no code.
+- `tensor_sizes.checked_tensor_sizes`: a checkpoint takes no more memory than its file holds.
 - `label_cache.safe_label_caches`: label caches run no code.
 - `no_ghostscript.no_ghostscript`: images run no other program.
 - `no_autoinstall.no_autoinstall`: no packages are installed.

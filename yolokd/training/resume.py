@@ -82,6 +82,16 @@ def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
     return SavedRun(last, saved, state, finished)
 
 
+def is_trained(last: Path) -> bool:
+    """Return whether a run of yolokd is complete, its final evaluation included. last: its last.pt."""
+    return last.exists() and saved_epoch(last) < 0 and not sidecars(last)
+
+
+def saved_epoch(last: Path) -> int:
+    """Return the epoch that a checkpoint names: -1 once the training is finished."""
+    return int(load_model(last, "resume")[1].get("epoch", -1))
+
+
 def _is_of_checkpoint(state: State, model: Detector) -> bool:
     """Return whether a sidecar's averaged weights are those of a checkpoint, which holds them in half precision."""
     averaged, weights = state["ema"]["state"], model.state_dict()

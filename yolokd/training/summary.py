@@ -19,7 +19,7 @@ SCORE = "metrics/mAP50-95(B)"  # the name of the column in results.csv
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a model costs: parameters, GFLOPs of a forward pass of one training image, bytes of its file."""
+    """The size of a model: parameters, GFLOPs of a forward pass of one training image, bytes of its file."""
 
     name: str
     parameters: int

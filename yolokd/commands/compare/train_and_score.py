@@ -13,7 +13,6 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from yolokd.commands.candidates import NATIVE
 from yolokd.commands.compare.identity import NMS_SETTINGS, ComparisonRun
 from yolokd.commands.compare.ledger import TEACHER
-from yolokd.commands.run_folder import is_trained, saved_epoch
 from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
 from yolokd.distiller import YoloDistiller
@@ -25,6 +24,7 @@ from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path
 from yolokd.training.provenance import versions
+from yolokd.training.resume import is_trained, saved_epoch
 
 VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", *NMS_SETTINGS)  # settings of training that scoring uses
 
