@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers.cli import run_forked, run_yolokd
 from helpers.data import NAMES, write_dataset
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLOV8N, YOLOV8S, random_detector, save_checkpoint
 from helpers.runs import TINY, captured_log, distil
 from PIL import EpsImagePlugin, Image
 from ultralytics.data.build import build_yolo_dataset
@@ -93,7 +93,7 @@ def test_unusual_files_are_used_and_broken_ones_are_skipped_with_a_warning(teach
     broken = len(SKIPPED) + len(BAD_LABELS)
     total = 4 + len(USABLE) + broken + len(USABLE_LABELS)
     before = {p: p.read_bytes() for p in (tmp_path / "d" / "images").rglob("*.*")}
-    distiller = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fgd", check_teacher=False)
+    distiller = YoloDistiller(teacher=teacher, student=YOLOV8N, method="fgd", check_teacher=False)
     with captured_log() as lines:
         distiller.train(**TINY, data=data, epochs=1, project=str(tmp_path / "runs"))
     assert f"data: {broken} of {total} train images are skipped" in "\n".join(lines)
@@ -112,7 +112,7 @@ def test_a_data_set_of_broken_images_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("name", BAD_LABELS)
 def test_a_data_set_of_broken_labels_is_refused(name: str, tmp_path: Path) -> None:
     data = dataset(tmp_path / "d", {}, {name: BAD_LABELS[name]}, intact=0)
-    plan = make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"})
+    plan = make_plan({"data": data, "method": "none", "model": YOLOV8N})
     with pytest.raises(UserError, match="No valid images found"):
         check_images(plan.data, plan.args)
 
@@ -141,7 +141,7 @@ def odd_names(tmp_path: Path) -> str:
 def test_images_whose_names_are_not_utf_8_are_trained_on(odd_names: str, teacher: str, tmp_path: Path) -> None:
     distiller = distil(
         teacher,
-        "yolov8n.yaml",
+        YOLOV8N,
         TINY,
         "fitnet",
         data=odd_names,
@@ -177,7 +177,7 @@ def test_an_image_that_is_a_program_does_not_run(tmp_path: Path, monkeypatch: py
     for split in ("train", "val"):
         script = tmp_path / "d" / "images" / split / "script.avif"
         script.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n%%EndComments\n%%EOF\n")
-    plan = make_plan({"data": str(path), "method": "none", "model": "yolov8n.yaml"})
+    plan = make_plan({"data": str(path), "method": "none", "model": YOLOV8N})
     assert check_images(plan.data, plan.args) == 12
     assert len(validation_images(str(path))) == 6
     with safe_loading():
@@ -189,7 +189,7 @@ def test_an_image_that_is_a_program_does_not_run(tmp_path: Path, monkeypatch: py
 
 def test_a_pickle_in_place_of_a_cached_image_does_not_run(tmp_path: Path) -> None:
     """Ultralytics reads `0.npy` beside `0.jpg` if it is there (`cache=disk` writes it)."""
-    plan = make_plan({"data": str(write_dataset(tmp_path / "d")), "method": "none", "model": "yolov8n.yaml"})
+    plan = make_plan({"data": str(write_dataset(tmp_path / "d")), "method": "none", "model": YOLOV8N})
     cached = tmp_path / "d" / "images" / "train" / "0.npy"
     np.save(cached, np.array(Touch(tmp_path / "ran"), object))
     images = build_yolo_dataset(plan.args, plan.data["train"], 1, plan.data)
@@ -202,7 +202,7 @@ def test_a_pickle_in_place_of_a_cached_image_does_not_run(tmp_path: Path) -> Non
 def test_check_images_counts_the_images_that_training_uses(split: str, tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "d", train=8)
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "test": "images/val"}))
-    keys = {"data": str(path), "method": "none", "model": "yolov8n.yaml", "split": split}
+    keys = {"data": str(path), "method": "none", "model": YOLOV8N, "split": split}
     for changes, images in ({}, 8), ({"fraction": 0.5}, 4), ({"fraction": 3}, 3), ({"single_cls": True}, 8):
         plan = make_plan(keys | changes)
         assert check_images(plan.data, plan.args) == images
@@ -221,7 +221,7 @@ def test_a_truncated_image_that_the_scan_accepts_is_refused(teacher: str, tmp_pa
 def assert_refused(teacher: str, data: str, folder: Path, problem: str) -> None:
     runs = folder / "runs"
     with pytest.raises(UserError) as caught:
-        YoloDistiller(teacher=teacher, student="yolov8n.yaml").train(**TINY, data=data, project=str(runs))
+        YoloDistiller(teacher=teacher, student=YOLOV8N).train(**TINY, data=data, project=str(runs))
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not runs.exists()
@@ -293,8 +293,8 @@ def test_shell_code_in_names_of_files_and_classes_does_not_run(tmp_path: Path) -
     home.mkdir()
     names = {0: "$(touch pwned)", 1: "数据; touch pwned"}
     data = write_dataset(home / "set", names=names)
-    teacher = save_checkpoint(random_detector("yolov8s.yaml", names=names, seed=1), home / "teacher ü.pt")
-    student = save_checkpoint(random_detector("yolov8n.yaml", names=names, seed=2), home / "student ü.pt")
+    teacher = save_checkpoint(random_detector(YOLOV8S, names=names, seed=1), home / "teacher ü.pt")
+    student = save_checkpoint(random_detector(YOLOV8N, names=names, seed=2), home / "student ü.pt")
     arguments = [
         f"teacher={teacher}",
         f"student={student}",
@@ -349,7 +349,7 @@ def test_a_folder_that_cannot_be_written_gives_one_line_of_error(
 
 def test_a_missing_image_stops_the_training_with_an_error_that_says_how_to_resume(teacher: str, tmp_path: Path) -> None:
     data = dataset(tmp_path / "d", {}, {})
-    distiller = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet", check_teacher=False)
+    distiller = YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet", check_teacher=False)
 
     def hide_images(trainer: Any) -> None:
         for path in (tmp_path / "d" / "images" / "train").iterdir():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.data import two_images, write_dataset
-from helpers.models import attach_criterion, random_detector, save_checkpoint
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_detector, save_checkpoint
 from helpers.results import rows, states_equal, weights
 from helpers.runs import distil, train_and_stop
 from hypothesis import given, settings
@@ -86,7 +86,7 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     return iter([factor])  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("student", ["yolov8n.yaml", pytest.param("yolo26n.yaml", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("student", [YOLOV8N, pytest.param(YOLO26N, marks=pytest.mark.slow)])
 def test_a_balanced_training_does_not_depend_on_the_scale_of_a_loss(
     student: str, scaled: Any, tiny: dict[str, Any], teacher: str
 ) -> None:
@@ -99,14 +99,14 @@ def test_a_balanced_training_does_not_depend_on_the_scale_of_a_loss(
         1024 * rows(plain.trainer)[-1]["train/fitnet_loss"], rel=1e-3
     )
     assert states_equal(weights(loud.trainer), weights(plain.trainer))
-    if student == "yolov8n.yaml":  # another ratio does change the student
+    if student == YOLOV8N:  # another ratio does change the student
         other = distil(teacher, student, tiny | {"balance": 0.6}, method="fitnet")
         assert not states_equal(weights(other.trainer), weights(plain.trainer))
 
 
 def test_the_chosen_ratio_of_gradients_holds_at_each_level() -> None:
     """The losses of the levels differ by factors of 1000: the gradient measured at P3 must not include the others'."""
-    teacher, student = random_detector("yolov8s.yaml"), random_detector("yolov8n.yaml", seed=1)
+    teacher, student = random_detector(YOLOV8S), random_detector(YOLOV8N, seed=1)
     student.args = get_cfg(overrides={"imgsz": 64})
     criterion = attach_criterion(teacher, student, method="fitnet+frs", balance=0.2)
     criterion.begin_epoch(0, epochs=2, steps=1)
@@ -145,7 +145,7 @@ def test_results_csv_holds_the_chosen_ratio_of_gradients(
     level_weights: str, tiny: dict[str, Any], teacher: str
 ) -> None:
     tiny |= {"probe": 1000, "epochs": 1, "balance": 0.2, "level_weights": level_weights}
-    row = rows(distil(teacher, "yolov8n.yaml", tiny, method="dfd+frs", **{"frs.warmup": 0.0}).trainer)[0]
+    row = rows(distil(teacher, YOLOV8N, tiny, method="dfd+frs", **{"frs.warmup": 0.0}).trainer)[0]
     for level in LEVELS:
         weight = 1 if level_weights == "uniform" else 3 * row[f"level/{level}/share"]
         for method in ("dfd", "frs"):
@@ -154,7 +154,7 @@ def test_results_csv_holds_the_chosen_ratio_of_gradients(
 
 
 def test_a_resume_restores_the_averaged_gradient_norms(tiny: dict[str, Any], teacher: str) -> None:
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd", balance=0.3, probe=2)
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="dfd", balance=0.3, probe=2)
     train_and_stop(d, tiny)
     saved = torch.load(sidecar_path(d.trainer.last, 0), weights_only=True)["criterion"]
     assert (saved["stages.0.balance.seen"] == 2).all()
@@ -187,7 +187,7 @@ def test_after_a_schedules_end_the_teacher_does_not_run(
 ) -> None:
     runs = record_runs(monkeypatch)
     keys = {"fitnet.schedule": "linear", "fitnet.warmup": 1.0, "fitnet.end": 2.0, "epochs": 4, "balance": "off"}
-    d = distil(teacher, "yolov8n.yaml", tiny | keys, method="fitnet")
+    d = distil(teacher, YOLOV8N, tiny | keys, method="fitnet")
     results = rows(d.trainer)
     # Three steps an epoch: the factor rises (0, 1/3, 2/3), falls (1, 2/3, 1/3), and is then 0.
     assert [r["train/fitnet_gain"] for r in results] == pytest.approx([5 * 1 / 3, 5 * 2 / 3, 0, 0], rel=1e-3)
@@ -202,28 +202,28 @@ def test_after_a_schedules_end_the_teacher_does_not_run(
 def test_each_teacher_teaches_in_its_stage_also_after_a_resume(
     tiny: dict[str, Any], teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weak = str(save_checkpoint(random_detector("yolov8n.yaml", seed=4), tmp_path / "weak.pt"))
+    weak = str(save_checkpoint(random_detector(YOLOV8N, seed=4), tmp_path / "weak.pt"))
     runs = record_runs(monkeypatch)
     tiny |= {"epochs": 4, "stages": [3], "probe": 2}
-    distil([weak, teacher], "yolov8n.yaml", tiny, method="dfmsd+dfd")
-    assert [channels for channels, _ in runs] == [256] * 9 + [512] * 3
+    distil([weak, teacher], YOLOV8N, tiny, method="dfmsd+dfd")
+    assert [channels for channels, _ in runs] == [64] * 9 + [128] * 3
     runs.clear()
 
-    d = YoloDistiller(teacher=[weak, teacher], student="yolov8n.yaml", method="dfmsd", teacher_precision="fp32")
+    d = YoloDistiller(teacher=[weak, teacher], student=YOLOV8N, method="dfmsd", teacher_precision="fp32")
     train_and_stop(d, tiny, epoch=2)
-    assert {channels for channels, _ in runs} == {256}
+    assert {channels for channels, _ in runs} == {64}
     runs.clear()
     YoloDistiller().train(resume=str(d.trainer.save_dir))
-    assert [channels for channels, _ in runs] == [512] * 3
+    assert [channels for channels, _ in runs] == [128] * 3
 
 
 def test_stages_are_equally_long_by_default(
     tiny: dict[str, Any], teacher: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    weak = str(save_checkpoint(random_detector("yolov8n.yaml", seed=4), tmp_path / "weak.pt"))
+    weak = str(save_checkpoint(random_detector(YOLOV8N, seed=4), tmp_path / "weak.pt"))
     runs = record_runs(monkeypatch)
-    distil([weak, teacher], "yolov8n.yaml", tiny, method="fitnet", check_teacher=True)
-    assert [channels for channels, _ in runs] == [256] * 3 + [512] * 3
+    distil([weak, teacher], YOLOV8N, tiny, method="fitnet", check_teacher=True)
+    assert [channels for channels, _ in runs] == [64] * 3 + [128] * 3
 
 
 def test_images_without_boxes_and_with_hundreds_of_boxes_train(
@@ -237,6 +237,6 @@ def test_images_without_boxes_and_with_hundreds_of_boxes_train(
     lines = [f"0 {i % 20 / 20 + 0.02} {i // 20 / 20 + 0.02} {0.04 if i % 7 else 0.0001} 0.04" for i in range(300)]
     labels[5].write_text("\n".join(lines))
     keys = tiny | {"data": str(path), "mosaic": 0.0}
-    results = rows(distil(teacher, "yolov8n.yaml", keys, method="fgd+dfmsd", balance=0.3).trainer)
+    results = rows(distil(teacher, YOLOV8N, keys, method="fgd+dfmsd", balance=0.3).trainer)
     assert all(math.isfinite(row[f"train/{name}_loss"]) and row[f"train/{name}_loss"] > 0
                for row in results for name in ("fgd", "dfmsd"))  # fmt: skip

@@ -14,7 +14,7 @@ import cv2
 import pytest
 import torch
 from helpers.data import two_images
-from helpers.models import attach_criterion, random_detector
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_detector
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.distill_model import DistillationModel
 
@@ -28,7 +28,7 @@ from yolokd.commands.bench.rounds import Rounds
 CPU = (("device", "cpu"),)
 
 
-@pytest.mark.parametrize("cfg", ["yolov8n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize("cfg", [YOLOV8N, YOLO26N])
 def test_sl2_equals_the_loss_of_ultralytics_distill_model(cfg: str) -> None:
     """Compare the whole computation, from images to the loss, with the same projectors."""
     teacher, student = random_detector(cfg.replace("n.", "s.")), random_detector(cfg, seed=1)
@@ -49,14 +49,14 @@ def test_bench_measures_every_candidate(
 ) -> None:
     monkeypatch.setattr(bench, "TOLERANCE", -1.0)  # no real epoch agrees with the benchmark
     out = run_bench(
-        teacher="yolov8n.yaml,yolov8s.yaml", imgsz=32, batch=2, method="native,dfd+sl2", amp="False,bf16", rounds=2,
+        teacher=f"{YOLOV8N},{YOLOV8S}", imgsz=32, batch=2, method="native,dfd+sl2", amp="False,bf16", rounds=2,
         data=data, project=str(tmp_path), memory=False, device="cpu",
     )  # fmt: skip
     with open(out / "bench.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert {(r["teacher"], r["contender"], r["amp"]) for r in rows} >= {
         (t, c, a)
-        for t in ("yolov8n.yaml", "yolov8s.yaml")
+        for t in (YOLOV8N, YOLOV8S)
         for c, a in (
             ("none", "False"),
             ("none", "bf16"),
@@ -102,7 +102,7 @@ def slow_down(module: torch.nn.Module) -> None:
 def test_the_losses_of_a_step_and_their_backward_count_to_its_methods(
     method: str, data: str, teacher: str, tmp_path: Path
 ) -> None:
-    candidate = Candidate(BenchSetting(teacher, "yolov8n.yaml", 32, 2, data, str(tmp_path), CPU), method, amp=False)
+    candidate = Candidate(BenchSetting(teacher, YOLOV8N, 32, 2, data, str(tmp_path), CPU), method, amp=False)
     model = candidate.trainer.model
     student = model.student_model if method == "native" else model
     slow_down(student.model[0])
@@ -126,7 +126,7 @@ def test_the_parts_of_a_step_are_those_of_its_own_candidate() -> None:
 def test_peak_memory_is_measured_in_a_new_process(data: str, tmp_path: Path) -> None:
     ballast = torch.ones(2**28)  # 1 GiB in this process must not count
     out = run_bench(
-        imgsz=32, batch=2, method="none", rounds=1, teacher="yolov8n.yaml", data=data, project=str(tmp_path), name=7,
+        imgsz=32, batch=2, method="none", rounds=1, teacher=YOLOV8N, data=data, project=str(tmp_path), name=7,
         device="cpu",
     )  # fmt: skip
     assert out == tmp_path / "7"
@@ -137,9 +137,7 @@ def test_peak_memory_is_measured_in_a_new_process(data: str, tmp_path: Path) -> 
 
 def test_a_process_that_dies_has_no_peak_memory(data: str, teacher: str, tmp_path: Path) -> None:
     file = Path(shutil.copy(teacher, tmp_path / "t.pt"))
-    setting = BenchSetting(
-        str(file), "yolov8n.yaml", imgsz=32, batch=2, data=data, folder=str(tmp_path), other_keys=CPU
-    )
+    setting = BenchSetting(str(file), YOLOV8N, imgsz=32, batch=2, data=data, folder=str(tmp_path), other_keys=CPU)
     candidate = Candidate(setting, "fitnet", amp=False)
     file.unlink()
     assert peak_mib(setting, candidate) is None
@@ -147,7 +145,7 @@ def test_a_process_that_dies_has_no_peak_memory(data: str, teacher: str, tmp_pat
 
 def test_the_teacher_also_runs_in_steps_beyond_the_last_epoch(data: str, teacher: str, tmp_path: Path) -> None:
     setting = BenchSetting(
-        teacher, "yolov8n.yaml", imgsz=32, batch=12, data=data, folder=str(tmp_path), other_keys=CPU
+        teacher, YOLOV8N, imgsz=32, batch=12, data=data, folder=str(tmp_path), other_keys=CPU
     )  # one step an epoch
     candidate = Candidate(setting, "dfd", amp=False)
     assert all(candidate.step().teacher > 0 for _ in range(4))
@@ -179,7 +177,7 @@ def test_ratios_compare_steps_of_the_same_round() -> None:
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object], data: str, tmp_path: Path) -> None:
-    valid = {"teacher": "yolov8n.yaml", "method": "dfd", "data": data, "project": str(tmp_path / "p"), "device": "cpu"}
+    valid = {"teacher": YOLOV8N, "method": "dfd", "data": data, "project": str(tmp_path / "p"), "device": "cpu"}
     with pytest.raises(UserError):
         run_bench(**valid | keys)  # type: ignore[arg-type]
     assert not (tmp_path / "p").exists()

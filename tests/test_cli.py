@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers.cli import run_forked, run_yolokd
 from helpers.data import write_dataset
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLOV8N, YOLOV8S, random_detector, save_checkpoint
 from helpers.runs import captured_log
 from ultralytics.nn.tasks import ClassificationModel
 
@@ -45,7 +45,7 @@ class Evil:
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Make the files that the cases below name in braces."""
     root = tmp_path_factory.mktemp("files")
-    teacher = save_checkpoint(random_detector("yolov8s.yaml"), root / "teacher.pt")
+    teacher = save_checkpoint(random_detector(YOLOV8S), root / "teacher.pt")
     (root / "truncated.pt").write_bytes(teacher.read_bytes()[:50_000])
     (root / "text.pt").write_text("not a checkpoint")
     torch.save({"weights": torch.zeros(3)}, root / "tensor.pt")
@@ -226,7 +226,7 @@ def test_a_trained_student_validates_predicts_and_its_run_repeats(
     files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     common = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
-    done = run_yolokd("train", f"teacher={files['teacher']}", "student=yolov8n.yaml", "method=dfd+pdf",
+    done = run_yolokd("train", f"teacher={files['teacher']}", f"student={YOLOV8N}", "method=dfd+pdf",
                   f"data={files['data']}", "dfd.alpha=0.5", "pdf.gain=2", *common, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "distill" / "train"

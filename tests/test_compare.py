@@ -19,7 +19,7 @@ import torch
 import yaml
 from filelock import FileLock
 from helpers.data import write_dataset
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLOV8N, YOLOV8S, random_detector, save_checkpoint
 from helpers.runs import TINY
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -390,7 +390,7 @@ def test_runs_in_the_ledger_are_not_run_again(
 def test_of_several_teachers_the_strongest_is_scored_and_used_by_native(
     keys: dict[str, Any], teacher: str, tmp_path: Path
 ) -> None:
-    weak = str(save_checkpoint(random_detector("yolov8n.yaml", seed=8), tmp_path / "weak.pt"))
+    weak = str(save_checkpoint(random_detector(YOLOV8N, seed=8), tmp_path / "weak.pt"))
     given = training(keys) | {"teacher": [weak, teacher], "stages": [1]}
     runs, _ = plan_runs(["native", "dfmsd"], 0, "val", tmp_path, given)
     assert {run.method: run.keys["teacher"] for run in runs} == {
@@ -424,18 +424,18 @@ def test_a_runs_hash_depends_on_the_content_of_its_files_not_on_their_paths(
         return [run.hash for run in plan_runs(["none"], 0, "val", tmp_path, training(keys) | changes)[0]]
 
     named, student = "own-yolov8n.yaml", tmp_path / "own-yolov8.yaml"  # as Ultralytics finds a scale's file
-    content = random_detector("yolov8n.yaml", seed=0).yaml
+    content = random_detector(YOLOV8N, seed=0).yaml
     student.write_text(yaml.safe_dump({k: v for k, v in content.items() if k not in ("yaml_file", "scale")}))
     first = hashes(student=str(tmp_path / named))
     (tmp_path / "moved").mkdir()
     moved = tmp_path / "moved" / student.name
     moved.write_bytes(student.read_bytes())
     assert hashes(student=str(moved.with_name(named))) == first
-    student.write_text(student.read_text().replace("0.25", "0.5"))
+    student.write_text(student.read_text().replace("0.0625", "0.125"))
     assert hashes(student=str(tmp_path / named))[-1] != first[-1]
-    by_name = hashes(student="yolov8n.yaml")
-    assert by_name == hashes(student="yolov8n.yaml", device=None, workers=1, channels_last=True)
-    assert by_name != hashes(student="yolov8s.yaml")
+    by_name = hashes(student=YOLOV8N)
+    assert by_name == hashes(student=YOLOV8N, device=None, workers=1, channels_last=True)
+    assert by_name != hashes(student=YOLOV8S)
 
 
 def test_a_runs_hash_depends_on_the_content_of_pretrained_weights(keys: dict[str, Any], tmp_path: Path) -> None:
@@ -447,7 +447,7 @@ def test_a_runs_hash_depends_on_the_content_of_pretrained_weights(keys: dict[str
 
     downloads = Path(SETTINGS["weights_dir"])
     downloads.mkdir(parents=True, exist_ok=True)
-    file = Path(save_checkpoint(random_detector("yolov8n.yaml", seed=3), tmp_path / "start.pt"))
+    file = Path(save_checkpoint(random_detector(YOLOV8N, seed=3), tmp_path / "start.pt"))
     copy = Path(shutil.copy(file, downloads / "yolokd-test-start.pt"))
     try:
         assert hashes(copy.name) == hashes(str(file)) != hashes(False)
@@ -463,11 +463,11 @@ def test_methods_share_a_ground_and_other_data_or_settings_give_another(keys: di
         return {run.ground for run in runs if run.method != "teacher"}
 
     other_data = write_dataset(tmp_path / "other", train=13)
-    changes: list[dict[str, Any]] = [{"split": "train"}, {"epochs": 3}, {"student": "yolov8s.yaml"}]
+    changes: list[dict[str, Any]] = [{"split": "train"}, {"epochs": 3}, {"student": YOLOV8S}]
     found = [grounds(), *(grounds(**change) for change in changes), grounds(data=str(other_data))]
     assert [len(hashes) for hashes in found] == [1] * 5
     assert len(set.union(*found)) == 5
-    assert grounds(balance=0.3, teacher=save_checkpoint(random_detector("yolov8n.yaml"), tmp_path / "t.pt")) == found[0]
+    assert grounds(balance=0.3, teacher=save_checkpoint(random_detector(YOLOV8N), tmp_path / "t.pt")) == found[0]
 
 
 def test_adding_a_test_split_does_not_change_the_runs(keys: dict[str, Any], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from helpers.data import NAMES
 from helpers.device import SCRIPT, detect
-from helpers.models import SIZE, calibrated_detector, save_trained_checkpoint
+from helpers.models import SIZE, YOLO26N, YOLOV8N, calibrated_detector, save_trained_checkpoint
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
@@ -69,10 +69,10 @@ def models(data: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     root = tmp_path_factory.mktemp("models")
     images = [cv2.imread(str(photo)) for photo in sorted(photos.iterdir())]
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "static": ("yolov8n.yaml", {"imgsz": [128, SIZE]}),
-        "dynamic": ("yolov8n.yaml", {"dynamic": True}),
-        "embedded": ("yolov8n.yaml", {"nms": True, "batch": 2}),
-        "end2end": ("yolo26n.yaml", {"nms": False, "dynamic": True, "simplify": False}),
+        "static": (YOLOV8N, {"imgsz": [128, SIZE]}),
+        "dynamic": (YOLOV8N, {"dynamic": True}),
+        "embedded": (YOLOV8N, {"nms": True, "batch": 2}),
+        "end2end": (YOLO26N, {"nms": False, "dynamic": True, "simplify": False}),
     }
     made = {}
     for kind, (cfg, arguments) in kinds.items():

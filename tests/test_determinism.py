@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from helpers.models import YOLOV8N
 from helpers.results import repeatable_rows, states_equal, weights
 
 from yolokd import YoloDistiller
@@ -28,7 +29,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 def test_a_training_is_the_same_again_beside_busy_processes(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     """All settings are the defaults, `teacher_precision=auto` among them."""
-    runs = [YoloDistiller(teacher=teacher, student="yolov8n.yaml") for _ in range(2)]
+    runs = [YoloDistiller(teacher=teacher, student=YOLOV8N) for _ in range(2)]
     keys = {k: v for k, v in tiny.items() if k != "project"} | {"deterministic": True, "probe": 2}
     runs[0].train(**keys, save_dir=str(tmp_path / "first"))
     with busy_processes(2):

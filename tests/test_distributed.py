@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLOV8N, random_detector, save_checkpoint
 from helpers.results import repeatable_rows, saved_weights, states_equal
 from helpers.runs import TINY
 from ultralytics.utils.dist import find_free_network_port
@@ -39,7 +39,7 @@ def settings(data: str, teacher: str, folder: Path, **more: Any) -> dict[str, An
         "probe": 2,
     }
     length = {"epochs": 3, "close_mosaic": 1, "deterministic": True, "device": "cpu", "val": True}
-    files = {"data": data, "model": "yolov8n.yaml", "save_dir": str(folder)}
+    files = {"data": data, "model": YOLOV8N, "save_dir": str(folder)}
     return {**TINY, **distillation, **length, **files, "level_weights": "uniform", **more}
 
 
@@ -116,7 +116,7 @@ def assert_processes_agree(folder: Path) -> None:
 def test_two_processes_compute_the_gradient_of_the_whole_batch(
     data: str, teacher: str, batch: str, tmp_path: Path
 ) -> None:
-    student = save_checkpoint(random_detector("yolov8n.yaml", seed=5), tmp_path / "student.pt")
+    student = save_checkpoint(random_detector(YOLOV8N, seed=5), tmp_path / "student.pt")
     constant = {
         "dfd.schedule": "constant",
         "pdf.schedule": "constant",
@@ -220,7 +220,7 @@ def test_two_machines_train_as_two_processes_of_one(launched: Path, data: str, t
 
 @pytest.mark.slow
 def test_processes_of_torchrun_use_one_folder_and_print_an_error_once(data: str, teacher: str, tmp_path: Path) -> None:
-    arguments = [f"data={data}", f"teacher={teacher}", "student=yolov8n.yaml", "epochs=1", "imgsz=64", "batch=4"]
+    arguments = [f"data={data}", f"teacher={teacher}", f"student={YOLOV8N}", "epochs=1", "imgsz=64", "batch=4"]
     arguments += ["check_teacher=False", "plots=False", f"project={tmp_path}", "device=cpu"]
     command = [*TORCHRUN, "--standalone", "--nproc_per_node=2", "--no-python", "yolokd", "train", *arguments]
     for folder in ("train", "train-2"):

@@ -21,7 +21,7 @@ import torch
 import yaml
 from helpers.data import NAMES
 from helpers.kills import fork_until_killed, run_until_killed
-from helpers.models import SIZE, calibrated_detector, save_checkpoint, save_trained_checkpoint
+from helpers.models import SIZE, YOLOV8N, calibrated_detector, save_checkpoint, save_trained_checkpoint
 from helpers.networks import METADATA, write_network
 from helpers.runs import captured_log
 from onnx import numpy_helper
@@ -44,7 +44,7 @@ PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pd
 @pytest.fixture(scope="session")
 def checkpoints(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root, images = tmp_path_factory.mktemp("checkpoints"), validation_images(data)
-    distilled = calibrated_detector("yolov8n.yaml", images, SIZE)
+    distilled = calibrated_detector(YOLOV8N, images, SIZE)
     distilled.yolokd = PROVENANCE
     return {
         "v8": save_trained_checkpoint(distilled, data, root / "v8.pt"),
@@ -476,7 +476,7 @@ def test_a_model_with_another_number_of_channels_passes(channels: int, tmp_path:
     config = tmp_path / "data.yaml"
     config.write_text(yaml.safe_dump({"train": "val", "val": "val", "names": NAMES, "channels": channels}))
     torch.manual_seed(0)
-    model = DetectionModel("yolov8n.yaml", ch=channels, nc=len(NAMES), verbose=False)
+    model = DetectionModel(YOLOV8N, ch=channels, nc=len(NAMES), verbose=False)
     report = export(save_trained_checkpoint(model, str(config), tmp_path / "best.pt"))
     assert report.passed
     assert report.rows[0].images == 3

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.models import YOLOV8N
 from helpers.results import rows
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +25,7 @@ def logged(teacher: str, data: str, tmp_path_factory: pytest.TempPathFactory) ->
     environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # Ultralytics' loggers heed it
     environment |= {"YOLO_CONFIG_DIR": str(folder / "settings"), "MLFLOW_ALLOW_FILE_STORE": "true"}
     environment |= {"MLFLOW_TRACKING_URI": (folder / "store").as_uri()}
-    command = [sys.executable, PROGRAM, teacher, data, folder]
+    command = [sys.executable, PROGRAM, teacher, YOLOV8N, data, folder]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "model graph visualization added" in done.stdout + done.stderr

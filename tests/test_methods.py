@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import reference
 from helpers.data import two_images
-from helpers.models import attach_criterion, random_detector
+from helpers.models import YOLO26N, attach_criterion, random_detector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -323,7 +323,7 @@ def test_frs_also_trains_the_class_scores() -> None:
 
 
 def test_frs_does_not_teach_the_one_to_one_head_of_an_end_to_end_student() -> None:
-    student, batch = random_detector("yolo26n.yaml", seed=1), two_images()
+    student, batch = random_detector(YOLO26N, seed=1), two_images()
     student.args = get_cfg()
     criterion = attach_criterion(random_detector(), student, method="frs", **{"frs.warmup": 0, "frs.alpha": 0})
     losses, _ = criterion(student(batch["img"]), batch)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import YOLOV8N
 from helpers.results import rows, states_equal, weights
 from helpers.runs import captured_log
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def test_steps_with_a_nonfinite_teacher_train_without_distillation(
     value: float, balance: Any, tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_teacher(monkeypatch, value, {0, 1, 4})
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf", balance=balance)
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="dfd+pdf", balance=balance)
     with captured_log() as lines:
         d.train(**tiny | {"teacher_precision": "fp32", "probe": 2})
     assert [r["distill/dropped"] for r in rows(d.trainer)] == [2, 1]
@@ -54,7 +55,7 @@ def test_many_nonfinite_steps_in_a_row_are_an_error(
     tiny: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_teacher(monkeypatch, math.nan, set(range(1000)))
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet")
     with pytest.raises(
         UserError, match=rf"fitnet's loss at P4 is not finite for {MAX_STEPS_IN_A_ROW} steps in a row \(images "
     ):
@@ -89,9 +90,9 @@ class Explosive(Method):
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_nonfinite_gradient_does_not_reach_the_student(adapter: bool, tiny: dict[str, Any], teacher: str) -> None:
-    plain = YoloDistiller(student="yolov8n.yaml", method="none")
+    plain = YoloDistiller(student=YOLOV8N, method="none")
     plain.train(**tiny)
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="explosive", **{"explosive.adapter": adapter})
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="explosive", **{"explosive.adapter": adapter})
     d.train(**tiny | {"teacher_precision": "fp32", "level_weights": "uniform"})
     assert [r["distill/dropped"] for r in rows(d.trainer)] == [3, 3]
     assert states_equal(weights(d.trainer), weights(plain.trainer))
@@ -112,10 +113,10 @@ def with_scaler(distiller: YoloDistiller) -> YoloDistiller:
 def test_under_a_gradient_scaler_a_nonfinite_gradient_costs_the_distillation_and_not_the_step(
     adapter: bool, tiny: dict[str, Any], teacher: str
 ) -> None:
-    plain = with_scaler(YoloDistiller(student="yolov8n.yaml", method="none"))
+    plain = with_scaler(YoloDistiller(student=YOLOV8N, method="none"))
     plain.train(**tiny)
     keys = {"method": "explosive", "explosive.adapter": adapter}
-    d = with_scaler(YoloDistiller(teacher=teacher, student="yolov8n.yaml", **keys))
+    d = with_scaler(YoloDistiller(teacher=teacher, student=YOLOV8N, **keys))
     d.train(**tiny | {"teacher_precision": "fp32", "level_weights": "uniform"})
     assert [r["distill/dropped"] for r in rows(d.trainer)] == [3, 3]
     assert states_equal(weights(d.trainer), weights(plain.trainer))
@@ -129,7 +130,7 @@ def break_gradients(trainer: Any) -> None:
 
 
 def test_steps_that_a_gradient_scaler_skips_are_counted_and_named(tiny: dict[str, Any], teacher: str) -> None:
-    d = with_scaler(YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet"))
+    d = with_scaler(YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet"))
     d.add_callback("on_train_start", break_gradients)
     with captured_log() as lines:
         d.train(**tiny | {"teacher_precision": "fp32"})
@@ -138,7 +139,7 @@ def test_steps_that_a_gradient_scaler_skips_are_counted_and_named(tiny: dict[str
 
 
 def test_many_skipped_steps_in_a_row_are_an_error(tiny: dict[str, Any], teacher: str) -> None:
-    d = with_scaler(YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet"))
+    d = with_scaler(YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet"))
     d.add_callback("on_train_start", break_gradients)
     with pytest.raises(UserError, match=rf"amp: .* is not finite for {MAX_SKIPPED_IN_A_ROW} steps in a row \(images "):
         d.train(**tiny | {"epochs": 9, "teacher_precision": "fp32", "val": False})
@@ -156,7 +157,7 @@ def test_steps_in_which_float16_overflows_are_dropped(
         return TeacherOutput({s: (m * 1e30).half() for s, m in output.maps.items()}, *list(vars(output).values())[1:])
 
     monkeypatch.setattr(Teacher, "_run", overflowing)
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet")
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
     assert rows(d.trainer)[0]["distill/dropped"] == 3
     assert Path(d.trainer.best).exists()
@@ -172,7 +173,7 @@ def test_a_teacher_with_maps_of_zeros_trains(
         return TeacherOutput({s: m * 0 for s, m in output.maps.items()}, *list(vars(output).values())[1:])
 
     monkeypatch.setattr(Teacher, "_run", zeroed)
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf+pkd+cwd+fgd+dfmsd", balance=0.3)
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="dfd+pdf+pkd+cwd+fgd+dfmsd", balance=0.3)
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
     assert rows(d.trainer)[0]["distill/dropped"] == 0
     assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())

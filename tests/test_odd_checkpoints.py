@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import random_detector
+from helpers.models import YOLOV8N, random_detector
 from torch import nn
 
 from yolokd import UserError
@@ -104,5 +104,5 @@ def test_a_teacher_whose_maps_or_scores_are_not_finite_is_refused(content: bytes
         path = tmp_path / "teacher.pt"
         torch.save({"model": model, "train_args": {}}, path)
         with pytest.raises(UserError) as caught:
-            make_plan({"teacher": str(path), "model": "yolov8n.yaml", "data": data})
+            make_plan({"teacher": str(path), "model": YOLOV8N, "data": data})
         assert f"teacher={path}: {problem}" in str(caught.value)

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copy
 
 import cv2
 import numpy as np
 import pytest
 from helpers.data import write_dataset
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import MODELS, YOLOV8N, random_detector, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", ROOT / ".github" / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md"))]
@@ -36,8 +37,9 @@ WITH_BLOCKS = [file for file in FILES if python_blocks(file).strip()]
 def folder(tmp_path: Path) -> Path:
     """Make the files that the blocks name: a teacher, a data set, a trained student and an image."""
     write_dataset(tmp_path, train=2, val=1).rename(tmp_path / "coco8.yaml")
-    save_checkpoint(random_detector("yolov8n.yaml", seed=1), tmp_path / "yolov8l.pt")  # a small one, for speed
-    save_checkpoint(random_detector("yolov8n.yaml"), tmp_path / "best.pt")
+    copy(MODELS / "yolov8.yaml", tmp_path)  # small ones, for speed: Ultralytics takes a file of this folder first
+    save_checkpoint(random_detector(YOLOV8N, seed=1), tmp_path / "yolov8l.pt")
+    save_checkpoint(random_detector(YOLOV8N), tmp_path / "best.pt")
     cv2.imwrite(str(tmp_path / "photo.jpg"), np.full((120, 160, 3), 99, np.uint8))
     return tmp_path
 

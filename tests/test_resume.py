@@ -21,7 +21,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.data import write_dataset
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, random_detector, save_checkpoint
 from helpers.results import repeatable_rows, rows, saved_weights, states_equal
 from helpers.runs import TINY, captured_log, train_and_stop, train_one_epoch
 from ultralytics import YOLO
@@ -41,7 +41,7 @@ PROGRAM = Path(__file__).with_name("helpers") / "programs" / "killed_training.py
 
 def settings(data: str, teacher: str, student: str, folder: Path) -> dict[str, Any]:
     """Return settings with much state: gradients accumulated across epochs, mosaic that ends, balanced gains."""
-    method = {"method": "dfd+mgd", "balance": 0.3} if student == "yolov8n.yaml" else {"method": "pdf"}
+    method = {"method": "dfd+mgd", "balance": 0.3} if student == YOLOV8N else {"method": "pdf"}
     distillation = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "probe": 2}
     length = {"epochs": EPOCHS, "close_mosaic": 2, "nbs": 8, "warmup_epochs": 1.0, "deterministic": True}
     return {**TINY, **distillation, **method, **length, "data": data, "student": student, "save_dir": str(folder)}
@@ -109,11 +109,11 @@ RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)
 def test_a_run_that_is_killed_and_resumed_ends_as_an_uninterrupted_one(
     at: tuple[str, int], uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
-    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, uninterrupted("yolov8n.yaml"))
+    check_kill(settings(data, teacher, YOLOV8N, tmp_path / "run"), at, uninterrupted(YOLOV8N))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["yolov8n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize("student", [YOLOV8N, YOLO26N])
 @pytest.mark.parametrize("at", [*SLOW, *RANDOM], ids=str)
 def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
     at: tuple[str, int], student: str, uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
@@ -126,19 +126,19 @@ def test_a_run_killed_at_any_moment_ends_as_an_uninterrupted_one(
 def test_a_run_killed_in_its_last_epoch_or_after_it_ends_as_an_uninterrupted_one(
     at: tuple[str, int], uninterrupted: Callable[[str], Path], data: str, teacher: str, tmp_path: Path
 ) -> None:
-    check_kill(settings(data, teacher, "yolov8n.yaml", tmp_path / "run"), at, uninterrupted("yolov8n.yaml"))
+    check_kill(settings(data, teacher, YOLOV8N, tmp_path / "run"), at, uninterrupted(YOLOV8N))
 
 
 def test_a_run_killed_in_its_first_epoch_has_nothing_to_resume(data: str, teacher: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert run_until(settings(data, teacher, "yolov8n.yaml", folder), "batch", 2).returncode == -signal.SIGKILL
+    assert run_until(settings(data, teacher, YOLOV8N, folder), "batch", 2).returncode == -signal.SIGKILL
     with pytest.raises(UserError, match="no checkpoint there"):
         YoloDistiller().train(resume=str(folder))
 
 
 def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     folder = train_one_epoch(tiny, teacher)
-    other = str(save_checkpoint(random_detector("yolov8s.yaml", seed=9), tmp_path / "other.pt"))
+    other = str(save_checkpoint(random_detector(YOLOV8S, seed=9), tmp_path / "other.pt"))
     with pytest.raises(UserError, match="teacher: is another than the run began with"):
         YoloDistiller().train(resume=str(folder), teacher=other)
     YoloDistiller().train(resume=str(folder), teacher=other, force=True)
@@ -176,7 +176,7 @@ def test_a_teacher_for_a_run_without_one_is_refused(tiny: dict[str, Any], teache
 def test_a_run_of_plain_ultralytics_resumes_with_a_warning(
     method: str | None, tiny: dict[str, Any], teacher: str
 ) -> None:
-    model = YOLO("yolov8n.yaml")
+    model = YOLO(YOLOV8N)
     train_and_stop(model, {k: v for k, v in tiny.items() if k != "check_teacher"} | {"name": "plain"})
     with captured_log() as lines:
         d = YoloDistiller(teacher=teacher, method=method)
@@ -413,9 +413,9 @@ def test_a_resume_that_cannot_be_exact_says_so(
     folder = train_one_epoch(tiny | {"data": str(data)}, None, "none")
     change(folder, data.parent)
     with captured_log() as lines:
-        YoloDistiller().train(resume=str(folder), student="yolov8s.yaml")
+        YoloDistiller().train(resume=str(folder), student=YOLOV8S)
     assert any(warning in line for line in lines)
-    assert any("student=yolov8s.yaml is ignored" in line for line in lines)
+    assert any(f"student={YOLOV8S} is ignored" in line for line in lines)
 
 
 def test_a_stop_after_the_clock_was_set_back_says_how_to_resume(
@@ -436,7 +436,7 @@ def test_resume_true_takes_the_latest_unfinished_run(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = {k: v for k, v in tiny.items() if k != "project"} | {"student": "yolov8n.yaml", "method": "none"}
+    settings = {k: v for k, v in tiny.items() if k != "project"} | {"student": YOLOV8N, "method": "none"}
     unfinished = YoloDistiller(**settings)
     train_and_stop(unfinished, {})
     YoloDistiller(**settings).train(epochs=1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.models import YOLOV8N
 from helpers.runs import TINY, train_and_stop
 
 from yolokd import YoloDistiller
@@ -38,7 +39,7 @@ def test_a_run_with_a_relative_teacher_goes_on_from_another_folder(
     elsewhere.mkdir()
     monkeypatch.chdir(start)
     settings: dict[str, Any] = TINY | {"epochs": 2, "check_teacher": False, "data": "data/data.yaml", "save_dir": "run"}
-    distiller = YoloDistiller(teacher="t.pt", student="yolov8n.yaml", method="fitnet", teacher_precision="fp32")
+    distiller = YoloDistiller(teacher="t.pt", student=YOLOV8N, method="fitnet", teacher_precision="fp32")
     train_and_stop(distiller, settings)
     monkeypatch.chdir(elsewhere)
     folder = start / "run"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import random_detector
+from helpers.models import YOLO26N, YOLOV8N, random_detector
 from torch import Tensor, nn
 
 from yolokd.data.dataset import sample_batch
@@ -56,7 +56,7 @@ def test_every_inference_setting_gives_nearly_the_maps_of_float32(
     assert all(v.dtype == torch.float32 for v in teacher.state_dict().values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("name", ["yolov8n.yaml", "yolo26n.yaml"])
+@pytest.mark.parametrize("name", [YOLOV8N, YOLO26N])
 def test_boxes_equal_those_that_ultralytics_decodes(name: str, images: Tensor) -> None:
     model = random_detector(name)
     distances_by_stride = Teacher(model)(images, RequestedOutputs(boxes=True)).boxes
@@ -131,7 +131,7 @@ def test_a_precision_whose_maps_overflow_is_not_accurate(images: Tensor) -> None
 
 
 def test_mean_logits_are_the_mean_of_an_end_to_end_teachers_branches(images: Tensor) -> None:
-    model = random_detector("yolo26n.yaml")
+    model = random_detector(YOLO26N)
     head = model.model[-1]
     with torch.no_grad():
         head.one2one_cv3[0][-1].bias.add_(1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from helpers.data import write_dataset
-from helpers.models import calibrated_detector, label_with, random_detector, save_checkpoint
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, calibrated_detector, label_with, random_detector, save_checkpoint
 from helpers.results import rows, states_equal, weights
 from helpers.runs import TINY, captured_log, distil, train_and_stop, train_plainly
 from torch import nn
@@ -30,14 +30,14 @@ from yolokd.models import precision
 from yolokd.training.sidecar import sidecar_path, sidecars
 
 # Every time for an end-to-end head, which Ultralytics handles separately; for the simpler one among the slow tests.
-SIMPLER_SLOW = (pytest.param("yolov8n.yaml", marks=pytest.mark.slow), "yolo26n.yaml")
+SIMPLER_SLOW = (pytest.param(YOLOV8N, marks=pytest.mark.slow), YOLO26N)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _first_training(data: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Train once: in older Ultralytics, a process's first training draws other random numbers than later ones."""
     root = tmp_path_factory.mktemp("first")
-    YOLO("yolov8n.yaml").train(**TINY, data=data, epochs=1, project=str(root))
+    YOLO(YOLOV8N).train(**TINY, data=data, epochs=1, project=str(root))
 
 
 @pytest.mark.parametrize("student", SIMPLER_SLOW)
@@ -52,9 +52,9 @@ def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -
 def test_gradients_are_accumulated_as_in_plain_training(tiny: dict[str, Any]) -> None:
     """A step takes more images than a batch has, also in the warm-up and across the ends of epochs."""
     tiny |= {"nbs": 20, "epochs": 4, "warmup_epochs": 2.0}
-    ours = YoloDistiller(student="yolov8n.yaml", method="none")
+    ours = YoloDistiller(student=YOLOV8N, method="none")
     ours.train(**tiny)
-    assert states_equal(weights(ours.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
+    assert states_equal(weights(ours.trainer), weights(train_plainly(YOLOV8N, tiny)))
 
 
 @pytest.mark.parametrize("student", SIMPLER_SLOW)
@@ -64,18 +64,18 @@ def test_gains_of_zero_give_the_weights_of_plain_training(student: str, tiny: di
 
 
 def test_a_gain_above_zero_changes_the_student(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny)
-    assert not states_equal(weights(d.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
+    d = distil(teacher, YOLOV8N, tiny)
+    assert not states_equal(weights(d.trainer), weights(train_plainly(YOLOV8N, tiny)))
 
 
 def test_class_weights_work_as_in_plain_training(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny, cls_pw=0.7, **{"dfd.gain": 0, "pdf.gain": 0})
+    d = distil(teacher, YOLOV8N, tiny, cls_pw=0.7, **{"dfd.gain": 0, "pdf.gain": 0})
     assert d.trainer.criterion.base.class_weights is not None
-    assert states_equal(weights(d.trainer), weights(train_plainly("yolov8n.yaml", tiny, cls_pw=0.7)))
+    assert states_equal(weights(d.trainer), weights(train_plainly(YOLOV8N, tiny, cls_pw=0.7)))
 
 
 def test_end_to_end_losses_change_their_mix_each_epoch(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 3})
+    d = distil(teacher, YOLO26N, tiny | {"epochs": 3})
     base = d.trainer.criterion.base
     assert base.updates == 3
     assert base.o2m < 0.8
@@ -89,7 +89,7 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
         seen["model"] = trainer.plan.teachers[0].model
         seen["loaded"] = {k: v.clone() for k, v in seen["model"].state_dict().items()}
 
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd+pdf")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="dfd+pdf")
     d.add_callback("on_pretrain_routine_end", remember)
     d.train(**tiny | {"check_teacher": True})
     assert states_equal(seen["before"], d.trainer.plan.teachers[0].teacher.state_dict())
@@ -98,7 +98,7 @@ def test_the_teacher_never_changes(tiny: dict[str, Any], teacher: str) -> None:
 
 def test_results_csv_holds_losses_gains_and_gradients_of_levels(tiny: dict[str, Any], teacher: str) -> None:
     fixed = {"pdf.gain": 0.5, "pdf.schedule": "constant"}
-    d = distil(teacher, "yolov8n.yaml", tiny, probe=3, **fixed)  # one measurement an epoch
+    d = distil(teacher, YOLOV8N, tiny, probe=3, **fixed)  # one measurement an epoch
     results = rows(d.trainer)
     assert len(results) == 2
     for row in results:
@@ -117,14 +117,14 @@ def test_results_csv_holds_losses_gains_and_gradients_of_levels(tiny: dict[str, 
 
 def test_loggers_get_the_students_size_without_adapters(tiny: dict[str, Any], teacher: str) -> None:
     sizes: list[float] = []
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="mgd")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="mgd")
     d.add_callback("on_fit_epoch_end", lambda t: sizes.append(model_info_for_loggers(t)["model/parameters"]))
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
     assert set(sizes) == {get_num_params(d.trainer.ema.ema)}
 
 
 def test_without_validation_results_csv_keeps_its_columns(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny | {"val": False})
+    d = distil(teacher, YOLOV8N, tiny | {"val": False})
     assert len(rows(d.trainer)) == 2  # fails if a row has more or fewer cells than columns
 
 
@@ -140,8 +140,8 @@ def test_gradients_of_adapters_are_clipped_separately(tiny: dict[str, Any], teac
         def forward(self, level: Any) -> torch.Tensor:
             return self.weight * 1e8 + 0 * level.student.sum()
 
-    d = distil(teacher, "yolov8n.yaml", tiny, method="loud")
-    assert states_equal(weights(d.trainer), weights(train_plainly("yolov8n.yaml", tiny)))
+    d = distil(teacher, YOLOV8N, tiny, method="loud")
+    assert states_equal(weights(d.trainer), weights(train_plainly(YOLOV8N, tiny)))
 
 
 CHECK_PLAIN = """
@@ -190,7 +190,7 @@ def test_checkpoints_work_in_ultralytics_without_yolokd(
 def test_checkpoints_hold_their_provenance(tiny: dict[str, Any], teacher: str) -> None:
     import hashlib
 
-    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, teacher_precision="bf16", **{"pdf.gain": 2})
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1}, teacher_precision="bf16", **{"pdf.gain": 2})
     origin = YOLO(d.trainer.best).model.yolokd
     sha256 = hashlib.sha256(Path(teacher).read_bytes()).hexdigest()
     assert origin["teacher"] == {"file": "teacher.pt", "sha256": sha256, "precision": "bf16"}
@@ -210,7 +210,7 @@ def test_a_resume_restores_adapters_and_finishes_the_run(student: str, tiny: dic
     again = YoloDistiller()
     restored: dict[str, Any] = {}
     again.add_callback("on_train_start", lambda t: restored.update(deepcopy(t.criterion.private_state())))
-    named = {"resume": str(folder)} if student == "yolov8n.yaml" else {"resume": True, "project": tiny["project"]}
+    named = {"resume": str(folder)} if student == YOLOV8N else {"resume": True, "project": tiny["project"]}
     again.train(**named)
     assert states_equal(saved, restored)
     assert again.trainer.start_epoch == 2
@@ -219,7 +219,7 @@ def test_a_resume_restores_adapters_and_finishes_the_run(student: str, tiny: dic
     assert [r["epoch"] for r in rows(again.trainer)] == [1, 2, 3]
     assert again.trainer.save_dir == folder
     assert not sidecars(again.trainer.last)
-    if student == "yolo26n.yaml":
+    if student == YOLO26N:
         assert again.trainer.criterion.base.updates == 3
 
     with pytest.raises(UserError, match="finished"):
@@ -227,7 +227,7 @@ def test_a_resume_restores_adapters_and_finishes_the_run(student: str, tiny: dic
 
 
 def test_a_resume_with_another_method_is_refused(tiny: dict[str, Any], teacher: str) -> None:
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="dfd")
 
     train_and_stop(d, tiny)
     with pytest.raises(UserError, match="method: cannot change"):
@@ -267,7 +267,7 @@ def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str
 
 
 def test_distill_yaml_repeats_the_run(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny, **{"dfd.alpha": 0.5})
+    d = distil(teacher, YOLOV8N, tiny, **{"dfd.alpha": 0.5})
     cfg = yaml.safe_load((d.trainer.save_dir / "distill.yaml").read_text())
     assert cfg["dfd.alpha"] == 0.5
     assert cfg["method"] == "dfd+pdf"
@@ -278,9 +278,9 @@ def test_distill_yaml_repeats_the_run(tiny: dict[str, Any], teacher: str) -> Non
 
 
 def test_the_trainer_for_yolo_train_gives_the_same_weights_as_the_distiller(tiny: dict[str, Any], teacher: str) -> None:
-    ours = distil(teacher, "yolov8n.yaml", tiny, method="dfd")
+    ours = distil(teacher, YOLOV8N, tiny, method="dfd")
     trainer = distillation_trainer(teacher=teacher, method="dfd", check_teacher=False, teacher_precision="fp32")
-    model = YOLO("yolov8n.yaml")
+    model = YOLO(YOLOV8N)
     model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, trainer=trainer)
     assert states_equal(weights(ours.trainer), weights(model.trainer))
 
@@ -289,7 +289,7 @@ def test_teacher_and_student_may_be_model_objects(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    save_checkpoint(random_detector("yolov8s.yaml", seed=1), tmp_path / "t.pt")
+    save_checkpoint(random_detector(YOLOV8S, seed=1), tmp_path / "t.pt")
     student = random_detector(seed=5)
     d = YoloDistiller(teacher=YOLO(tmp_path / "t.pt"), student=student, method="pdf")
     metrics = d.train(**tiny | {"epochs": 1})
@@ -308,16 +308,16 @@ def test_a_registered_method_trains_and_its_constants_are_checked(tiny: dict[str
         def forward(self, level: Any) -> torch.Tensor:
             return (self.adapt(level.student) - level.teacher).abs().pow(self.power).mean()
 
-    d = distil(teacher, "yolov8n.yaml", tiny, method="half+dfd", **{"half.power": 1.5})
+    d = distil(teacher, YOLOV8N, tiny, method="half+dfd", **{"half.power": 1.5})
     assert rows(d.trainer)[-1]["train/half_loss"] > 0
     with pytest.raises(UserError, match=r"half\.power"):
-        distil(teacher, "yolov8n.yaml", tiny, method="half", **{"half.power": "much"})
+        distil(teacher, YOLOV8N, tiny, method="half", **{"half.power": "much"})
 
 
 def test_a_teacher_without_a_shared_class_teaches_objectness(tiny: dict[str, Any], tmp_path: Path) -> None:
-    other = save_checkpoint(random_detector("yolov8s.yaml", {0: "cat", 1: "dog", 2: "cow"}), tmp_path / "other.pt")
+    other = save_checkpoint(random_detector(YOLOV8S, {0: "cat", 1: "dog", 2: "cow"}), tmp_path / "other.pt")
     with captured_log() as lines:
-        d = distil(str(other), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
+        d = distil(str(other), YOLOV8N, tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
     assert any("knows none of the data set's classes (disc, box)" in line for line in lines)
     assert any("one objectness" in line for line in lines)
     assert d.trainer.plan.teachers[0].pairing.classes.objectness
@@ -325,9 +325,9 @@ def test_a_teacher_without_a_shared_class_teaches_objectness(tiny: dict[str, Any
 
 
 def test_a_teacher_with_a_low_score_gives_a_warning(tiny: dict[str, Any], tmp_path: Path) -> None:
-    path = save_checkpoint(random_detector("yolov8s.yaml", {0: "disc", 1: "cow"}), tmp_path / "half.pt")
+    path = save_checkpoint(random_detector(YOLOV8S, {0: "disc", 1: "cow"}), tmp_path / "half.pt")
     with captured_log() as lines:
-        d = distil(str(path), "yolov8n.yaml", tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
+        d = distil(str(path), YOLOV8N, tiny | {"check_teacher": True, "epochs": 1}, method="pdf")
     assert d.trainer.teacher_score < 0.05
     assert any("useless on this validation set" in line for line in lines)
     assert any("does not know box" in line for line in lines)
@@ -338,10 +338,10 @@ def test_a_teacher_with_a_low_score_gives_a_warning(tiny: dict[str, Any], tmp_pa
         line for line in summary.splitlines() if "teacher half.pt" in line or "student " in line[:12]
     )
     assert f"{d.trainer.teacher_score:.3f}" in teacher
-    assert "11.14 million" in teacher
+    assert "0.91 million" in teacher
     assert f"student after epoch 1 │ {rows(d.trainer)[0]['metrics/mAP50-95(B)']:.3f}" in before
     assert "student best.pt" in after
-    assert "3.01 million" in after
+    assert "0.36 million" in after
     assert f"{d.trainer.best.stat().st_size / 1e6:.1f} MB" in after
 
 
@@ -349,7 +349,7 @@ def test_the_distiller_validates_predicts_and_exports(tiny: dict[str, Any], teac
     untrained = YoloDistiller(teacher=teacher)
     with pytest.raises(UserError, match="nothing is trained"):
         untrained.export()
-    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1}, method="dfd")
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1}, method="dfd")
     assert d.val(data=tiny["data"], imgsz=64, plots=False, device="cpu", project=tiny["project"]).box.map >= 0
     image = next((Path(tiny["data"]).parent / "images" / "val").glob("*.jpg"))
     assert len(d.predict(image, imgsz=64, device="cpu", project=tiny["project"])) == 1
@@ -363,7 +363,7 @@ def test_a_teachers_score_does_not_depend_on_the_order_of_its_classes(tiny: dict
     data = write_dataset(tmp_path / "d", val=12)
     images = [cv2.imread(str(p)) for p in (data.parent / "images" / "val").glob("*.jpg")]
     size = 192  # most boxes lie inside images of this size: labels are clipped to the image, predictions are not
-    known = calibrated_detector("yolov8s.yaml", images, size)
+    known = calibrated_detector(YOLOV8S, images, size)
     label_with(known, data, size, tmp_path / "known.pt")
     permuted = deepcopy(known)
     permuted.names = {0: "cat", 1: "box", 2: "disc"}
@@ -379,7 +379,7 @@ def test_a_teachers_score_does_not_depend_on_the_order_of_its_classes(tiny: dict
     scores = []
     for name, model in (("known", known), ("permuted", permuted)):
         path = save_checkpoint(model.half(), tmp_path / f"{name}.pt")
-        d = YoloDistiller(teacher=str(path), student="yolov8n.yaml", method="pdf")
+        d = YoloDistiller(teacher=str(path), student=YOLOV8N, method="pdf")
         d.train(**tiny | {"data": str(data), "imgsz": size, "epochs": 1, "check_teacher": True})
         scores.append(d.trainer.teacher_score)
     first, second = scores
@@ -392,11 +392,11 @@ def test_an_rtdetr_teaches_methods_that_need_no_class_scores(tiny: dict[str, Any
     model = RTDETRDetectionModel("rtdetr-l.yaml", nc=3, verbose=False)
     model.names = {0: "cat", 1: "box", 2: "disc"}
     path = save_checkpoint(model, tmp_path / "rtdetr.pt")
-    d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "check_teacher": True}, method="dfd")
+    d = distil(str(path), YOLOV8N, tiny | {"epochs": 1, "check_teacher": True}, method="dfd")
     assert d.trainer.teacher_score is not None
     assert rows(d.trainer)[0]["train/dfd_loss"] > 0
     with pytest.raises(UserError, match="no class scores per position"):
-        distil(str(path), "yolov8n.yaml", tiny, method="pdf")
+        distil(str(path), YOLOV8N, tiny, method="pdf")
 
 
 def test_levels_that_only_the_student_has_are_left_out(tiny: dict[str, Any], teacher: str) -> None:
@@ -409,7 +409,7 @@ def test_levels_that_only_the_student_has_are_left_out(tiny: dict[str, Any], tea
 def test_a_teacher_with_a_coarser_stride_gets_padded_images(tiny: dict[str, Any], tmp_path: Path) -> None:
     """A P6 teacher needs multiples of 64 pixels; the student trains at 96."""
     path = save_checkpoint(random_detector("yolov8n-p6.yaml", seed=2), tmp_path / "p6.pt")
-    d = distil(str(path), "yolov8n.yaml", tiny | {"epochs": 1, "imgsz": 96, "device": "cpu"})
+    d = distil(str(path), YOLOV8N, tiny | {"epochs": 1, "imgsz": 96, "device": "cpu"})
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
     print_check({"teacher": str(path), "data": tiny["data"], "imgsz": 96, "device": "cpu"})
 
@@ -419,7 +419,7 @@ def test_a_segmentation_model_teaches_and_is_not_scored(tiny: dict[str, Any], tm
     model = SegmentationModel("yolov8n-seg.yaml", nc=2, verbose=False)
     model.names = {0: "disc", 1: "box"}
     path = save_checkpoint(model, tmp_path / "seg.pt")
-    d = distil(Path(path), "yolov8n.yaml", tiny | {"epochs": 1, "check_teacher": True})
+    d = distil(Path(path), YOLOV8N, tiny | {"epochs": 1, "check_teacher": True})
     assert d.trainer.teacher_score is None
     assert rows(d.trainer)[0]["train/pdf_loss"] > 0
 
@@ -429,7 +429,7 @@ def test_a_segmentation_model_teaches_and_is_not_scored(tiny: dict[str, Any], tm
                  {"single_cls": True, "cls": 0.3, "imgsz": [64, 32], "label_smoothing": 0.0}]
 )  # fmt: skip
 def test_settings_of_ultralytics_work(settings: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1} | settings)
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1} | settings)
     row = rows(d.trainer)[0]
     assert row["train/dfd_loss"] > 0
     if settings.get("freeze") == 22:
@@ -446,14 +446,14 @@ def test_the_distiller_reads_settings_from_a_file(tiny: dict[str, Any], teacher:
 
 
 def test_bfloat16_training_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1, "amp": "bf16"})
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1, "amp": "bf16"})
     losses = [v for k, v in rows(d.trainer)[0].items() if k.startswith("train/") and k.endswith("_loss")]
     assert all(math.isfinite(v) and v > 0 for v in losses)
     assert all(v.dtype == torch.float32 for v in weights(d.trainer).values() if v.is_floating_point())
 
 
 def test_channels_last_training_works_on_cpus(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolov8n.yaml", tiny | {"epochs": 1, "channels_last": True})
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1, "channels_last": True})
     convolutions = [p for p in d.trainer.model.model.parameters() if p.ndim == 4 and p.shape[2] > 1]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in convolutions)
     saved = torch.load(d.trainer.last, weights_only=False)["model"]
@@ -467,7 +467,7 @@ def test_channels_last_training_works_on_cpus(tiny: dict[str, Any], teacher: str
     ids=str,
 )
 def test_settings_of_the_teacher_reach_it(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, "yolo26n.yaml", tiny | {"epochs": 1}, **keys)
+    d = distil(teacher, YOLO26N, tiny | {"epochs": 1}, **keys)
     assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(("dfd_loss", "pdf_loss", "sl2_loss")))
     in_force = d.trainer.criterion.stage.teacher.settings
     assert in_force.imgsz == keys.get("teacher_imgsz")
@@ -475,7 +475,7 @@ def test_settings_of_the_teacher_reach_it(keys: dict[str, Any], tiny: dict[str, 
 
 
 def test_a_resumed_run_keeps_the_precision_that_auto_chose(tiny: dict[str, Any], teacher: str) -> None:
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="dfd", teacher_precision="auto")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="dfd", teacher_precision="auto")
     train_and_stop(d, tiny)
     sidecar = sidecar_path(d.trainer.last, 0)
     state = torch.load(sidecar, weights_only=True)

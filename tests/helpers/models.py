@@ -20,10 +20,14 @@ from yolokd.models.detector import read_pyramid
 from yolokd.models.teacher import Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
+# Ultralytics' architectures with a fraction of the width: most of a short training's time goes into its checkpoints.
+MODELS = Path(__file__).parents[1] / "data" / "models"
+YOLOV8N, YOLOV8S = str(MODELS / "yolov8n.yaml"), str(MODELS / "yolov8s.yaml")
+YOLO26N, YOLO26S = str(MODELS / "yolo26n.yaml"), str(MODELS / "yolo26s.yaml")
 SIZE = 160  # pixels; the image size that `save_trained_checkpoint` writes into checkpoints
 
 
-def random_detector(cfg: str = "yolov8n.yaml", names: dict[int, str] = NAMES, seed: int = 0) -> DetectionModel:
+def random_detector(cfg: str = YOLOV8N, names: dict[int, str] = NAMES, seed: int = 0) -> DetectionModel:
     """Return a random model with random BatchNorm statistics, so that its maps vary."""
     torch.manual_seed(seed)
     model = DetectionModel(cfg, nc=len(names), verbose=False)

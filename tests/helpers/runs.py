@@ -13,6 +13,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.utils import LOGGER
 
+from helpers.models import YOLOV8N
 from yolokd import YoloDistiller
 from yolokd.runtime.threads import training_threads
 
@@ -61,7 +62,7 @@ def train_and_stop(model: YoloDistiller | YOLO, settings: dict[str, Any], epoch:
 
 def train_one_epoch(settings: dict[str, Any], teacher: str | None, method: str = "fitnet") -> Path:
     """Train until the first checkpoint is saved; return the run's folder, from which a training can resume."""
-    distiller = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method=method)
+    distiller = YoloDistiller(teacher=teacher, student=YOLOV8N, method=method)
     train_and_stop(distiller, {"teacher_precision": "fp32"} | settings)
     return Path(distiller.trainer.save_dir)
 

@@ -1,4 +1,4 @@
-"""Train two epochs with TensorBoard and MLflow on. Arguments: teacher, data set, folder."""
+"""Train two epochs with TensorBoard and MLflow on. Arguments: teacher, student, data set, folder."""
 
 import sys
 
@@ -8,8 +8,8 @@ from yolokd import YoloDistiller
 
 ON = ("tensorboard", "mlflow")
 settings.update({name: name in ON for name in ("clearml", "comet", "dvc", "raytune", "wandb", *ON)})
-teacher, data, folder = sys.argv[1:]
-YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="fitnet").train(
+teacher, student, data, folder = sys.argv[1:]
+YoloDistiller(teacher=teacher, student=student, method="fitnet").train(
     data=data, project=folder, name="logged", epochs=2, imgsz=64, batch=4, nbs=4, plots=False, verbose=False,
     device="cpu", check_teacher=False, teacher_precision="fp32", val=False,
 )  # fmt: skip
