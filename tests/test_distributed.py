@@ -180,6 +180,13 @@ def test_sigterm_to_the_launcher_ends_all_processes(data: str, teacher: str, tmp
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_after_the_same_step(data: str, teacher: str, tmp_path: Path) -> None:
+    keys = settings(data, teacher, tmp_path / "run", epochs=50)
+    output = output_of(launch(keys, *TORCHRUN, "--nproc_per_node=2", INTERRUPT="1:5"), status=1)
+    assert output.count("yolokd: interrupted; go on with: yolokd train resume=") == 1
+    assert [(tmp_path / "run" / f"batches-{rank}.txt").read_text() for rank in (0, 1)] == ["6", "6"]
+
+
 @pytest.mark.slow
 def test_processes_that_see_different_images_end_before_training(data: str, teacher: str, tmp_path: Path) -> None:
     other = tmp_path / "data"

@@ -19,7 +19,7 @@ from yolokd.models.detector import read_pyramid
 from yolokd.models.evaluate import aligned_copy
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.level import confidence_shares, resize_to, split_levels
-from yolokd.pyramid.pairing import ClassPairing, pair_classes, pair_levels
+from yolokd.pyramid.pairing import ClassSelection, pair_classes, pair_levels
 
 strides = st.dictionaries(st.sampled_from([4, 8, 16, 32, 64]), st.integers(1, 512), max_size=5)
 names = st.dictionaries(st.integers(0, 9), st.sampled_from(["cat", "Dog ", "dog", "cow", "CAT", ""]), max_size=6)
@@ -54,13 +54,13 @@ def test_classes_pair_by_name(teacher: dict[int, str], student: dict[int, str]) 
 def test_selected_class_scores_are_in_the_same_order() -> None:
     pairing = pair_classes({0: "a", 1: "b", 2: "c"}, {0: "c", 1: "x", 2: "a"})
     teacher, student = torch.arange(3.0).view(1, 3, 1, 1), torch.arange(3.0).view(1, 3, 1, 1)
-    assert pairing.select_teacher(teacher).flatten().tolist() == [2, 0]
-    assert pairing.select_student(student).flatten().tolist() == [0, 2]
+    assert ClassSelection(pairing.teacher)(teacher).flatten().tolist() == [2, 0]
+    assert ClassSelection(pairing.student)(student).flatten().tolist() == [0, 2]
 
 
 def test_without_a_shared_class_the_highest_score_is_compared() -> None:
     logits = torch.tensor([[1.0, 5.0], [3.0, -2.0]]).view(1, 2, 1, 2)
-    assert ClassPairing((), ()).select_teacher(logits).flatten().tolist() == [3, 5]
+    assert ClassSelection(())(logits).flatten().tolist() == [3, 5]
 
 
 def test_maps_are_resampled_to_the_teachers_grid() -> None:

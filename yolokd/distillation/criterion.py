@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from ultralytics.utils import RANK
 
 from yolokd.config.schema import DistillationConfig
 from yolokd.distillation.gradients import GradientRecorder
@@ -57,6 +58,8 @@ class DistillationCriterion(nn.Module):
         strides = sorted({shape.stride for _, pairing in teachers for shape in pairing.levels})
         self.recorder = GradientRecorder([method.name for method in config.method_configs], strides)
         self.guard = NonFiniteGuard([method.name for method in config.method_configs])
+        for parameter in self.parameters():
+            self.guard.guard_adapter(parameter)
         self.begin_epoch(0, epochs=1, steps=1)
         self.register_load_state_dict_post_hook(_ignore_missing_criterion_keys)  # type: ignore[no-untyped-call]
 
@@ -110,6 +113,16 @@ class DistillationCriterion(nn.Module):
             stage = self.stage
             stage.teacher.start(images, stage.requested_outputs(self._measuring))
 
+    def discard_step(self) -> None:
+        """Free what a step that failed has left behind, since Ultralytics tries again with a smaller batch."""
+        self.stage.teacher.discard_pending()
+        self.guard.discard()
+
+    @property
+    def _draw_seed(self) -> int:
+        """Return the seed of what methods draw in this step: each process masks other positions of its images."""
+        return self._seed + self._step + max(int(RANK), 0) * 2**32
+
     @property
     def _measuring(self) -> bool:
         return self._step % self.config.probe == 0 or not self.stage.measured
@@ -117,40 +130,36 @@ class DistillationCriterion(nn.Module):
     def forward(self, preds: Any, batch: dict[str, Any]) -> Losses:
         """Return (loss vector times batch size, detached items by name), as Ultralytics' criteria do."""
         task, items = self.base(preds, batch)
-        factors, distilled = self._factors(), None
+        factors = self._factors()
         if any(factors):
-            distilled = self._distil(task, task.new_tensor(factors), preds, batch)
-        else:
-            self.recorder.record_idle()
-        if distilled is not None:
+            distilled = self._distil(task, factors, preds, batch)
             scaled = (distilled.gains * distilled.losses).sum(1)
             weighted = distilled.weighted
             in_force = torch.where(weighted > 0, scaled / weighted, distilled.gains.sum(1)).detach()
             weighted = weighted.detach() / len(batch["img"])
         else:
+            self.recorder.record_idle()
             scaled = weighted = in_force = task.new_zeros(len(factors))
         self._step += 1
         for i, method in enumerate(self.config.method_configs):
             items |= {f"{method.name}_loss": weighted[i], f"{method.name}_gain": in_force[i]}
         return torch.cat([task.flatten(), scaled]), items
 
-    def _distil(self, task: Tensor, factors: Tensor, preds: Any, batch: dict[str, Any]) -> DistillationLosses | None:
-        """Return the losses of all methods, or None if one of them is not finite: the step trains without them."""
+    def _distil(self, task: Tensor, factors: Sequence[float], preds: Any, batch: dict[str, Any]) -> DistillationLosses:
+        """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
         stage, measuring = self.stage, self._measuring
         output = stage.teacher(batch["img"], stage.requested_outputs(measuring))
-        levels, maps = stage.levels(preds, output, batch, self._seed + self._step, self.guard)
+        levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard)
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
         level_losses = [[loss * len(batch["img"]) for loss in method(levels)] for method in stage.methods]
         losses = torch.stack([torch.stack(losses_of_method) for losses_of_method in level_losses])
-        finite = self.guard.losses_finite(losses, levels, batch.get("im_file", ()))
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
             norms = stage.measure(task, level_losses, maps, output)
             self.guard.discard()
         gains = stage.gains(factors)
         if measuring and torch.isfinite(norms).all():
             self.recorder.record([level.stride for level in levels], norms[0], norms[1:], gains, stage.share)
-        if not finite:
-            return None
+        losses = self.guard.guard_losses(losses, levels, batch.get("im_file", ()))
         return DistillationLosses(losses, gains, (losses * stage.level_weights()).sum(1))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from ultralytics.utils import LOGGER
 
 from yolokd.errors import UserError
@@ -22,17 +23,22 @@ MAX_NAMED_IMAGES = 3  # in a message
 
 @dataclass(frozen=True)
 class _Step:
-    """The facts about a step that a message names: where its gradients were watched, and the files of its images."""
+    """What the flags of a step are about: first each method's loss at each level, then gradients, at `places`.
 
-    places: Sequence[str]
-    images: Sequence[str]
-    losses_were_finite: bool
+    strides: of the levels. images: the batch's files. teacher: (L, B) bool, whether the teacher's map of a level is
+    finite for an image; stays on the device, and is read only for a message.
+    """
+
+    strides: Sequence[int] = ()
+    teacher: Tensor | None = None
+    places: Sequence[str] = ()
+    images: Sequence[str] = ()
 
 
 class NonFiniteGuard:
     """Keeps losses and gradients that are not finite away from the student, and reports where they came from.
 
-    Flags of gradients are read one step late, so that the host does not wait for a GPU in each step.
+    Both become 0 on the device. Their flags are read one step late, so that the host does not wait for a GPU.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -42,80 +48,83 @@ class NonFiniteGuard:
         self._steps_in_a_row = 0
         self._skipped_in_a_row = 0
         self._warned = False
-        self._map_flags: list[tuple[int, Tensor]] = []  # (stride, whether a map's gradient was not finite)
-        self._losses_were_finite = False  # of the present step
-        self._images: Sequence[str] = ()
-        self._gradient_flags: LateFlags[_Step] = LateFlags()
+        self._loss_flags: Tensor | None = None  # (M · L,) of the present step: whether a loss was not finite
+        self._gradient_flags: list[tuple[str, Tensor]] = []  # (place, whether a gradient was not finite)
+        self._step = _Step()
+        self._flags: LateFlags[_Step] = LateFlags()
         self._skip_flags: LateFlags[Sequence[str]] = LateFlags()
 
-    def losses_finite(self, losses: Tensor, levels: Sequence[Level], images: Sequence[str]) -> bool:
-        """Return whether all (M, L) losses are finite; count the step as dropped if not. images: the batch's files.
-
-        Raises UserError at the tenth such step in a row (MAX_STEPS_IN_A_ROW).
-        """
-        self._images = images
-        finite = torch.isfinite(losses.detach())
-        self._losses_were_finite = bool(finite.all())
-        if self._losses_were_finite:
-            return True
-        self._count_gradients(self._gradient_flags.read())  # of the step before this one
-        method, level = (~finite).nonzero()[0].tolist()
-        teacher_is_finite = torch.isfinite(levels[level].teacher).flatten(1).all(1).tolist()
-        broken_images = [image for image, is_finite in zip(images, teacher_is_finite, strict=False) if not is_finite]
-        self._drop(f"{self._names[method]}'s loss at {level_name(levels[level].stride)}", broken_images or images)
-        return False
+    def guard_losses(self, losses: Tensor, levels: Sequence[Level], images: Sequence[str]) -> Tensor:
+        """Return the (M, L) losses, all 0 if one of them is not finite. images: the batch's files."""
+        broken = ~torch.isfinite(losses.detach())
+        # The norm of largest values is finite if all values are; a sum could overflow.
+        largest = [torch.linalg.vector_norm(level.teacher, inf, (1, 2, 3)) for level in levels]
+        teacher = torch.isfinite(torch.stack(largest))
+        self._loss_flags = broken.flatten()
+        self._step = _Step([level.stride for level in levels], teacher, images=images)
+        return torch.where(broken.any(), 0, losses)
 
     def guard_gradient(self, maps: Tensor, stride: int) -> Tensor:
         """Return the maps with a hook: a gradient through them that is not finite becomes 0."""
         if not maps.requires_grad:
             return maps
         guarded = maps.view_as(maps)
-
-        def check(gradient: Tensor) -> Tensor:
-            finite = torch.isfinite(gradient).all()
-            self._map_flags.append((stride, ~finite))
-            return torch.where(finite, gradient, 0)
-
-        guarded.register_hook(check)  # type: ignore[no-untyped-call]
+        self._zero_if_broken(guarded, f" at {level_name(stride)}")
         return guarded
 
-    def after_backward(self, adapters: Sequence[Tensor]) -> None:
-        """Set adapters' gradients that are not finite to 0, since clipping by the norm would spread them.
+    def guard_adapter(self, parameter: nn.Parameter) -> None:
+        """Let a gradient of an adapter that is not finite become 0, before processes average their gradients."""
+        self._zero_if_broken(parameter, ", in an adapter")
 
-        Raises UserError at the tenth step in a row without distillation (MAX_STEPS_IN_A_ROW).
+    def _zero_if_broken(self, tensor: Tensor, place: str) -> None:
+        def check(gradient: Tensor) -> Tensor:
+            finite = torch.isfinite(gradient).all()
+            self._gradient_flags.append((place, ~finite))
+            return torch.where(finite, gradient, 0)
+
+        tensor.register_hook(check)  # type: ignore[no-untyped-call]
+
+    def after_backward(self) -> None:
+        """Count the step before this one if its losses or gradients were not finite.
+
+        Raises UserError at the tenth such step in a row (MAX_STEPS_IN_A_ROW).
         """
-        flags = [flag for _, flag in self._map_flags]
-        places = [f" at {level_name(stride)}" for stride, _ in self._map_flags]
-        for gradient in [p.grad for p in adapters if p.grad is not None]:
-            broken = ~torch.isfinite(gradient).all()
-            gradient.masked_fill_(broken, 0)
-            flags.append(broken)
-            places.append(", in an adapter")
-        step = _Step(places, self._images, self._losses_were_finite)
-        self._map_flags, self._losses_were_finite = [], False
-        if flags:
-            broken_gradients = torch.stack(flags)
-            overflowed = broken_gradients.any()
+        losses, gradients, step = self._loss_flags, self._gradient_flags, self._step
+        self.discard()
+        if losses is None:  # no distillation in this step
+            return
+        flags = losses
+        if gradients:
+            places, broken = zip(*gradients, strict=True)
+            step = replace(step, places=places)
+            flags = torch.cat([losses, torch.stack(broken)])
+            overflowed = flags[len(losses) :].any() & ~losses.any()
             self.overflowed = overflowed if self.overflowed is None else self.overflowed | overflowed
-            self._count_gradients(self._gradient_flags.exchange(broken_gradients, step))
+        self._count(self._flags.exchange(flags, step))
 
-    def _count_gradients(self, late: tuple[list[bool], _Step] | None) -> None:
+    def _count(self, late: tuple[list[bool], _Step] | None) -> None:
         if late is None:
             return
-        broken, step = late
-        if not step.losses_were_finite:  # counted already; gradients exist if another process had finite losses
-            return
-        if any(broken):
-            self._drop(f"a gradient of {' or '.join(self._names)}{step.places[broken.index(True)]}", step.images)
-        else:
+        flags, step = late
+        if not any(flags):
             self._steps_in_a_row = 0
+            return
+        index, levels = flags.index(True), len(step.strides)
+        gradient = index - len(self._names) * levels
+        if gradient >= 0:
+            self._drop(f"a gradient of {' or '.join(self._names)}{step.places[gradient]}", step.images)
+            return
+        method, level = divmod(index, levels)
+        finite = step.teacher[level].tolist() if step.teacher is not None else []
+        broken_images = [image for image, is_finite in zip(step.images, finite, strict=False) if not is_finite]
+        self._drop(f"{self._names[method]}'s loss at {level_name(step.strides[level])}", broken_images or step.images)
 
     def after_step(self, gradient_norm: Tensor) -> None:
         """Count a step that a gradient scaler skips, because the student's gradient is not finite.
 
         Raises UserError after MAX_SKIPPED_IN_A_ROW of them.
         """
-        self._count_skip(self._skip_flags.exchange(~torch.isfinite(gradient_norm).reshape(1), self._images))
+        self._count_skip(self._skip_flags.exchange(~torch.isfinite(gradient_norm).reshape(1), self._step.images))
 
     def _count_skip(self, late: tuple[list[bool], Sequence[str]] | None) -> None:
         if late is None:
@@ -132,8 +141,8 @@ class NonFiniteGuard:
         self._warn(f"{what} is not finite (images {_names(images)}); the gradient scaler skips the step")
 
     def discard(self) -> None:
-        """Discard the gradients seen since the last step: they were measured, not used."""
-        self._map_flags = []
+        """Discard the flags of a step that ends here, or of gradients that were measured and not used."""
+        self._loss_flags, self._gradient_flags = None, []
 
     def _drop(self, what: str, images: Sequence[str]) -> None:
         self.dropped += 1
@@ -152,7 +161,7 @@ class NonFiniteGuard:
 
     def end_epoch(self) -> int:
         """Return how many steps of the epoch had no distillation, and start counting anew."""
-        self._count_gradients(self._gradient_flags.read())
+        self._count(self._flags.read())
         self._count_skip(self._skip_flags.read())
         dropped, self.dropped, self._warned = self.dropped, 0, False
         return dropped

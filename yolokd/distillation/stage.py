@@ -18,7 +18,7 @@ from yolokd.methods.blocks import Adapter
 from yolokd.models.teacher import RequestedOutputs, Teacher, TeacherOutput
 from yolokd.pyramid.boxes import Labels, decode_distances, resize_distances
 from yolokd.pyramid.level import Level, LevelShape, confidence_shares, resize_to, split_levels
-from yolokd.pyramid.pairing import Pairing
+from yolokd.pyramid.pairing import ClassSelection, Pairing
 from yolokd.runtime.distributed import all_reduce_mean
 
 
@@ -30,6 +30,7 @@ class Stage(nn.Module):
     """
 
     share: Tensor  # (L,) each level's share of the teacher's confidence
+    fixed_gains: Tensor  # (M, 1) those of the configuration
 
     def __init__(self, teacher: Teacher, pairing: Pairing, config: DistillationConfig, seed: int, number: int) -> None:
         super().__init__()
@@ -40,8 +41,12 @@ class Stage(nn.Module):
         self.wants_logits = any(method.wants_logits or method.wants_boxes for method in methods)
         self.wants_mean_logits = any(method.wants_mean_logits for method in methods)
         self.wants_boxes = any(method.wants_boxes for method in methods)
+        self.select_teacher = ClassSelection(pairing.classes.teacher)
+        self.select_student = ClassSelection(pairing.classes.student)
         self.measured = False  # whether the gradient of each method has been measured: until then every step does
         self.register_buffer("share", torch.full((len(shapes),), 1 / len(shapes)))
+        gains = torch.tensor([[float(method.gain)] for method in config.method_configs])
+        self.register_buffer("fixed_gains", gains, persistent=False)
         self.balance = Balance(len(config.method_configs), len(shapes))
 
     def requested_outputs(self, measuring: bool) -> RequestedOutputs:
@@ -62,8 +67,8 @@ class Stage(nn.Module):
         up to a normalization that cancels in their ratios.
         """
         if output.logits:
-            select = self.pairing.classes.select_teacher
-            shares = confidence_shares([select(output.logits[level.stride]) for level in self.pairing.levels])
+            logits = [self.select_teacher(output.logits[level.stride]) for level in self.pairing.levels]
+            shares = confidence_shares(logits)
             shares = all_reduce_mean(shares)
             self.share.copy_(torch.where(torch.isfinite(shares).all(), shares, self.share))
         rows = [gradient_norms(task, maps), *(per_level_gradient_norms(level_losses, maps) for level_losses in losses)]
@@ -76,14 +81,14 @@ class Stage(nn.Module):
         """Note whether each method has been measured at some level."""
         self.measured = bool((self.balance.seen > 0).any(1).all())
 
-    def gains(self, factors: Tensor) -> Tensor:
-        """Return (M, L) gains in force, with level weights and the schedules' factors (M,); no gradient."""
+    def gains(self, factors: Sequence[float]) -> Tensor:
+        """Return (M, L) gains in force, with level weights and the schedules' M factors; no gradient."""
         weights = self.level_weights()
-        fixed = weights.new_tensor([method.gain for method in self.config.method_configs])[:, None] * weights
-        if self.config.balance == "off":
-            return fixed * factors[:, None]
-        target = self.config.balance * weights * len(weights)
-        return self.balance.gains(target, fixed) * factors[:, None]
+        gains = self.fixed_gains * weights
+        if self.config.balance != "off":
+            gains = self.balance.gains(self.config.balance * weights * len(weights), gains)
+        # One by one: a tensor of the factors would be a copy to the device in each step, for which the host waits.
+        return torch.stack([row * factor for row, factor in zip(gains, factors, strict=True)])
 
     def level_weights(self) -> Tensor:
         """Return (L,) weights of sum 1, so that a gain means the same for either choice and any number of levels."""
@@ -100,11 +105,11 @@ class Stage(nn.Module):
         """
         raw = preds[1] if isinstance(preds, tuple) else preds
         raw = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
-        strides, classes = self.pairing.student_strides, self.pairing.classes
+        strides = self.pairing.student_strides
         maps = dict(zip(strides, raw["feats"], strict=True))
         logits = dict(zip(strides, split_levels(raw["scores"], raw["feats"]), strict=True)) if self.wants_logits else {}
         boxes = dict(zip(strides, split_levels(raw["boxes"], raw["feats"]), strict=True)) if self.wants_boxes else {}
-        labels = Labels.from_centers(batch["batch_idx"], batch["bboxes"]).to(batch["img"].device)
+        labels = batch.get("labels") or Labels.from_centers(batch["batch_idx"].cpu(), batch["bboxes"].cpu())
         levels = []
         for shape in self.pairing.levels:
             stride = shape.stride
@@ -113,10 +118,10 @@ class Stage(nn.Module):
             level = Level(stride, student, resize_to(student, output.maps[stride].float()))
             level.labels, level.seed = labels, seed
             if self.wants_logits:
-                level.student_logits = classes.select_student(guard.guard_gradient(logits[stride], stride))
-                level.teacher_logits = resize_to(student, classes.select_teacher(output.logits[stride]))
+                level.student_logits = self.select_student(guard.guard_gradient(logits[stride], stride))
+                level.teacher_logits = resize_to(student, self.select_teacher(output.logits[stride]))
             if self.wants_mean_logits:
-                level.teacher_mean_logits = resize_to(student, classes.select_teacher(output.mean_logits[stride]))
+                level.teacher_mean_logits = resize_to(student, self.select_teacher(output.mean_logits[stride]))
             if self.wants_boxes:
                 level.student_boxes = decode_distances(boxes[stride], boxes[stride].shape[1] // 4)
                 level.teacher_boxes = resize_distances(student, output.boxes[stride])

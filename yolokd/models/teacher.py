@@ -137,10 +137,10 @@ class Teacher:
         images = self._resized(images)
         height, width = images.shape[-2:]
         coarsest = max(self.pyramid)
-        padded = F.pad(images, (0, -width % coarsest, 0, -height % coarsest)).to(self.settings.dtype)
-        if self.settings.channels_last:
-            padded = padded.contiguous(memory_format=torch.channels_last)
-        maps = self._forward(padded)
+        padding = (0, -width % coarsest, 0, -height % coarsest)
+        layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
+        padded = F.pad(images, padding) if any(padding) else images
+        maps = self._forward(padded.to(self.settings.dtype, memory_format=layout))
         return [m[..., : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, self.pyramid, strict=True)]
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -151,6 +151,10 @@ class Teacher:
         coarsest = max(self.pyramid)
         size = [max(round(side * scale / coarsest), 1) * coarsest for side in images.shape[-2:]]
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
+
+    def discard_pending(self) -> None:
+        """Free the output of a `start` that no call will collect."""
+        self._async_forward.discard()
 
     def to(self, device: torch.device) -> Teacher:
         """Move the teacher to a device, and return it."""
@@ -177,6 +181,7 @@ class _AsyncForward:
 
     def start(self, images: Tensor, run: Callable[[], TeacherOutput]) -> None:
         """Queue `run` on the teacher's stream, after the work that made `images`."""
+        self.discard()  # frees its memory before the next run needs some
         self._stream = self._stream or torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(self._stream):
@@ -185,10 +190,8 @@ class _AsyncForward:
 
     def collect(self, images: Tensor) -> TeacherOutput | None:
         """Return the output for these images, or None if the last `start` was not given the same tensor."""
-        output, self._output = self._output, None
-        if self._images is not images:
-            output = None
-        self._images = None
+        output = self._output if self._images is images else None
+        self.discard()
         if output is None or self._stream is None:
             return None
         current = torch.cuda.current_stream(images.device)
@@ -197,6 +200,10 @@ class _AsyncForward:
             for tensor in values.values():
                 tensor.record_stream(current)  # allocated on the teacher's stream, used on this one
         return output
+
+    def discard(self) -> None:
+        """Forget what was started and not collected."""
+        self._images = self._output = None
 
 
 def _branch_outputs(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ class Labels:
     """The N labelled boxes of a batch.
 
     image: (N,) int64, the index of each box's image in the batch. corners: (N, 4) float32 x1, y1, x2, y2, as fractions
-    of the image's width and height.
+    of the image's width and height. Both are on the CPU: how many cells a box covers decides the shapes of tensors.
     """
 
     image: Tensor
@@ -28,32 +28,44 @@ class Labels:
         center, half = boxes[:, :2].float(), boxes[:, 2:].float() / 2
         return Labels(image.flatten().long(), torch.cat([center - half, center + half], 1))
 
-    def to(self, device: torch.device) -> Labels:
-        """Return the labels on a device."""
-        return Labels(self.image.to(device), self.corners.to(device))
 
-
-def inverse_areas(labels: Labels, images: int, height: int, width: int) -> Tensor:
+def inverse_areas(labels: Labels, images: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Return one over the area, in cells, of the smallest box over each cell; 0 where there is no box.
 
     Shape: (images, height, width) float32, on a grid of height x width cells for each of `images` images. A box covers
     every cell that it touches by more than EDGE_TOLERANCE; a box without area covers none. There is no loop over boxes:
     time and memory grow with the number of covered cells, counted once for each box.
+
+    The CPU counts the cells of the boxes, and the device fills them in, so that the CPU does not wait for a GPU.
     """
-    grid = labels.corners.new_tensor([width, height])
-    corners = (labels.corners * grid.repeat(2)).nan_to_num()
-    low = (corners[:, :2].clamp(min=0) + EDGE_TOLERANCE).floor()
-    high = torch.minimum(torch.maximum((corners[:, 2:] - EDGE_TOLERANCE).ceil(), low + 1), grid)
-    valid = torch.isfinite(labels.corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
-    columns, rows = ((high - low).clamp(min=0) * valid[:, None]).long().unbind(1)
-    area = columns * rows
-    box = torch.repeat_interleave(area)  # for each covered cell, the box that covers it
-    index_in_box = torch.arange(len(box), device=box.device) - (area.cumsum(0) - area)[box]
-    first_cell = (labels.image * height + low[:, 1].long()) * width + low[:, 0].long()
+    x1, y1, x2, y2 = labels.corners.unbind(1)
+    valid = torch.isfinite(labels.corners).all(1) & (x2 * width > x1 * width) & (y2 * height > y1 * height)
+    left, columns = _covered(x1 * width, x2 * width, width)
+    top, rows = _covered(y1 * height, y2 * height, height)
+    area = columns * rows * valid
+    covered = sum(area.tolist())
+    first_cell = (labels.image * height + top) * width + left
+    area, columns, first_cell = _upload(torch.stack([area, columns, first_cell]), device)
+    box = torch.repeat_interleave(area, output_size=covered)  # for each covered cell, the box that covers it
+    index_in_box = torch.arange(covered, device=device) - (area.cumsum(0) - area)[box]
     cell = first_cell[box] + index_in_box + index_in_box // columns[box] * (width - columns)[box]
-    inverse_area = (1 / area.to(corners.dtype))[box]
-    largest = corners.new_zeros(images * height * width).scatter_reduce_(0, cell, inverse_area, "amax")
-    return largest.view(images, height, width)
+    inverse_area = (1 / area.to(labels.corners.dtype))[box]
+    largest = torch.zeros(images * height * width, dtype=inverse_area.dtype, device=device)
+    return largest.scatter_reduce_(0, cell, inverse_area, "amax").view(images, height, width)
+
+
+def _covered(low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+    """Return the first cell and the number of cells that boxes cover along one axis of `cells` cells, (N,) int64."""
+    first = (low.nan_to_num().clamp(min=0) + EDGE_TOLERANCE).floor()
+    end = torch.maximum((high.nan_to_num() - EDGE_TOLERANCE).ceil(), first + 1).clamp(max=cells)
+    return first.long(), (end - first).clamp(min=0).long()
+
+
+def _upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """Return a CPU tensor on a device, without waiting for the work that a GPU has queued."""
+    if torch.device(device).type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def decode_distances(raw: Tensor, bins: int) -> Tensor:
@@ -79,9 +91,10 @@ def resize_distances(reference: Tensor, distances: Tensor) -> Tensor:
     height, width = reference.shape[-2:]
     if distances.shape[-2:] == (height, width):
         return distances
-    ratio = distances.new_tensor([width / distances.shape[-1], height / distances.shape[-2]]).repeat(2)
     resized = F.interpolate(distances, size=(height, width), mode="bilinear", align_corners=False)
-    return resized * ratio[:, None, None]
+    horizontal = resized[:, 0::2] * (width / distances.shape[-1])
+    vertical = resized[:, 1::2] * (height / distances.shape[-2])
+    return torch.stack([horizontal, vertical], 2).flatten(1, 2)
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:

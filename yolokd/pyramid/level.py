@@ -37,7 +37,8 @@ class Level:
     teacher_mean_logits: (B, K, H, W), the mean of the logits of an end-to-end teacher's two branches, for any other
     teacher its logits, or None.
     student_boxes, teacher_boxes: (B, 4, H, W) predicted distances left, top, right, bottom, in cells, or None.
-    labels: the batch's labelled boxes. seed: of the random numbers of this step; a resumed run has the same seed there.
+    labels: the batch's labelled boxes, on the CPU. seed: of the random numbers of this step and process; a resumed run
+    has the same seed there.
     """
 
     stride: int
@@ -63,12 +64,13 @@ class Level:
         labels = self.labels
         assert labels is not None
         b, _, h, w = self.student.shape
-        return self.compute_once("inverse areas", lambda: inverse_areas(labels, b, h, w))
+        return self.compute_once("inverse areas", lambda: inverse_areas(labels, b, h, w, self.student.device))
 
     def draw_uniform(self, *size: int) -> Tensor:
         """Return float32 random numbers in 0..1, drawn with the step's seed and not from torch's global generator."""
-        generator = torch.Generator().manual_seed(hash((self.seed, self.stride)) % 2**63)
-        return torch.rand(*size, generator=generator).to(self.student.device)
+        device = self.student.device
+        generator = torch.Generator(device).manual_seed(hash((self.seed, self.stride)) % 2**63)
+        return torch.rand(*size, generator=generator, device=device)
 
 
 def level_name(stride: int) -> str:

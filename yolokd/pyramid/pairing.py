@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from yolokd.errors import UserError
 from yolokd.pyramid.level import LevelShape
@@ -42,23 +43,30 @@ class ClassPairing:
         paired = _first_ten([names[i] for i in self.student])
         return f"classes paired: {len(self.student)} of {len(names)} ({paired}){unknown}"
 
-    def select_teacher(self, logits: Tensor) -> Tensor:
-        """Return the teacher's logits of the shared classes: (B, nc_T, H, W) -> (B, K, H, W)."""
-        return _select(logits, self.teacher)
 
-    def select_student(self, logits: Tensor) -> Tensor:
-        """Return the student's logits of the shared classes: (B, nc_S, H, W) -> (B, K, H, W)."""
-        return _select(logits, self.student)
+class ClassSelection(nn.Module):
+    """Selects the logits of the shared classes from those of one head: (B, nc, H, W) -> (B, K, H, W).
+
+    classes: their indices in the head; if there are none, the highest logit of each position is selected.
+    """
+
+    index: Tensor  # moves with the module to the device, so that no step has to copy it there
+
+    def __init__(self, classes: Sequence[int]) -> None:
+        super().__init__()
+        self._classes = tuple(classes)
+        self.register_buffer("index", torch.tensor(self._classes, dtype=torch.long), persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the selected logits."""
+        if not self._classes:
+            return logits.amax(1, keepdim=True)
+        every = self._classes == tuple(range(logits.shape[1]))
+        return logits if every else logits.index_select(1, self.index)
 
 
 def _first_ten(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-
-
-def _select(logits: Tensor, index: tuple[int, ...]) -> Tensor:
-    if not index:
-        return logits.amax(1, keepdim=True)
-    return logits if index == tuple(range(logits.shape[1])) else logits[:, list(index)]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,54 @@ from yolokd.data.fingerprint import content_hash, image_names_hash
 from yolokd.errors import UserError
 from yolokd.patches.ddp_on_cpu import ddp_on_cpu
 from yolokd.patches.safe_imports import safe_imports
-from yolokd.runtime.distributed import IS_MAIN, STEP_TIMEOUT, T, all_gather, shorten_timeout, timed_out
-from yolokd.runtime.signals import Interrupted, StopRequest, handle_signals
+from yolokd.runtime.distributed import (
+    IS_DISTRIBUTED,
+    IS_MAIN,
+    STEP_TIMEOUT,
+    T,
+    all_gather,
+    all_reduce_mean,
+    shorten_timeout,
+    timed_out,
+)
+from yolokd.runtime.late import LateFlags
+from yolokd.runtime.signals import SIGNALS, Interrupted, StopRequest, handle_signals
+
+
+class SharedStopRequest(StopRequest):
+    """A request to stop that all processes of a training follow after the same step.
+
+    If one process stopped by itself, the others would wait for it in the next exchange of gradients. resume_hint:
+    returns what to tell the user.
+    """
+
+    def __init__(self, resume_hint: Callable[[], str]) -> None:
+        super().__init__()
+        self._resume_hint = resume_hint
+        self._flags: LateFlags[None] = LateFlags()
+
+    def raise_if_received(self) -> None:
+        """Raise Interrupted if this process has received a signal."""
+        if self.signum is not None:
+            raise Interrupted(self.signum, self._resume_hint())
+
+    def raise_if_agreed(self, device: torch.device) -> None:
+        """Raise Interrupted in all processes if one of them had received a signal by the step before this one.
+
+        All processes call this after each step.
+        """
+        if IS_DISTRIBUTED:
+            received = torch.stack([torch.full((), float(self.signum == signum), device=device) for signum in SIGNALS])
+            late = self._flags.exchange(all_reduce_mean(received) > 0, None)
+            if late is None or not any(late[0]):
+                return
+            self.signum = SIGNALS[late[0].index(True)]
+        self.raise_if_received()
+
+
+def stop_together(trainer: Any) -> None:
+    """Stop a training after its step if a signal has come, as a callback of Ultralytics."""
+    trainer.stop_request.raise_if_agreed(trainer.device)
 
 
 class SignalRelay(StopRequest):

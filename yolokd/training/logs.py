@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from ultralytics.utils import LOGGER, YAML
 
 from yolokd.pyramid.level import level_name
@@ -14,6 +16,26 @@ from yolokd.training.plan import TrainPlan
 MEASUREMENTS = ("level/", "clip/", "distill/")  # how the names of yolokd's columns of results.csv begin
 LEAST_SHARE = 0.01  # ours: a level with less of the teacher's confidence is as good as not taught
 OF_ONE_RUN = frozenset({"save_dir", "resume", "mode", "task", "cfg"})  # settings that a repeated run must not take
+
+
+class LossMeans(dict[str, Tensor]):
+    """The mean losses of an epoch so far, on the device."""
+
+    def values(self) -> list[float]:  # type: ignore[override]
+        """Return numbers; the host waits for a GPU once, and not once for each loss."""
+        values: list[float] = torch.stack(list(super().values())).tolist()
+        return values
+
+
+class MeanLosses:
+    """The trainer's attribute `tloss`: Ultralytics sets it, and prints its values after every batch."""
+
+    def __get__(self, trainer: Any, _owner: type | None = None) -> LossMeans | None:
+        means: LossMeans | None = vars(trainer)["tloss"]
+        return means
+
+    def __set__(self, trainer: Any, means: dict[str, Tensor] | None) -> None:
+        vars(trainer)["tloss"] = None if means is None else LossMeans(means)
 
 
 def log_pairing(plan: TrainPlan) -> None:

@@ -16,6 +16,17 @@ from yolokd.runtime.distributed import all_reduce_mean
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
 
 
+class EveryBatch:
+    """The trainer's attribute `accumulate`: Ultralytics sets it, and its loop steps after every batch."""
+
+    def __get__(self, trainer: Any, _owner: type | None = None) -> StepAfterEveryBatch:
+        accumulate: StepAfterEveryBatch = vars(trainer)["accumulate"]
+        return accumulate
+
+    def __set__(self, trainer: Any, batches: int) -> None:
+        vars(trainer)["accumulate"] = StepAfterEveryBatch(batches)
+
+
 class StepAfterEveryBatch(int):
     """A number of batches that makes Ultralytics' loop call `optimizer_step` after every batch.
 

@@ -115,6 +115,9 @@ def restore_streams(trainer: Any, state: State) -> None:
     if trainer.device.type == "cpu" and state.get("threads", torch.get_num_threads()) != torch.get_num_threads():
         cores = f"{state['threads']} cores and now has {torch.get_num_threads()}"
         LOGGER.warning(f"resume: not exact, the run began with {cores}, which sum in another order")
+    if trainer.device.type == "cuda" and len(saved["random"]["cuda"]) != torch.cuda.device_count():
+        devices = f"{len(saved['random']['cuda'])} CUDA devices and now has {torch.cuda.device_count()}"
+        LOGGER.warning(f"resume: not exact, the run began with {devices}, and their random state is not restored")
     for index in saved["buffer"] if not loader.num_workers else []:
         loader.dataset.load_image(index)  # fills the buffer in its old order
     loader.iterator = loader._get_iterator()

@@ -22,15 +22,16 @@ from yolokd.models.checkpoint import load_model
 from yolokd.patches.patched import patched
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import adapters_not_counted, atomic_stripping, bfloat16_on_cpu
+from yolokd.pyramid.boxes import Labels
 from yolokd.runtime import distributed
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import AtomicPath, os_errors_as_user_errors
 from yolokd.runtime.lock import FolderLock
-from yolokd.runtime.signals import Interrupted, StopRequest, handle_signals
+from yolokd.runtime.signals import handle_signals
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training import logs, resume
-from yolokd.training.launch import same_content_hash, supervise_launch, worker_process
-from yolokd.training.optimizer import OptimizerSteps, StepAfterEveryBatch
+from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
+from yolokd.training.optimizer import EveryBatch, OptimizerSteps
 from yolokd.training.plan import TrainPlan, training_imgsz
 from yolokd.training.provenance import provenance
 from yolokd.training.settings import with_absolute_paths
@@ -49,6 +50,7 @@ class DistillationTrainer(DetectionTrainer):
 
     args: Any
     wdir: Path
+    accumulate, tloss = EveryBatch(), logs.MeanLosses()
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
@@ -67,7 +69,8 @@ class DistillationTrainer(DetectionTrainer):
         self.steps = OptimizerSteps()
         self._streams_to_restore: State | None = None
         self.adapters_changed = False  # whether a resumed run has other adapters than it began with
-        self._stop_request, self._resume_hint = StopRequest(), partial(resume.resume_hint, self)
+        self._resume_hint = partial(resume.resume_hint, self)
+        self.stop_request = SharedStopRequest(self._resume_hint)
         self.last_before, self.finished = resume.stamp(self.last), False
         self._add_own_callbacks()
         if IS_MAIN and not self.resume:
@@ -94,7 +97,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def _add_own_callbacks(self) -> None:
         for event, callback in (
-            ("on_train_batch_end", DistillationTrainer._raise_if_stopped),
+            ("on_train_batch_end", stop_together),
             ("on_train_start", DistillationTrainer._prepare_exact_resume),
             ("on_train_epoch_start", DistillationTrainer._begin_epoch),
         ):
@@ -118,21 +121,17 @@ class DistillationTrainer(DetectionTrainer):
             bfloat16_on_cpu(),
             atomic_stripping(),
             adapters_not_counted(),
-            worker_process(self.device, self._stop_request, self._resume_hint) if IS_DISTRIBUTED else nullcontext(),
-            handle_signals(self._stop_request),
+            worker_process(self.device, self.stop_request, self._resume_hint) if IS_DISTRIBUTED else nullcontext(),
+            handle_signals(self.stop_request),
             os_errors_as_user_errors(self._resume_hint),
         ):
             try:
                 metrics = super().train()
             except RuntimeError:
-                self._raise_if_stopped()  # the same signal may have killed a data worker, which raised this
+                self.stop_request.raise_if_received()  # it may have killed a data worker, which raised this
                 raise
-            self._raise_if_stopped()  # the signal may have come after the last step
+            self.stop_request.raise_if_received()  # the signal may have come after the last step
             return metrics
-
-    def _raise_if_stopped(self) -> None:
-        if self._stop_request.signum is not None:
-            raise Interrupted(self._stop_request.signum, self._resume_hint())
 
     def _setup_ddp(self) -> None:
         """Take this process's device; the process group exists already."""
@@ -163,14 +162,11 @@ class DistillationTrainer(DetectionTrainer):
         self.model.criterion = criterion.to(self.device)
 
     def _setup_train(self) -> None:
-        channels_last = self.args.channels_last
-        if self.device.type == "cpu":  # Ultralytics warns and ignores it there
-            self.args.channels_last = None
-        super()._setup_train()
-        self.args.channels_last = channels_last
-        if self.device.type == "cpu" and channels_last:
-            self.model.to(memory_format=torch.channels_last)
-            self.ema.ema.to(memory_format=torch.channels_last)
+        on_cpu = self.device.type == "cpu"
+        with patched(self.args, "channels_last", None) if on_cpu else nullcontext():  # Ultralytics ignores it on CPUs
+            super()._setup_train()
+        for model in (self.model, self.ema.ema) if on_cpu and self.args.channels_last else ():
+            model.to(memory_format=torch.channels_last)
         self.ema.ema._modules.pop("criterion", None)
         if IS_MAIN and self.plan.teachers:
             logs.log_pairing(self.plan)
@@ -190,19 +186,11 @@ class DistillationTrainer(DetectionTrainer):
     # The loop
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare the batch as Ultralytics does, and start the teacher on it."""
-        batch = super().preprocess_batch(batch)
+        labels = Labels.from_centers(batch["batch_idx"], batch["bboxes"])  # before Ultralytics uploads them
+        batch = super().preprocess_batch(batch) | {"labels": labels}
         if self.criterion is not None:
             self.criterion.start_teacher(batch["img"])
         return batch
-
-    @property
-    def accumulate(self) -> int:
-        """Return the number of batches between two optimizer steps, as Ultralytics sets it."""
-        return self._accumulate
-
-    @accumulate.setter
-    def accumulate(self, batches: int) -> None:
-        self._accumulate = StepAfterEveryBatch(batches)
 
     def _prepare_exact_resume(self) -> None:
         self.content_hash = same_content_hash(self.train_loader)
@@ -221,11 +209,22 @@ class DistillationTrainer(DetectionTrainer):
             self.args.close_mosaic = state["close_mosaic"]
             restore_streams(self, state)
 
+    def _clear_memory(self, threshold: float | None = None) -> None:
+        """Clear memory as Ultralytics does, also after a step for which it did not suffice."""
+        if self.criterion is not None:
+            self.criterion.discard_step()
+        super()._clear_memory(threshold)
+
+    def _build_train_pipeline(self) -> None:
+        """Build loaders as Ultralytics does, at the start and after such a step, whose gradients are dropped."""
+        self.steps.pending = 0
+        super()._build_train_pipeline()
+
     def optimizer_step(self) -> None:
         """Count a batch; step the optimizer after `accumulate` of them, with adapters clipped apart."""
         criterion = self.criterion
         if criterion is not None:
-            criterion.guard.after_backward(list(criterion.parameters()))
+            criterion.guard.after_backward()
         if self.steps.is_due(int(self.accumulate)):
             if criterion is None:
                 super().optimizer_step()

@@ -4,9 +4,11 @@ Environment variables:
 LAUNCH=1: Ultralytics launches the two processes. BATCH=FILE: before the first step, each process writes the gradient
 of its half of that batch into the run's folder. KILL=RANK:BATCH: this process kills itself after that batch, or, with
 KILL=RANK:end, after its last epoch. STOP=RANK:BATCH: this process stops for good after that
-batch. NAN=RANK:BATCH: this process gets a loss that is not finite.
+batch. INTERRUPT=RANK:BATCH: this process alone gets Ctrl-C after that batch. NAN=RANK:BATCH: this process gets a loss
+that is not finite.
 DATA_OF_RANK_1=FILE: the second process reads this data set.
-Each process writes its student's and its criterion's tensors into the run's folder at the end of each epoch.
+Each process writes its student's and its criterion's tensors into the run's folder at the end of each epoch, and the
+number of its batches when it stops.
 """
 
 from __future__ import annotations
@@ -91,6 +93,8 @@ def on_train_batch_end(trainer: Any) -> None:
         trainer.spoil.remove()
     if is_due("KILL", trainer.batches):
         os.kill(os.getpid(), signal.SIGKILL)
+    if is_due("INTERRUPT", trainer.batches):
+        os.kill(os.getpid(), signal.SIGINT)
     if is_due("STOP", trainer.batches):
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -118,7 +122,11 @@ def main() -> int:
         trainer.add_callback(callback.__name__, callback)
     if os.environ.get("LAUNCH"):  # what Ultralytics sets for device=0,1, which needs GPUs
         trainer.ddp, trainer.world_size = True, 2
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        if rank() >= 0:
+            (Path(trainer.save_dir) / f"batches-{rank()}.txt").write_text(str(trainer.batches))
     return 0
 
 
