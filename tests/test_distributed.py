@@ -184,7 +184,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(data: str, teache
     keys = settings(data, teacher, tmp_path / "run", epochs=50)
     output = output_of(launch(keys, *TORCHRUN, "--nproc_per_node=2", INTERRUPT="1:5"), status=1)
     assert output.count("yolokd: interrupted; go on with: yolokd train resume=") == 1
-    assert [(tmp_path / "run" / f"batches-{rank}.txt").read_text() for rank in (0, 1)] == ["6", "6"]
+    assert [(tmp_path / "run" / f"batches-{rank}.txt").read_text() for rank in (0, 1)] == ["7", "7"]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape
+from yolokd.pyramid.squared_error import squared_error
 
 CS, CT, K = 3, 5, 2
 NAMES = ["cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]
@@ -523,3 +524,20 @@ def test_two_adapters_of_one_method_are_not_merged() -> None:
     assert two.a is pdf.adapt
     assert two.b is not two.a
     assert two.c.out_channels == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_squared_error_of_half_precision_maps_keeps_no_float32_map(dtype: torch.dtype) -> None:
+    """Its values and gradients are those of the maps in float32; for the backward pass it keeps the maps themselves."""
+    g = torch.Generator().manual_seed(0)
+    a, b, weights = (torch.randn(*size, generator=g) for size in ((2, 8, 4, 5), (2, 8, 4, 5), (2, 8)))
+    for types in ((dtype, dtype), (torch.float32, dtype), (dtype, torch.float32)):
+        low = [maps.to(t).requires_grad_() for maps, t in zip((a, b), types, strict=True)]
+        full = [maps.detach().float().requires_grad_() for maps in low]
+        for w in (None, weights):
+            error, expected = squared_error(*low, w), squared_error(*full, w)
+            assert all(kept is None or any(kept is t for t in (*low, w)) for kept in error.grad_fn.saved_tensors)
+            assert torch.equal(error, expected)
+            gradients = (torch.autograd.grad(e.square().sum(), maps) for e, maps in ((error, low), (expected, full)))
+            for ours, theirs in zip(*gradients, strict=True):
+                torch.testing.assert_close(ours, theirs.to(ours.dtype))

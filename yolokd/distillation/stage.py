@@ -114,8 +114,7 @@ class Stage(nn.Module):
         for shape in self.pairing.levels:
             stride = shape.stride
             student = guard.guard_gradient(maps[stride], stride)
-            # Cast once, for all methods.
-            level = Level(stride, student, resize_to(student, output.maps[stride].float()))
+            level = Level(stride, student, resize_to(student, _readable(output.maps[stride])))
             level.labels, level.seed = labels, seed
             if self.wants_logits:
                 level.student_logits = self.select_student(guard.guard_gradient(logits[stride], stride))
@@ -127,6 +126,11 @@ class Stage(nn.Module):
                 level.teacher_boxes = resize_distances(student, output.boxes[stride])
             levels.append(level)
         return levels, [maps[shape.stride] for shape in self.pairing.levels]
+
+
+def _readable(maps: Tensor) -> Tensor:
+    """Return a teacher's maps as methods read them: CPUs would convert them to float32 anew in each operation."""
+    return maps.float() if maps.device.type == "cpu" else maps
 
 
 class PerLevel(nn.ModuleList):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolokd.pyramid.level import Level, LevelShape
+from yolokd.pyramid.squared_error import squared_error
 
 EPS = 1e-6  # ours: added to a variance, so that a constant channel is standardized to 0; see PKD
 
@@ -73,8 +74,3 @@ def standardized_error(maps: Tensor, level: Level) -> Tensor:
     """
     teacher = level.compute_once("standardized teacher", lambda: standardized(level.teacher))
     return F.mse_loss(standardized(maps), teacher) / 2
-
-
-def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean over channels of (a − b)²: two (B, C, H, W) -> (B, H, W) float32."""
-    return F.mse_loss(a.float(), b.float(), reduction="none").mean(1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
-from yolokd.methods.blocks import Adapter, adapted, adapted_error, generator, spatial_attention, squared_error
+from yolokd.methods.blocks import Adapter, adapted, adapted_error, generator, spatial_attention
+from yolokd.pyramid.squared_error import squared_error
 
 Regions = Literal["both", "high", "low"]
 Constraint = Literal["mixed", "plain", "transformed", "swapped"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
 from yolokd.methods.blocks import Adapter, adapted, channel_attention, spatial_attention
+from yolokd.pyramid.squared_error import mean_squared_error, squared_error
 
 
 @register("fgd")
@@ -64,12 +64,11 @@ class FGD(Method):
         student, teacher = adapted(self.adapt, level), level.teacher
         positions = spatial_attention(teacher, self.temperature)
         channels = channel_attention(teacher, self.temperature)
-        errors = F.mse_loss(student.float(), teacher.float(), reduction="none")
-        error = (channels[:, :, None, None] * errors).mean(1)
+        error = squared_error(student, teacher, channels)
         focal = (self.position_weights(level) * positions * error).sum((1, 2)).mean()
         attention = (positions - spatial_attention(student, self.temperature)).abs().mean()
         attention = attention + (channels - channel_attention(student, self.temperature)).abs().mean()
-        context = F.mse_loss(self.context(student).float(), self.context(teacher).float())
+        context = mean_squared_error(self.context(student), self.context(teacher))
         return focal + self.gamma * attention + self.lambda_ * context
 
     def position_weights(self, level: Level) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
 from yolokd.methods.blocks import Adapter, adapted, generator
+from yolokd.pyramid.squared_error import mean_squared_error
 
 
 @register("mgd")
@@ -41,7 +41,7 @@ class MGD(Method):
         """Return the loss of one level, a float32 scalar."""
         student = adapted(self.adapt, level)
         mask = self.draw_mask(level).to(student.dtype)
-        return F.mse_loss(self.generate(student * mask).float(), level.teacher.float())
+        return mean_squared_error(self.generate(student * mask), level.teacher)
 
     def draw_mask(self, level: Level) -> Tensor:
         """Return M of one step, (B, 1, H, W) boolean: False where the student's map is zeroed."""

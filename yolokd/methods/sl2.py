@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import squared_error
+from yolokd.pyramid.squared_error import squared_error
 
 
 @register("sl2")
