@@ -417,6 +417,18 @@ def test_a_run_that_another_comparison_is_training_is_not_started(keys: dict[str
     assert (run / "weights" / "last.pt").stat().st_mtime_ns == trained
 
 
+@pytest.mark.parametrize("name", ["{run}", "{run}/log.txt", "{run}/.lock", ".compare.csv.lock"])
+def test_a_comparison_writes_through_no_link(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    run = plan_runs(["none"], 0, "val", keys["project"], training(keys))[0][-1]
+    place, elsewhere = keys["project"] / name.format(run=run.folder.name), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    place.parent.mkdir(parents=True)
+    place.symlink_to(elsewhere if name == "{run}" else elsewhere / "file")
+    with pytest.raises(UserError, match=r"project=.* is a link, which could lead elsewhere"):
+        run_compare(**keys | {"method": "none"})
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_a_runs_hash_depends_on_the_content_of_its_files_not_on_their_paths(
     keys: dict[str, Any], tmp_path: Path
 ) -> None:

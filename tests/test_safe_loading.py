@@ -221,6 +221,17 @@ def test_a_copied_run_resumes_where_it_lies_and_leaves_the_original_alone(interr
     assert load_saved_run({"resume": str(loose / "last.pt")}).folder == loose
 
 
+@pytest.mark.parametrize("name", ["results.csv", "args.yaml", "weights/best.pt"])
+def test_a_resume_writes_through_no_link_of_a_strangers_folder(name: str, interrupted: Path, tmp_path: Path) -> None:
+    folder, elsewhere = copied(interrupted, tmp_path / "stranger"), tmp_path / "elsewhere"
+    elsewhere.write_text("mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"its {name} is a link, which could lead elsewhere"):
+        YoloDistiller().train(resume=str(folder))
+    assert elsewhere.read_text() == "mine"
+
+
 class Writer(torch.nn.Module):
     """A TorchScript program that writes a file at each forward pass."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,39 @@ def test_a_long_or_binary_value_gives_one_line_on_the_command_line(tmp_path: Pat
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("runs"))
+
+
+IN_THE_WAY: dict[str, Callable[[Path, Path], Any]] = {
+    "folder": lambda place, _: place.mkdir(),
+    "file": lambda place, _: place.write_text("mine"),
+    "link": lambda place, elsewhere: place.symlink_to(elsewhere),
+    "pipe": lambda place, _: os.mkfifo(place),
+}
+RUN_FILES = [
+    "args.yaml", "distill.yaml", "results.csv", "weights/last.pt", "weights/best.pt", "weights/distill-last-0.pt",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("folder", name) for name in RUN_FILES),
+        *(("link", name) for name in (*RUN_FILES, "weights", ".train.lock")),
+        ("pipe", "results.csv"),
+        ("file", "weights"),
+        ("file", ""),
+    ],
+)
+def test_what_is_in_the_place_of_a_runs_file_is_named_and_kept(
+    kind: str, name: str, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    elsewhere, place = tmp_path / "elsewhere", tmp_path / "run" / name
+    elsewhere.mkdir() if name == "weights" else elsewhere.write_text("theirs")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    IN_THE_WAY[kind](place, elsewhere)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError) as error:
+        YoloDistiller(method="none").train(**tiny | {"save_dir": str(tmp_path / "run")})
+    assert str(tmp_path / "run") in str(error.value)
+    assert name in str(error.value)
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -14,6 +14,8 @@ from typing import Any
 from yolokd.errors import UserError, first_line
 
 DISK_FULL_BYTES = 2**20  # ours: a disk with fewer free bytes counts as full
+# The endings of what a training or a comparison writes.
+WRITTEN = frozenset({".csv", ".jpg", ".json", ".lock", ".md", ".png", ".pt", ".txt", ".yaml"})
 
 
 def sha256(path: str | Path) -> str:
@@ -78,6 +80,23 @@ class AtomicPath(type(Path())):  # type: ignore[misc]
         """Write to a temporary file, sync it, and rename it. Raises UserError as `atomic_path` does."""
         with atomic_path(self) as temporary:
             return temporary.write_bytes(data)
+
+
+def check_output_folder(folder: Path, argument: str) -> None:
+    """Raise UserError if something in `folder`, or in `weights` in it, is in the way of files to be written there.
+
+    A link could lead a file out of the folder; a folder or a device cannot be replaced by a file. The folder need not
+    exist. argument: the key that gives it.
+    """
+    cure = "move it away, or give another folder"
+    with os_errors_as_user_errors(lambda: cure):  # one of the two may be a file
+        for parent in (folder, folder / "weights"):
+            for path in sorted(parent.iterdir()) if os.path.lexists(parent) else ():
+                name = path.relative_to(folder)
+                if path.is_symlink():
+                    raise UserError(f"{argument}={folder}", f"its {name} is a link, which could lead elsewhere", cure)
+                if path.suffix in WRITTEN and not path.is_file():
+                    raise UserError(f"{argument}={folder}", f"its {name} is no file, but in the place of one", cure)
 
 
 def remove_temporary_files(folder: Path) -> None:

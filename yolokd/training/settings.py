@@ -20,6 +20,7 @@ from yolokd.config.train_settings import check_types
 from yolokd.errors import UserError, first_line
 from yolokd.models.checkpoint import as_paths, check_path
 from yolokd.runtime.distributed import WORLD_SIZE
+from yolokd.runtime.files import check_output_folder
 
 BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
 PATH_KEYS = ("teacher", "model", "data", "pretrained", "distill_model")
@@ -80,7 +81,9 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
         raise UserError("settings", first_line(e), "see Ultralytics' train settings") from e
     devices = check_device(args.device)
-    check_path(get_save_dir(args), "project")
+    save_dir = get_save_dir(args)
+    check_path(save_dir, "project")
+    check_output_folder(save_dir, "save_dir")
     processes = max(WORLD_SIZE, len(devices.split(",")))
     if processes > 1 and args.batch < processes:
         raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")

@@ -23,6 +23,7 @@ from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list
 from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE, make_progress
+from yolokd.runtime.files import check_output_folder
 from yolokd.training.settings import check_device
 
 DEFAULT_SEEDS = (0, 1, 2)
@@ -62,6 +63,8 @@ def run_compare(
     runs = [run for run in planned if run.method in (TEACHER, *methods)]
     ledger = read(path)
     open_runs = [run for run in runs if run.hash not in ledger]
+    for output in (folder, *(run.folder for run in open_runs)):
+        check_output_folder(output, "project")
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
     failures = _execute_all(open_runs, devices, path, images)
     ledger = read(path)
