@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 from helpers.models import random_detector, save_checkpoint
+from helpers.results import small_sidecar
 from helpers.runs import TINY, captured_log, train_one_epoch
 from PIL import EpsImagePlugin
 from ultralytics.cfg import get_cfg
@@ -54,9 +55,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sidecar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run that was stopped after its first of two epochs."""
+    settings = {**TINY, "data": data, "epochs": 2, "check_teacher": False}
+    return train_one_epoch({**settings, "save_dir": str(tmp_path_factory.mktemp("run") / "run")}, teacher)
+
+
+@pytest.fixture(scope="module")
+def sidecar(interrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the path of the checkpoint of a small sidecar, which is read without an error."""
     last = tmp_path_factory.mktemp("s") / "last.pt"
-    save_sidecar(last, 3, {"epoch": 3, "model": {"w": torch.rand(50, 50)}, "random": {"python": (3, (1, 2), None)}})
+    save_sidecar(last, 3, small_sidecar(interrupted))
+    assert load_sidecar(last, 3) is not None
     return last
 
 
@@ -168,13 +178,6 @@ def test_no_code_in_a_students_yaml_runs(hostile: dict[str, Any], tmp_path: Path
     with pytest.raises(UserError, match="does not describe a YOLO detector"):
         load_student(str(tmp_path / "yolov8n.yaml"), {"nc": 2, "channels": 3}, trust=False)
     assert not target.exists()
-
-
-@pytest.fixture(scope="module")
-def interrupted(data: str, teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run that was stopped after its first of two epochs."""
-    settings = {**TINY, "data": data, "epochs": 2, "check_teacher": False}
-    return train_one_epoch({**settings, "save_dir": str(tmp_path_factory.mktemp("run") / "run")}, teacher)
 
 
 def copied(run: Path, folder: Path) -> Path:

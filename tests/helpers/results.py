@@ -1,4 +1,4 @@
-"""What a training left: the rows of its results.csv, and its weights."""
+"""What a training left: the rows of its results.csv, its weights, its sidecar."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from ultralytics.utils.torch_utils import unwrap_model
+
+from yolokd.training.sidecar import sidecars
 
 
 def rows(run: Any) -> list[dict[str, float]]:
@@ -39,3 +41,11 @@ def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 def states_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Return whether two state_dicts have the same names and the same values, to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def small_sidecar(run: Path) -> dict[str, Any]:
+    """Return the content of a run's sidecar with all its parts, but hardly any tensors: tests write it often."""
+    (file,) = sidecars(run / "weights" / "last.pt")
+    optimizer = {"state": {}, "param_groups": [{"params": [0], "lr": 0.1}]}
+    small = {"model": {}, "ema": {"state": {}, "updates": 1}, "optimizer": optimizer, "criterion": {}}
+    return torch.load(file, weights_only=True) | small

@@ -27,8 +27,8 @@ from yolokd.models.detector import Detector
 from yolokd.runtime.distributed import IS_MAIN
 from yolokd.runtime.files import remove_temporary_files
 from yolokd.training.plan import TrainPlan, check_data, make_plan
-from yolokd.training.sidecar import State, load_sidecar, sidecars
-from yolokd.training.state import restore_state
+from yolokd.training.sidecar import State, load_sidecar, sidecar_error, sidecar_path, sidecars
+from yolokd.training.state import check_state, restore_state
 
 CHANGEABLE = frozenset({"teacher", "trust", "force"})  # yolokd's keys that a resumed run may be given anew
 
@@ -212,7 +212,10 @@ def evaluate_trained_run(trainer: Any) -> None:
 
 
 def restore_run(trainer: Any) -> None:
-    """Put the trainer where the sidecar says; warn if there is none, since the run then continues inexactly."""
+    """Put the trainer where the sidecar says; warn if there is none, since the run then continues inexactly.
+
+    Raises UserError, before it changes anything, if the sidecar does not fit.
+    """
     saved_run: SavedRun = trainer.saved_run
     last, state = saved_run.last, saved_run.state
     if IS_MAIN:
@@ -226,6 +229,10 @@ def restore_run(trainer: Any) -> None:
         return
     if trainer.adapters_changed:
         state |= {"optimizer": trainer.optimizer.state_dict(), "gradients": {}}
+    try:
+        check_state(trainer, state)
+    except ValueError as e:
+        raise sidecar_error(last, sidecar_path(last, state["epoch"]).name, str(e)) from e
     restore_state(trainer, state)
     if not trainer.adapters_changed and trainer.criterion is not None:
         restore_criterion(trainer.criterion, state)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -68,6 +70,51 @@ def capture_streams(loader: Any) -> State:
         "buffer": list(getattr(loader.dataset, "buffer", [])),
         "images": image_names_hash(loader.dataset),  # the buffer and the sampler refer to images by index
     }
+
+
+def check_state(trainer: Any, state: State) -> None:
+    """Raise ValueError, naming the part, if a state does not fit the trainer's model, optimizer, adapters or images."""
+    model = unwrap_model(trainer.model)
+    with_gradient = {key: value for key, value in model.named_parameters() if key in state["gradients"]}
+    _check_tensors("model", state["model"], model.state_dict())
+    _check_tensors("ema.state", state["ema"]["state"], trainer.ema.ema.state_dict())
+    _check_tensors("gradients", state["gradients"], with_gradient)
+    _check_optimizer(state["optimizer"], trainer.optimizer)
+    if trainer.criterion is not None and not trainer.adapters_changed:
+        _check_tensors("criterion", state["criterion"], trainer.criterion.private_state())
+    dataset = trainer.train_loader.dataset
+    for streams in state["streams"]:
+        last = max(streams["buffer"], default=-1)
+        if streams["images"] == image_names_hash(dataset) and last >= len(dataset):
+            raise ValueError(f"its streams.buffer: there is no image {last}")
+
+
+def _check_tensors(part: str, saved: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors saved have the names and shapes of the live ones."""
+    for key in dict.fromkeys([*live, *saved]):
+        if key not in saved or key not in live:
+            raise ValueError(f"its {part}.{key} {'is missing' if key in live else 'has no place in this run'}")
+        if saved[key].shape != live[key].shape:
+            shapes = f"{list(saved[key].shape)} instead of {list(live[key].shape)}"
+            raise ValueError(f"its {part}.{key} has the shape {shapes}")
+
+
+def _check_optimizer(saved: Mapping[str, Any], live: Optimizer) -> None:
+    """Raise ValueError unless the saved values of each parameter are those of its group, in the parameter's shape."""
+    counts = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], live.param_groups)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"its optimizer.param_groups hold {counts[0]} parameters instead of {counts[1]}")
+    for saved_group, group in zip(saved["param_groups"], live.param_groups, strict=True):
+        kinds: dict[str, type] = {}  # of the values that each parameter of the group has
+        for index, parameter in zip(saved_group["params"], group["params"], strict=True):
+            values = saved["state"].get(index, {})
+            kinds = kinds or {name: type(value) for name, value in values.items()}
+            if values and kinds != {name: type(value) for name, value in values.items()}:
+                raise ValueError(f"its optimizer.state.{index} holds other values than its group")
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    shapes = f"{list(value.shape)} instead of {list(parameter.shape)}"
+                    raise ValueError(f"its optimizer.state.{index}.{name} has the shape {shapes}")
 
 
 def restore_state(trainer: Any, state: State) -> None:
