@@ -23,7 +23,7 @@ from yolokd import UserError, YoloDistiller
 from yolokd.commands.compare.identity import fingerprint
 from yolokd.data.dataset import check_images, load_data, validation_images
 from yolokd.patches.safe_loading import safe_loading
-from yolokd.training.plan import make_plan
+from yolokd.training.plan import check_data, make_plan
 
 LABEL = "0 0.5 0.5 0.3 0.3\n"
 GOOD = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -115,6 +115,20 @@ def test_a_data_set_of_broken_labels_is_refused(name: str, tmp_path: Path) -> No
     plan = make_plan({"data": data, "method": "none", "model": YOLOV8N})
     with pytest.raises(UserError, match="No valid images found"):
         check_images(plan.data, plan.args)
+
+
+def test_images_whose_label_files_are_missing_are_counted(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "d", {}, {"nothing": ""})  # an empty file is meant so
+    labels = tmp_path / "d" / "labels"
+    for file in (*sorted((labels / "train").glob("[0-2].txt")), labels / "val" / "0.txt"):
+        file.unlink()
+    for _ in ("scanned", "from the cache"):
+        with captured_log() as lines:
+            check_data(make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"}))
+        assert [line for line in lines if "no label file" in line] == [
+            "data: 3 of 5 train images have no label file and count as background",
+            "data: 1 of 6 val images have no label file and count as background",
+        ]
 
 
 class Touch:

@@ -12,7 +12,8 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, SETTINGS, callbacks
 from yolokd.config.parse import merge_cfg_file
 from yolokd.data.dataset import with_data_file
 from yolokd.errors import UserError
-from yolokd.models.checkpoint import Source, as_path, as_paths, load_model
+from yolokd.models.checkpoint import load_model
+from yolokd.models.model_objects import Source, as_path, as_paths
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.training.resume import is_trained
 from yolokd.training.settings import training_keys

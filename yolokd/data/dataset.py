@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from ultralytics.data.augment import LetterBox
 from ultralytics.data.build import build_yolo_dataset
-from ultralytics.data.utils import IMG_FORMATS, check_det_dataset
+from ultralytics.data.utils import IMG_FORMATS, check_det_dataset, img2label_paths
 from ultralytics.utils import LOGGER, NUM_THREADS
 from ultralytics.utils.patches import imread
 
@@ -80,7 +80,7 @@ def _check_names(argument: str, data: Mapping[str, Any]) -> None:
 
 
 def check_images(data: dict[str, Any], args: Any, trust: bool = False) -> int:
-    """Scan images and labels as a training with Ultralytics' settings `args` does, and warn about skipped images.
+    """Scan images and labels as a training with Ultralytics' settings `args` does; log skipped and unlabelled images.
 
     The scan fills the cache beside the labels, which the training reads. trust: whether a cache may hold code. Returns
     the number of training images left.
@@ -108,10 +108,18 @@ def _scan(data: dict[str, Any], args: Any, mode: str, split: str) -> int:
         raise UserError(argument, "its training images have no labels", "check the paths of images and labels")
     if skipped := total - len(scanned.im_files):
         LOGGER.warning(f"data: {skipped} of {total} {split} images are skipped: the image or its labels are broken")
+    if unlabelled := _without_label_file(scanned):
+        LOGGER.info(f"data: {unlabelled} of {total} {split} images have no label file and count as background")
     if unreadable:
         problem = f"{len(unreadable)} of its images cannot be read, such as {unreadable[0]}"
         raise UserError(argument, problem, "repair or remove what is broken")
     return len(scanned.im_files)
+
+
+def _without_label_file(scanned: Any) -> int:
+    """Return how many of the images have no label file; an empty file says that an image is background."""
+    without_boxes = [label["im_file"] for label in scanned.labels if not len(label["cls"])]
+    return sum(not Path(file).exists() for file in img2label_paths(without_boxes))
 
 
 def _reason(error: Exception) -> str:

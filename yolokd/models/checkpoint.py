@@ -1,18 +1,14 @@
-"""Loading of checkpoints without running code from them, and saving of model objects that users pass."""
+"""Loading of checkpoints without running code from them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from platformdirs import user_data_path
 from pydantic import BaseModel, ValidationError
 from torch import nn
-from ultralytics.engine.model import Model
 from ultralytics.nn import tasks
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
@@ -22,11 +18,9 @@ from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector, des
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.tensor_sizes import TensorSizeError, checked_tensor_sizes
 from yolokd.runtime.console import warnings_only
-from yolokd.runtime.files import atomic_path
 from yolokd.runtime.rng import preserve_random_state
 
 Checkpoint = dict[str, Any]
-Source: TypeAlias = str | Path | Any  # a path, an Ultralytics `YOLO` or `RTDETR` object, or a module
 
 
 class SavedGroup(BaseModel):
@@ -91,32 +85,6 @@ def _loading_problem(error: Exception) -> str:
     if "outside the supported" in first_line(error):
         return "holds objects other than a known model, which could run code; trust=True loads them"
     return f"not a readable checkpoint{f': {error}' if isinstance(error, TensorSizeError) else ''}"
-
-
-def as_path(source: Source | None, argument: str) -> str | None:
-    """Return the path of a source; save a model object first, in the user's data folder under a hash of its content.
-
-    A training needs a file: checkpoints name it, and a resume or another process loads it again.
-    Raises UserError if the source is neither a path nor a model.
-    """
-    if source is None or isinstance(source, str | Path):
-        return None if source is None else str(source)
-    module = source.model if isinstance(source, Model) else source
-    if not isinstance(module, nn.Module):
-        raise UserError(f"{argument}={source}", "is not a model", "give a path, a YOLO object or a module")
-    content = hashlib.sha256(repr((getattr(module, "names", None), getattr(module, "yaml", None))).encode())
-    for key, value in module.state_dict().items():
-        content.update(key.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    path = user_data_path("yolokd") / "models" / f"{content.hexdigest()[:16]}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        torch.save({"model": module, "train_args": {}}, temporary)
-    return str(path)
-
-
-def as_paths(source: Any, argument: str) -> Any:
-    """Return `as_path` of one source, or a list of it for each source of a list or tuple."""
-    return [as_path(s, argument) for s in source] if isinstance(source, list | tuple) else as_path(source, argument)
 
 
 def load_teacher(path: str | None, trust: bool) -> Detector:

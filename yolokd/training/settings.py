@@ -18,7 +18,8 @@ from yolokd.config.defaults import defaults
 from yolokd.config.schema import DistillationConfig, normalize_teachers
 from yolokd.config.train_settings import check_types
 from yolokd.errors import UserError, first_line
-from yolokd.models.checkpoint import as_paths, check_path
+from yolokd.models.checkpoint import check_path
+from yolokd.models.model_objects import as_paths
 from yolokd.runtime.distributed import WORLD_SIZE
 from yolokd.runtime.files import check_output_folder
 
