@@ -16,6 +16,8 @@ from helpers.models import YOLOV8N, YOLOV8S, random_detector, save_checkpoint
 from helpers.runs import captured_log
 from ultralytics.nn.tasks import ClassificationModel
 
+from yolokd import UserError
+from yolokd.cli import _errors_as_user_errors
 from yolokd.training.settings import training_keys
 from yolokd.version import __version__
 
@@ -174,6 +176,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_python_runs_the_package_as_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "yolokd", "version"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == __version__
+
+
+def test_a_package_that_ultralytics_lacks_is_named() -> None:
+    with pytest.raises(UserError, match="val: needs aiohttp, which is not installed"), _errors_as_user_errors("val"):
+        raise ModuleNotFoundError(name="aiohttp")
 
 
 def test_without_data_a_training_says_that_it_uses_shapes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 import subprocess
@@ -28,9 +29,11 @@ from ultralytics.utils import SETTINGS
 
 from yolokd.commands.compare import run_compare
 from yolokd.commands.compare.grounds import name_configurations
-from yolokd.commands.compare.ledger import LedgerRow, append, read
+from yolokd.commands.compare.identity import ComparisonRun
+from yolokd.commands.compare.ledger import VERSIONS, LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.report import report
+from yolokd.commands.compare.row import make_row
 from yolokd.commands.compare.show import draw_plot, markdown, summary_cells, terminal_table
 from yolokd.commands.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
@@ -415,6 +418,32 @@ def test_a_run_that_another_comparison_is_training_is_not_started(keys: dict[str
     run_compare(**keys)
     assert (tmp_path / "c" / "compare.csv").read_bytes() == held
     assert (run / "weights" / "last.pt").stat().st_mtime_ns == trained
+
+
+GOOD_SCORES = {"map": 0.2, "map50": 0.3, "ap_small": None, "ap_medium": 0.1, "ap_large": 0.2} | dict.fromkeys(
+    VERSIONS, "1"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "[" * 10**5,
+        json.dumps(GOOD_SCORES | {"map": "__import__('os').getpid()"}),
+        json.dumps(GOOD_SCORES | {"hash": "another"}),
+        json.dumps({"map": 0.2}),
+    ],
+)
+def test_a_file_that_holds_no_scores_is_named(text: str, tmp_path: Path) -> None:
+    run = ComparisonRun("none", 0, "val", {"student": "s.yaml", "data": "d.yaml"}, "c", "g", "", tmp_path)
+    run.folder.mkdir()
+    run.scores_path.write_text(json.dumps(GOOD_SCORES))
+    assert make_row(run, images=12).map == 0.2
+    run.scores_path.write_text(text)
+    with pytest.raises(UserError, match=r"scores-val-g\.json holds no scores of a run"):
+        make_row(run, images=12)
 
 
 @pytest.mark.parametrize("name", ["{run}", "{run}/log.txt", "{run}/.lock", ".compare.csv.lock"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from helpers.device import SCRIPT, detect
 from helpers.networks import METADATA, TWO_BOXES, boxes, write_network
@@ -152,6 +153,33 @@ def test_code_in_metadata_does_not_run(key: str, run: Callable[..., Any], photo:
             model = write_network(tmp_path / "odd.onnx", inputs=DYNAMIC, metadata=METADATA | {key: value})
             assert_one_line(run(model, photo), f"no valid {key}:")
     assert not written.exists()
+
+
+def test_a_graph_runs_no_operator_of_its_own(run: Callable[..., Any], photo: Path, tmp_path: Path) -> None:
+    """ONNX Runtime runs its own operators only, unless a program registers a library of others."""
+    model = onnx.load(write_network(tmp_path / "odd.onnx"))
+    model.graph.node[0].domain, model.graph.node[0].op_type = "com.stranger", "Shell"
+    model.opset_import.append(onnx.helper.make_opsetid("com.stranger", 1))
+    onnx.save(model, tmp_path / "odd.onnx")
+    assert_one_line(run(tmp_path / "odd.onnx", photo), "com.stranger")
+
+
+def test_a_graph_reads_no_weights_outside_its_folder(run: Callable[..., Any], photo: Path, tmp_path: Path) -> None:
+    """An ONNX file may name other files that hold its weights."""
+    path = tmp_path / "inside" / "odd.onnx"
+    path.parent.mkdir()
+    for file in (tmp_path / "outside", path.with_name("beside")):
+        file.write_bytes(TWO_BOXES.tobytes())
+    results = {}
+    for place in ("beside", "../outside", str(tmp_path / "outside")):
+        model = onnx.load(write_network(path))
+        onnx.external_data_helper.set_external_data(model.graph.initializer[0], place)
+        model.graph.initializer[0].ClearField("raw_data")
+        path.write_bytes(model.SerializeToString())
+        results[place] = run(path, photo)
+    assert results.pop("beside")[0] == 0
+    for result in results.values():
+        assert_one_line(result, "can't load it")
 
 
 def test_a_file_cut_off_or_changed_anywhere_is_at_most_one_line_of_error(

@@ -378,6 +378,45 @@ def test_no_module_in_the_working_folder_runs_in_a_comparison(ran_module: Path, 
     assert not ran_module.exists()
 
 
+PLOTS = {
+    "ours": """
+from pathlib import Path
+from yolokd.runtime.plots import new_plot
+with new_plot(Path("plot.png")) as figure:
+    figure.suptitle("a")""",
+    "Ultralytics'": """
+from yolokd.patches.safe_loading import safe_loading
+from ultralytics.utils import plt_settings
+@plt_settings()
+def draw():
+    import matplotlib.pyplot as plt
+    plt.title("a")
+    plt.savefig("plot.png")
+with safe_loading(TRUST):
+    draw()""",
+}
+
+
+@pytest.mark.parametrize("program", PLOTS.values(), ids=PLOTS)
+def test_settings_of_matplotlib_in_the_working_folder_do_not_count(program: str, tmp_path: Path) -> None:
+    """A matplotlibrc can turn on LaTeX; here, a script stands for LaTeX."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    (tmp_path / "latex").write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\n")
+    (tmp_path / "latex").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run(trust: bool) -> int:
+        command = [sys.executable, "-c", program.replace("TRUST", str(trust))]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True).returncode
+
+    assert run(trust=False) == 0
+    assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "plot.png").stat().st_size > 100
+    if "TRUST" in program:
+        run(trust=True)
+        assert (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_a_data_set_in_an_archive_writes_nothing_outside_its_folder(
     kind: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -412,3 +451,12 @@ def test_no_code_in_a_yaml_file_runs(reader: str, tmp_path: Path) -> None:
     with pytest.raises((UserError, ValueError)):
         readers[reader]()
     assert not target.exists()
+
+
+def test_a_data_set_as_ndjson_is_not_read_in_a_training(tmp_path: Path) -> None:
+    """Ultralytics would write the keys of its first line, `download` among them, into a data .yaml."""
+    target, path = tmp_path / "target", tmp_path / "set.ndjson"
+    path.write_text(f'{{"task": "detect", "download": "open({str(target)!r}, \'w\')", "class_names": {{"0": "a"}}}}\n')
+    with pytest.raises(UserError, match=r"data=.*set\.ndjson: cannot be used: Not a YAML file"):
+        load_data(str(path))
+    assert [file.name for file in tmp_path.iterdir()] == ["set.ndjson"]

@@ -209,11 +209,13 @@ def _pop_model(keys: Keys) -> Any:
 
 @contextmanager
 def _errors_as_user_errors(command: str) -> Iterator[None]:
-    """Turn errors that Ultralytics raises for settings and files inside the block into UserError."""
+    """Turn errors that Ultralytics raises for settings, files and packages inside the block into UserError."""
     try:
         yield
     except UserError:
         raise
+    except ModuleNotFoundError as e:
+        raise UserError(command, f"needs {e.name}, which is not installed", f"pip install {e.name}") from e
     except (SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
         raise UserError(command, first_line(e), "see Ultralytics' settings") from e
 

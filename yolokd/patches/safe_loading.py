@@ -19,6 +19,7 @@ from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.patched import patched
 from yolokd.patches.safe_models import safe_models
+from yolokd.runtime.plots import import_matplotlib
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
 
     What models may hold, `safe_models` says. A label cache may hold plain data only. A data set's `download:` may be an
     archive's address, or the Python code of a data set that Ultralytics ships; other code and shell commands do not
-    run. No file makes Ultralytics install a package, or Pillow run Ghostscript.
+    run. No file makes Ultralytics install a package, Pillow run Ghostscript, or matplotlib run LaTeX.
     The replacements hold for the whole process: do not use this in two threads at once.
     Raises UserError if torch is too old for restricted loading and, inside the block, for a data set whose images are
     missing and whose `download:` is refused.
@@ -42,6 +43,7 @@ def safe_loading(trust: bool = False) -> Iterator[None]:
         with patched(tasks, "SAFE_LOAD", False):
             yield
         return
+    import_matplotlib()
     subprocess = SimpleNamespace(run=_refuse)
     with (
         safe_models(),

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from yolokd.commands.compare.identity import FILES, SCORE_NEUTRAL_KEYS, ComparisonRun
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.commands.run_folder import read_history
 from yolokd.config.schema import teacher_files
+from yolokd.errors import UserError
 
 
 def make_row(run: ComparisonRun, images: int) -> LedgerRow:
-    """Return the ledger's row of a run whose scores are written. images: how many an epoch of training has."""
-    scores = json.loads(run.scores_path.read_text(encoding="utf-8"))
+    """Return the ledger's row of a run whose scores are written. images: how many an epoch of training has.
+
+    Raises UserError if the file with the scores is broken.
+    """
     curve, seconds = read_history(run.folder / "results.csv")
     keys = run.keys
     settings = {k: v for k, v in keys.items() if k not in FILES | SCORE_NEUTRAL_KEYS | {"method"}}
-    return LedgerRow(
-        hash=run.hash,
-        config=run.config,
-        ground=run.ground,
-        teacher_row=run.teacher_row,
-        method=run.method,
-        seed=run.seed,
-        split=run.split,
-        teacher=" ".join(Path(file).name for file in teacher_files(keys.get("teacher"))),
-        student=Path(str(keys["student"])).name if run.method != TEACHER else "",
-        data=Path(str(keys["data"])).name,
-        settings=" ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(settings.items())),
-        **scores,
-        seconds=round(seconds, 1),
-        images_per_second=round(images * len(curve) / seconds, 3) if seconds else 0.0,
-        curve=" ".join(f"{v:.4f}" for v in curve),
-    )
+    described: dict[str, Any] = {
+        "hash": run.hash,
+        "config": run.config,
+        "ground": run.ground,
+        "teacher_row": run.teacher_row,
+        "method": run.method,
+        "seed": run.seed,
+        "split": run.split,
+        "teacher": " ".join(Path(file).name for file in teacher_files(keys.get("teacher"))),
+        "student": Path(str(keys["student"])).name if run.method != TEACHER else "",
+        "data": Path(str(keys["data"])).name,
+        "settings": " ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(settings.items())),
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images * len(curve) / seconds, 3) if seconds else 0.0,
+        "curve": " ".join(f"{v:.4f}" for v in curve),
+    }
+    try:
+        scores = json.loads(run.scores_path.read_text(encoding="utf-8"))
+        return LedgerRow(**scores, **described)
+    except (TypeError, ValueError, RecursionError) as e:  # ValueError: also of json and of pydantic
+        problem = f"{run.scores_path} holds no scores of a run"
+        raise UserError(f"project={run.project}", problem, "remove this file, then the run is scored again") from e

@@ -8,16 +8,17 @@ from math import ceil, inf
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import colormaps
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from yolokd.commands.compare.ledger import LedgerRow
 from yolokd.commands.compare.statistics import Interval, Summary
 from yolokd.runtime.console import fit_table
 from yolokd.runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
@@ -144,6 +145,8 @@ def draw_plot(figure: Figure, summaries: Sequence[Summary], teachers: Sequence[L
 
 def _colors(ranked: Sequence[Summary]) -> dict[str, Any]:
     """Return {method: its color}."""
+    from matplotlib import colormaps
+
     palette = colormaps["tab10" if len(ranked) < 10 else "tab20"]  # neighbours in tab20 are hard to tell apart
     hues = [hue for i in range(palette.N) if len({*(hue := palette(i))[:3]}) > 1]  # gray is too near the baseline's
     return {summary.method: hues[i % len(hues)] for i, summary in enumerate(ranked)}
