@@ -1,8 +1,9 @@
-"""Checkpoints and sidecars that contradict themselves, and files that are in the way: one line of error, exit 2."""
+"""Checkpoints that contradict themselves: one line of error, exit 2."""
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
 from math import inf, nan
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.cli import run_forked
 from helpers.models import YOLOV8N, random_detector
 from torch import nn
 
 from yolokd import UserError
-from yolokd.models.checkpoint import load_student, load_teacher
+from yolokd.models.checkpoint import load_model, load_student, load_teacher
 from yolokd.training.plan import make_plan
 
 DATA = {"nc": 2, "channels": 3}
@@ -90,6 +92,53 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(argument: str, odd: tup
     assert message.startswith(f"{argument}={path}: ")
     assert len(message) < 400
     message.encode()
+
+
+@pytest.mark.parametrize("case", ["names are numbers", "a surrogate", "nc lies", "terabytes"])
+def test_the_command_line_refuses_an_odd_checkpoint_in_one_line(
+    case: str, content: bytes, data: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = pickle.loads(content)
+    ODD[case][0](model)
+    torch.save({"model": model, "train_args": {}}, tmp_path / "odd.pt")
+    arguments = ("check", "teacher=odd.pt", f"data={data}", "imgsz=64")
+    done = run_forked(*arguments, cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("yolokd: error: teacher=odd.pt: ")
+    assert ODD[case][1] in line
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.pt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"epoch": "3"}, "its epoch: Input should be a valid integer"),
+        ({"epoch": 1.5}, "its epoch: Input should be a valid integer"),
+        ({"epoch": None}, "its epoch: Input should be a valid integer"),
+        ({"train_args": {3: 64}}, "its train_args.3: Input should be a valid string"),
+        ({"optimizer": "adam"}, "its optimizer: Input should be"),
+        ({"optimizer": {"param_groups": {"params": [0]}}}, "its optimizer.param_groups: Input should be a valid list"),
+        ({"optimizer": {"param_groups": [{"lr": 0.1}]}}, "its optimizer.param_groups.0.params: Field required"),
+        (
+            {"optimizer": {"param_groups": [{"params": [0, "1"]}]}},
+            "its optimizer.param_groups.0.params.1: ",
+        ),
+        ({"optimizer": {"param_groups": [{"params": []}]}, "epoch": 2, "train_args": {"imgsz": 64}}, ""),
+        ({"optimizer": {}}, ""),
+        ({"optimizer": None, "epoch": -1}, ""),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_training_has_the_right_types(
+    change: dict[str, Any], problem: str, content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.pt"
+    torch.save({"model": pickle.loads(content), "train_args": {}} | change, path)
+    if not problem:
+        assert change.items() <= load_model(path, "resume")[1].items()
+        return
+    with pytest.raises(UserError, match=re.escape(f"resume={path}: {problem}")):
+        load_model(path, "resume")
 
 
 def test_a_teacher_whose_maps_or_scores_are_not_finite_is_refused(content: bytes, data: str, tmp_path: Path) -> None:
