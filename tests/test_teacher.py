@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import YOLO26N, YOLOV8N, random_detector
+from helpers.data import two_images
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_detector
 from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
 
 from yolokd.data.dataset import sample_batch
+from yolokd.distillation import stage as stage_module
+from yolokd.methods import registered
 from yolokd.models import precision
 from yolokd.models.precision import MAX_ERROR, choose_precision, fast_precisions, measure_precision
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
@@ -192,3 +197,35 @@ def test_a_teacher_that_runs_ahead_on_a_gpu_gives_the_same_maps(teacher: Teacher
         overlapped = on_gpu(images, RequestedOutputs(logits=True))
         assert all(torch.equal(m, serial.maps[s]) for s, m in overlapped.maps.items())
         del noise, overlapped
+
+
+# A value that bfloat16 rounds across 0 changes a ReLU's gradient, or that of an absolute value, by all of it.
+LIMITS = dict.fromkeys(("dfd", "dfmsd", "fgd", "mgd", "sl2"), 0.06)
+METHODS = [name for name, method in registered().items() if method.__module__.startswith("yolokd.")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_and_generators_run_in_bfloat16_beside_a_teacher_in_it_with_nearly_the_same_gradients(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = random_detector()
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(YOLOV8S, seed=1), student, method=method)
+    stage = criterion.stage
+    stage.teacher = stage.teacher.with_settings(InferenceSettings(torch.bfloat16, channels_last=True))
+    preds, batch = student(two_images()["img"]), two_images()
+    dtypes: set[torch.dtype] = set()
+    for module in stage.methods.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output: dtypes.add(output.dtype))
+
+    def gradients() -> Tensor:
+        criterion.begin_epoch(5, epochs=10, steps=1)
+        maps = [m.detach().requires_grad_() for m in preds["feats"]]
+        loss = criterion(preds | {"feats": maps}, batch)[0][3:].sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, maps)])
+
+    low = gradients()
+    assert dtypes == {torch.bfloat16}
+    monkeypatch.setattr(stage_module, "_methods_autocast", lambda *_: nullcontext())
+    assert 0 < relative_error(low, gradients()) < LIMITS.get(method, 0.01)

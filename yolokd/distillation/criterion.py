@@ -151,8 +151,8 @@ class DistillationCriterion(nn.Module):
         output = stage.teacher(batch["img"], stage.requested_outputs(measuring))
         levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard)
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
-        level_losses = [[loss * len(batch["img"]) for loss in method(levels)] for method in stage.methods]
-        losses = torch.stack([torch.stack(losses_of_method) for losses_of_method in level_losses])
+        level_losses = [[loss * len(batch["img"]) for loss in of_method] for of_method in stage.losses(levels)]
+        losses = torch.stack([torch.stack(of_method) for of_method in level_losses])
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
             norms = stage.measure(task, level_losses, maps, output)
             self.guard.discard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,8 @@ class Stage(nn.Module):
         self.teacher, self.pairing, self.config = teacher, pairing, config
         shapes = [replace(shape, stage=number) for shape in pairing.levels]
         self.methods = build_methods(config.method_configs, shapes, seed + number)
+        if teacher.settings.channels_last:  # maps in two memory formats would be slow to compare
+            self.methods.to(memory_format=torch.channels_last)
         methods = [module for module in self.methods.modules() if isinstance(module, Method)]
         self.wants_logits = any(method.wants_logits or method.wants_boxes for method in methods)
         self.wants_mean_logits = any(method.wants_mean_logits for method in methods)
@@ -53,6 +56,16 @@ class Stage(nn.Module):
         """Return which predictions of the teacher a step needs; one that measures needs its class scores."""
         logits = self.wants_logits or (measuring and self.teacher.has_logits)
         return RequestedOutputs(logits=logits, mean_logits=self.wants_mean_logits, boxes=self.wants_boxes)
+
+    def losses(self, levels: Sequence[Level]) -> list[list[Tensor]]:
+        """Return the loss of each method at each level.
+
+        Beside a teacher that runs in bfloat16 on a CPU, the convolutions of the methods multiply in bfloat16, too;
+        their weights and all other arithmetic stay in float32. That changes the gradient at the student's maps by less
+        than 1 %, or by 2 to 5 % (relative L2) for methods with a ReLU: values near 0 fall on its other side.
+        """
+        with _methods_autocast(self.teacher, levels[0].student.device.type):
+            return [method(levels) for method in self.methods]
 
     def measure(
         self, task: Tensor, losses: Sequence[Sequence[Tensor]], maps: Sequence[Tensor], output: TeacherOutput
@@ -131,6 +144,13 @@ class Stage(nn.Module):
 def _readable(maps: Tensor) -> Tensor:
     """Return a teacher's maps as methods read them: CPUs would convert them to float32 anew in each operation."""
     return maps.float() if maps.device.type == "cpu" else maps
+
+
+def _methods_autocast(teacher: Teacher, device: str) -> AbstractContextManager[object]:
+    """Return the autocast to bfloat16 beside a teacher that runs so on a CPU, unless the training has its own."""
+    if device != "cpu" or teacher.settings.dtype != torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 class PerLevel(nn.ModuleList):
