@@ -16,10 +16,10 @@ from helpers.models import YOLOV8N, random_detector
 from torch import nn
 
 from yolokd import UserError
-from yolokd.models.checkpoint import load_model, load_student, load_teacher
+from yolokd.commands.bench import run_bench
+from yolokd.commands.compare import run_compare
+from yolokd.models.checkpoint import load_model
 from yolokd.training.plan import make_plan
-
-DATA = {"nc": 2, "channels": 3}
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +83,11 @@ def odd(request: pytest.FixtureRequest, content: bytes, tmp_path: Path) -> tuple
 
 
 @pytest.mark.parametrize("argument", ["teacher", "student"])
-def test_a_checkpoint_that_contradicts_itself_is_refused(argument: str, odd: tuple[str, str]) -> None:
+def test_a_checkpoint_that_contradicts_itself_is_refused(argument: str, odd: tuple[str, str], data: str) -> None:
     path, problem = odd
+    models = {"teacher": path} if argument == "teacher" else {"method": "none", "model": path}
     with pytest.raises(UserError) as caught:
-        load_teacher(path, trust=False) if argument == "teacher" else load_student(path, DATA, trust=False)
+        make_plan({"model": "yolov8n.yaml", "data": data} | models)
     message = str(caught.value)
     assert problem in message
     assert message.startswith(f"{argument}={path}: ")
@@ -108,6 +109,18 @@ def test_the_command_line_refuses_an_odd_checkpoint_in_one_line(
     assert line.startswith("yolokd: error: teacher=odd.pt: ")
     assert ODD[case][1] in line
     assert [path.name for path in tmp_path.iterdir()] == ["odd.pt"]
+
+
+@pytest.mark.parametrize("command", [run_bench, run_compare])
+def test_native_distillation_gets_no_odd_teacher(
+    command: Callable[..., Any], content: bytes, data: str, tmp_path: Path
+) -> None:
+    model = pickle.loads(content)
+    ODD["stride lies"][0](model)
+    torch.save({"model": model, "train_args": {}}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="claims the strides"):
+        command(teacher=str(tmp_path / "odd.pt"), method="native", data=data, project=str(tmp_path / "p"))
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize(

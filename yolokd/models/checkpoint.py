@@ -14,7 +14,7 @@ from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, guess_model_task
 
 from yolokd.errors import UserError, describe_invalid, first_line
-from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector, describe_kind, head_of
+from yolokd.models.detector import PROMPTED_HEADS, Detector, check_attributes, describe_kind, head_of
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.tensor_sizes import TensorSizeError, checked_tensor_sizes
 from yolokd.runtime.console import warnings_only
@@ -88,20 +88,23 @@ def _loading_problem(error: Exception) -> str:
 
 
 def load_teacher(path: str | None, trust: bool) -> Detector:
-    """Load a teacher from a .pt checkpoint. Raises UserError if the file is not a detector's checkpoint."""
+    """Load a teacher from a .pt checkpoint, without running it.
+
+    Raises UserError if the file is not a detector's checkpoint.
+    """
     if not str(path).endswith(".pt"):
         cure = f"did you mean {path}.pt?" if _lacks_ending(path) else "give a trained model, for example yolov8l.pt"
         raise UserError(f"teacher={path}", "is not a .pt checkpoint", cure)
     model, _ = load_model(str(path), "teacher", trust)
-    check_detector(model, f"teacher={path}")
+    check_attributes(model, f"teacher={path}")
     return model
 
 
 def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
-    """Load a student from a .pt, or build it with random weights from a .yaml.
+    """Load a student from a .pt, or build it with random weights from a .yaml; do not run it.
 
     data: Ultralytics' dictionary of the data set, which gives the numbers of classes and channels.
-    Raises UserError if the model is not an intact plain YOLO detector.
+    Raises UserError if the model is not a plain YOLO detector.
     """
     name = f"student={path}"
     if str(path).endswith((".yaml", ".yml")):
@@ -115,7 +118,7 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
     if not isinstance(head, Detect) or isinstance(head, PROMPTED_HEADS) or guess_model_task(model) != "detect":
         problem = f"is {describe_kind(model)}; yolokd trains plain YOLO detectors so far"
         raise UserError(name, problem, "give one, for example yolov8n.yaml")
-    check_detector(model, name)
+    check_attributes(model, name)
     if str(path).endswith(".pt"):
         with preserve_random_state():  # Ultralytics will build it, too, and take the weights from the checkpoint
             _build(model.yaml, name, data, trust)

@@ -92,16 +92,17 @@ class DetectorAttributes(BaseModel):
     stride: InstanceOf[Tensor]
 
 
-def check_detector(model: Detector, argument: str) -> None:
-    """Raise UserError unless `model` is an intact detector with a feature pyramid: a file may hold anything.
+def check_detector(model: Detector, argument: str) -> dict[int, int]:
+    """Return the feature pyramid of an intact detector, as `read_pyramid` does; raise UserError for any other model.
 
     Its attributes must have the right types, its head must score the classes that it names, and it must run on an
-    image, with the strides that it claims.
+    image, with the strides that it claims: a file may hold anything.
     """
     check_attributes(model, argument)
-    strides = list(read_pyramid(model, argument))
-    if isinstance(head_of(model), Detect) and model.stride.tolist() != strides:
-        raise UserError(argument, f"claims the strides {model.stride.tolist()}, but has {strides}", INTACT)
+    pyramid = read_pyramid(model, argument)
+    if isinstance(head_of(model), Detect) and model.stride.tolist() != list(pyramid):
+        raise UserError(argument, f"claims the strides {model.stride.tolist()}, but has {list(pyramid)}", INTACT)
+    return pyramid
 
 
 def check_attributes(model: Detector, argument: str) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect
 
-from yolokd.models.detector import PROMPTED_HEADS, Detector, check_attributes, read_pyramid
+from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector
 from yolokd.pyramid.boxes import decode_distances
 
 
@@ -62,15 +62,14 @@ class Teacher:
 
     It is not an nn.Module, so that it stays out of the student's state_dict, optimizer and EMA copies.
     The given model is copied, never changed; convolutions and batch norms are fused in the copy.
-    Raises UserError for a model that is not a detector, such as a classifier.
+    Raises UserError, naming `argument`, for a model that is not an intact detector, such as a classifier.
     """
 
-    def __init__(self, model: Detector) -> None:
-        check_attributes(model, "teacher")
+    def __init__(self, model: Detector, argument: str = "teacher") -> None:
         model = deepcopy(model).float().eval().requires_grad_(False)
+        self.pyramid = check_detector(model, argument)
         self.names: dict[int, str] = dict(model.names)
         self.channels: int = model.yaml.get("channels", 3)
-        self.pyramid = read_pyramid(model, "teacher")
         model.end2end = False  # otherwise fusing removes the one-to-many branch of an end-to-end teacher
         model.model[-1] = _Tap(model.model[-1])
         self.settings = InferenceSettings()

@@ -17,7 +17,7 @@ from yolokd.data.dataset import check_images, load_data, sample_batch
 from yolokd.errors import UserError
 from yolokd.methods import registered
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
-from yolokd.models.detector import Detector, read_pyramid
+from yolokd.models.detector import Detector, check_detector
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.files import sha256
@@ -74,16 +74,17 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     # Data after the teachers: the embedded set is drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
+    strides = check_detector(student, f"student={settings.get('model')}")
     if files:
         _check_stages(config, args.epochs)
-    teachers = tuple(_pair_teacher(file, model, config, data, read_pyramid(student)) for file, model in models.items())
+    teachers = tuple(_pair_teacher(file, model, config, data, strides) for file, model in models.items())
     return TrainPlan(config, data, args, student, teachers)
 
 
 def _pair_teacher(
     file: str, model: Detector, config: DistillationConfig, data: Mapping[str, Any], strides: Mapping[int, int]
 ) -> PairedTeacher:
-    teacher = Teacher(model)
+    teacher = Teacher(model, f"teacher={file}")
     _check_fit(file, teacher, config, data)
     _check_finite(file, teacher, data)
     pairing = Pairing(

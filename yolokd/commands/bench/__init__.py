@@ -26,6 +26,7 @@ from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, load_data, split_images
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_student, load_teacher
+from yolokd.models.detector import check_detector
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
 
 REAL_BATCHES = 8  # batches of the real epoch with which a benchmark is compared
@@ -116,7 +117,7 @@ def _teacher_checkpoint(teacher: object, data: str, folder: Path, trust: bool) -
     Raises UserError if the teacher is neither a checkpoint nor a .yaml of a YOLO detector.
     """
     if not str(teacher).endswith((".yaml", ".yml")):
-        load_teacher(str(teacher), trust)
+        check_detector(load_teacher(str(teacher), trust), f"teacher={teacher}")
         return str(teacher)
     dataset = load_data(data)
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, split_images
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model, load_teacher
-from yolokd.models.detector import Detector, only_detects
+from yolokd.models.detector import Detector, check_detector, only_detects
 from yolokd.models.model_objects import as_paths
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.console import CONSOLE
@@ -121,6 +121,8 @@ def _resolve_files(keys: Mapping[str, Any]) -> Inputs:
     if isinstance(resolved.get("pretrained"), str | Path):
         resolved["pretrained"] = str(load_model(resolved["pretrained"], "pretrained", trust)[0].pt_path)
     models = [load_teacher(file, trust) for file in teacher_files(resolved["teacher"])]
+    for model in models:
+        check_detector(model, f"teacher={model.pt_path}")
     files = [str(model.pt_path) for model in models]
     resolved["teacher"] = normalize_teachers(files) if files else None
     return Inputs(resolved, tuple(files), models[-1] if models else None)
