@@ -124,7 +124,7 @@ def test_images_whose_label_files_are_missing_are_counted(tmp_path: Path) -> Non
         file.unlink()
     for _ in ("scanned", "from the cache"):
         with captured_log() as lines:
-            check_data(make_plan({"data": data, "method": "none", "model": "yolov8n.yaml"}))
+            check_data(make_plan({"data": data, "method": "none", "model": YOLOV8N}))
         assert [line for line in lines if "no label file" in line] == [
             "data: 3 of 5 train images have no label file and count as background",
             "data: 1 of 6 val images have no label file and count as background",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLOV8S, random_detector, save_checkpoint
 from helpers.runs import train_one_epoch
 from ultralytics import YOLO
 
@@ -56,7 +56,7 @@ def test_an_object_whose_file_is_gone_or_replaced_is_copied(copies: Path, tmp_pa
 
 
 def test_a_teacher_that_is_a_module_is_named_by_its_yaml(copies: Path, tiny: dict[str, Any]) -> None:
-    teacher = random_detector("yolov8s.yaml", seed=1)
+    teacher = random_detector(YOLOV8S, seed=1)
     folder = train_one_epoch(tiny, teacher)
     (copy,) = copies.iterdir()
     assert copy.name.startswith("yolov8s-")
