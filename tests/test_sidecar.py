@@ -130,9 +130,11 @@ def test_random_states_that_cannot_be_set_are_refused(small: dict[str, Any], tmp
             load_sidecar(tmp_path / "last.pt", 0)
 
 
-def test_a_sidecar_of_an_earlier_version_is_read(small: dict[str, Any], tmp_path: Path) -> None:
-    save_sidecar(tmp_path / "last.pt", 0, {k: v for k, v in small.items() if k not in {"content", "threads"}})
-    assert load_sidecar(tmp_path / "last.pt", 0) is not None
+def test_sidecars_of_earlier_versions_and_of_a_gradient_scaler_are_read(small: dict[str, Any], tmp_path: Path) -> None:
+    earlier = {k: v for k, v in small.items() if k not in {"content", "threads"}}
+    for state in (earlier, small | {"scaler": torch.amp.GradScaler("cpu").state_dict()}):
+        save_sidecar(tmp_path / "last.pt", 0, state)
+        assert load_sidecar(tmp_path / "last.pt", 0) is not None
 
 
 def reshape(*keys: Any) -> Callable[[Any], None]:
