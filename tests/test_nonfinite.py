@@ -177,3 +177,29 @@ def test_a_teacher_with_maps_of_zeros_trains(
     d.train(**tiny | {"epochs": 1, "teacher_precision": "fp32"})
     assert rows(d.trainer)[0]["distill/dropped"] == 0
     assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())
+
+
+@register("hungry")
+class Hungry(Method):
+    paper = "the memory does not suffice for the second step"
+    steps = 0
+
+    def forward(self, level: Any) -> Tensor:
+        Hungry.steps += level.stride == 8
+        if Hungry.steps == 2:
+            Hungry.steps += 1
+            raise torch.OutOfMemoryError("out of memory")
+        return level.student.square().mean() * 0
+
+    def __init__(self, shape: Any) -> None:
+        super().__init__()
+
+
+def test_a_step_that_runs_out_of_memory_leaves_no_gradients_to_count(tiny: dict[str, Any], teacher: str) -> None:
+    """Ultralytics starts the epoch again with half the batch; the gradients of the first step are gone."""
+    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="hungry")
+    pending: list[int] = []
+    d.add_callback("on_train_epoch_start", lambda trainer: pending.append(trainer.steps.pending))
+    d.train(**tiny | {"epochs": 1, "nbs": 20, "warmup_epochs": 0, "teacher_precision": "fp32"})
+    assert d.trainer.batch_size == 2
+    assert pending == [0, 0]

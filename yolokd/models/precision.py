@@ -62,18 +62,19 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def choose_precision(
-    teacher: Teacher, images: Tensor, precision: Precision, compiled: bool, imgsz: int | None
+    teacher: Teacher, images: Tensor, precision: Precision, compiled_batch: int | None, imgsz: int | None
 ) -> tuple[Teacher, list[str]]:
     """Return the teacher as it will run on the device of `images`, and notes on the choice for the user.
 
     `auto` takes the first of `fast_precisions` that is faithful; otherwise float32.
-    images: (B, channels, H, W) in 0..1. compiled: whether to use torch.compile. imgsz: as in InferenceSettings.
+    images: (B, channels, H, W) in 0..1, of the training's size. compiled_batch: the number of images in the training's
+    batches, for which the teacher is compiled; None: it is not. imgsz: as in InferenceSettings.
     """
     plain = teacher.with_settings(InferenceSettings(channels_last=images.device.type in {"cpu", "cuda"}, imgsz=imgsz))
     chosen, notes = _choose(plain, images, precision)
-    if compiled:
-        return _compile(chosen, images, notes)
-    return chosen, notes
+    if compiled_batch is None:
+        return chosen, notes
+    return _compile(chosen, images[torch.arange(compiled_batch) % len(images)], notes)
 
 
 def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teacher, list[str]]:
@@ -92,21 +93,23 @@ def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teach
     return plain, notes or [f"this {images.device.type.upper()} has no fast instructions below fp32"]
 
 
-def measure_precision(name: Precision, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
-    """Compare the maps of a teacher in the precision `name` with those of `plain`, in float32."""
+def measure_precision(name: str, plain: Teacher, low: Teacher, images: Tensor) -> Trial:
+    """Compare the maps of a teacher that runs as `name` says with those of `plain`."""
     reference, maps = plain(images).maps, low(images).maps
     return Trial(name, {stride: _relative_error(maps[stride], reference[stride]) for stride in reference})
 
 
 def _relative_error(actual: Tensor, reference: Tensor) -> float:
-    return float((actual.float() - reference).norm() / reference.norm())
+    return float((actual.float() - reference).norm() / reference.float().norm())
 
 
 def _compile(teacher: Teacher, images: Tensor, notes: list[str]) -> tuple[Teacher, list[str]]:
-    """Return the compiled teacher, or the teacher itself if the compilation fails."""
-    compiled = teacher.with_settings(replace(teacher.settings, compiled=True))
+    """Return the teacher compiled for batches like `images`, or itself if that fails or gives other maps."""
+    compiled = teacher.with_settings(replace(teacher.settings, compiled_for=tuple(images.shape)))
     try:
-        compiled(images)
+        trial = measure_precision("compiled", teacher, compiled, images)
     except Exception as e:  # whatever compilers and toolchains raise
         return teacher, [*notes, f"teacher_compile: {type(e).__name__}: {first_line(e)}; runs uncompiled"]
+    if not trial.faithful:
+        return teacher, [*notes, f"{trial}: not taken"]
     return compiled, [*notes, "compiled"]

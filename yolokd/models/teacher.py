@@ -48,12 +48,14 @@ MAPS_ONLY = RequestedOutputs()
 class InferenceSettings:
     """How a teacher runs: the precision of weights and maps, the memory format, compilation, and the image size.
 
-    imgsz: the longest side in pixels to which a batch is resized for the teacher; None for the student's size.
+    compiled_for: the shape (B, C, H, W) of the batches that a compiled model runs on; others run uncompiled, because
+    each new shape would be compiled anew. imgsz: the longest side in pixels to which a batch is resized for the
+    teacher; None for the student's size.
     """
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
-    compiled: bool = False
+    compiled_for: tuple[int, ...] | None = None
     imgsz: int | None = None
 
 
@@ -74,7 +76,7 @@ class Teacher:
         model.model[-1] = _Tap(model.model[-1])
         self.settings = InferenceSettings()
         self._model = model.fuse(verbose=False)
-        self._forward: Callable[[Tensor], list[Tensor]] = self._model
+        self._compiled: Callable[[Tensor], list[Tensor]] = self._model
         self._async_forward = _AsyncForward()
 
     @property
@@ -96,7 +98,7 @@ class Teacher:
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         other.settings, other._async_forward = settings, _AsyncForward()
         other._model = deepcopy(self._model).to(dtype=settings.dtype, memory_format=layout)
-        other._forward = _compiled(other._model) if settings.compiled else other._model
+        other._compiled = _compiled(other._model) if settings.compiled_for is not None else other._model
         return other
 
     def start(self, images: Tensor, requested: RequestedOutputs = MAPS_ONLY) -> None:
@@ -133,13 +135,14 @@ class Teacher:
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         """Return the neck maps; images are padded to the teacher's coarsest stride, and the maps cut back."""
+        forward = self._compiled if images.shape == self.settings.compiled_for else self._model
         images = self._resized(images)
         height, width = images.shape[-2:]
         coarsest = max(self.pyramid)
         padding = (0, -width % coarsest, 0, -height % coarsest)
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
         padded = F.pad(images, padding) if any(padding) else images
-        maps = self._forward(padded.to(self.settings.dtype, memory_format=layout))
+        maps = forward(padded.to(self.settings.dtype, memory_format=layout))
         return [m[..., : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, self.pyramid, strict=True)]
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -211,8 +214,8 @@ def _branch_outputs(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Te
 
 
 def _compiled(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
-    # Weights never change, so they may be folded into the graph.
-    compiled: Callable[[Tensor], list[Tensor]] = torch.compile(model, options={"freezing": True})
+    # Weights never change, so they may be folded into the graph; the shape of its input does not change either.
+    compiled: Callable[[Tensor], list[Tensor]] = torch.compile(model, dynamic=False, options={"freezing": True})
     return compiled
 
 

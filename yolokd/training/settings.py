@@ -97,6 +97,9 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
         raise UserError("quantize=8", "quantization-aware training does not work with a teacher", "drop quantize")
     if args.compile:
         raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
+    if config.teacher_compile and args.multi_scale:
+        problem = f"compiles for one image size, and multi_scale={args.multi_scale} changes it"
+        raise UserError("teacher_compile=True", problem, "drop one of the two")
     if args.batch < 1:
         raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
     if config.teacher_imgsz is not None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER
 
@@ -18,17 +19,20 @@ from yolokd.training.plan import PairedTeacher, TrainPlan
 SCORING_SETTINGS = ("data", "imgsz", "device", "workers", "split", "single_cls", "classes")
 
 
-def optimize_teachers(plan: TrainPlan, precisions: Sequence[Any], images: Tensor) -> tuple[PairedTeacher, ...]:
+def optimize_teachers(
+    plan: TrainPlan, precisions: Sequence[Any], images: Tensor, batch: int
+) -> tuple[PairedTeacher, ...]:
     """Return the plan's teachers as the run will run them: moved to the device, in a fast and faithful precision.
 
     precisions: for each teacher one of `teacher_precision`'s values. images: (B, C, H, W) float32 in 0..1, on the
-    device of the training. All processes take the precision of the main one, because machines may differ.
+    device of the training. batch: images per batch of each process. All processes take the precision of the main one,
+    because machines may differ.
     """
     pairs = list(zip(plan.teachers, precisions, strict=True))
-    candidates = [_with_precision(plan, paired, precision, images) for paired, precision in pairs]
+    candidates = [_with_precision(plan, paired, precision, images, batch) for paired, precision in pairs]
     agreed = broadcast([_precision(candidate) for candidate in candidates])
     return tuple(
-        candidate if _precision(candidate) == precision else _with_precision(plan, paired, precision, images)
+        candidate if _precision(candidate) == precision else _with_precision(plan, paired, precision, images, batch)
         for paired, candidate, precision in zip(plan.teachers, candidates, agreed, strict=True)
     )
 
@@ -37,29 +41,39 @@ def _precision(paired: PairedTeacher) -> str:
     return name_of(paired.teacher.settings.dtype)
 
 
-def _with_precision(plan: TrainPlan, paired: PairedTeacher, precision: Any, images: Tensor) -> PairedTeacher:
-    config = plan.config
+def _with_precision(
+    plan: TrainPlan, paired: PairedTeacher, precision: Any, images: Tensor, batch: int
+) -> PairedTeacher:
+    compiled_batch = batch if plan.config.teacher_compile else None
     teacher, notes = choose_precision(
-        paired.teacher.to(images.device), images, precision, config.teacher_compile, config.teacher_imgsz
+        paired.teacher.to(images.device), images, precision, compiled_batch, plan.config.teacher_imgsz
     )
     for note in notes if IS_MAIN else []:
         LOGGER.info(f"teacher {Path(paired.file).name}: {note}")
     return replace(paired, teacher=teacher)
 
 
-def score_teachers(plan: TrainPlan, args: Any, batch: int, save_dir: Path) -> float | None:
+def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int, save_dir: Path) -> float | None:
     """Log the score of each teacher on the validation set; return the last one's mAP50-95, None if not measured.
 
-    args: Ultralytics' settings of the training. batch: images per batch of the validation.
+    args: Ultralytics' settings of the training. batch: images per batch of the training. Ultralytics validates with
+    twice as many, in float32. On GPUs that could need more memory than the training, so half precision and the plain
+    batch are used there.
     """
     if IS_DISTRIBUTED:  # Ultralytics' validators gather over all processes, and only the main one is here
         LOGGER.info("teacher: its score is not measured in a run over several devices")
         return None
-    settings = {key: getattr(args, key) for key in SCORING_SETTINGS} | {"batch": batch}
-    scores = [
-        check_teacher(paired.model, plan.data["names"], paired.pairing.classes, settings, save_dir)
-        for paired in plan.teachers
-    ]
+    on_gpu = {"batch": batch, "quantize": 16}
+    settings = {key: getattr(args, key) for key in SCORING_SETTINGS}
+    settings |= on_gpu if device.type == "cuda" else {"batch": batch * 2}
+    try:
+        scores = [
+            check_teacher(paired.model, plan.data["names"], paired.pairing.classes, settings, save_dir)
+            for paired in plan.teachers
+        ]
+    except torch.OutOfMemoryError:
+        LOGGER.warning("teacher: the memory does not suffice to measure its score; check_teacher=False leaves that out")
+        return None
     known = [score for score in scores if score is not None]
     if known != sorted(known):
         LOGGER.warning("teacher: a later teacher scores lower than an earlier one; name the weakest teacher first")

@@ -155,7 +155,8 @@ class DistillationTrainer(DetectionTrainer):
         use_all_cores(self.device)  # precisions are compared with the threads that the training will use
         images = sample_batch(self.data, training_imgsz(self.args.imgsz, self.plan)).to(self.device)
         precisions = resume.teacher_precisions(self.saved_run, self.plan, self.device)
-        self.plan = replace(self.plan, teachers=optimize_teachers(self.plan, precisions, images))
+        teachers = optimize_teachers(self.plan, precisions, images, self.batch_size // WORLD_SIZE)
+        self.plan = replace(self.plan, teachers=teachers)
         self.model.yolokd = provenance(self.plan)
         pairs = [(paired.teacher, paired.pairing) for paired in self.plan.teachers]
         criterion = DistillationCriterion(self.model, pairs, self.plan.config, self.args.seed)
@@ -172,7 +173,7 @@ class DistillationTrainer(DetectionTrainer):
             logs.log_pairing(self.plan)
             self._teacher_sizes = teacher_sizes(self)
             if self.plan.config.check_teacher and not self.resume:
-                self.teacher_score = score_teachers(self.plan, self.args, self.batch_size * 2, self.save_dir)
+                self.teacher_score = score_teachers(self.plan, self.args, self.device, self.batch_size, self.save_dir)
         # The whole teachers were needed for their scores only: free their memory.
         self.plan = replace(self.plan, teachers=tuple(replace(paired, model=None) for paired in self.plan.teachers))
         use_all_cores(self.device)  # scoring the teacher has reset the number of threads

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import PositiveInt
 from ultralytics.utils.files import increment_path
+from ultralytics.utils.torch_utils import select_device
 
 from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer
 from yolokd.commands.bench.rounds import BenchRow, measure, run_rounds
@@ -28,6 +29,7 @@ from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_student, load_teacher
 from yolokd.models.detector import check_detector
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
+from yolokd.training.settings import check_device
 
 REAL_BATCHES = 8  # batches of the real epoch with which a benchmark is compared
 TOLERANCE = 0.10  # largest relative difference from the real epoch that counts as agreement
@@ -39,8 +41,8 @@ def run_bench(
     imgsz: object = 320,
     batch: object = 16,
     method: str = DEFAULT_METHODS,
-    amp: object = False,
-    rounds: int = 7,
+    amp: object = None,
+    rounds: int | None = None,
     data: str = "shapes",
     project: str = "runs/distill",
     name: str = "bench",
@@ -53,15 +55,19 @@ def run_bench(
     teacher (a .yaml gets random weights), imgsz, batch, method and amp may be lists, `a,b`. All methods and values of
     amp are measured with the first teacher, imgsz and batch, and then with each other value of one of these three.
     The parts of a candidate's step: `data`, `teacher` and `methods` (the distillation losses) are measured in its own
-    steps, `student` is the rest. On CUDA the teacher runs beside the student; waiting for it counts to `methods`.
+    steps, `student` is the rest. On CUDA the teacher runs beside the student: `teacher` is the time that the student
+    waits for it. There the first batches are used again and again, since data loading would hide the GPU's time.
+    amp: None for True on CUDA, as in a training, and False elsewhere. rounds: None for 40 on CUDA, and 7 elsewhere.
     other_keys: further keys of `yolokd train`. Raises UserError for what cannot be trained.
     """
+    on_cuda = select_device(check_device(other_keys.get("device")), verbose=False).type == "cuda"
+    rounds = (40 if on_cuda else 7) if rounds is None else rounds
     validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
     check_project(project)
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
     distilled = [m for m in methods if m not in (PLAIN, NATIVE)]
-    amps = [parse_value(str(a)) for a in as_list(amp)]
+    amps = [on_cuda] if amp is None else [parse_value(str(a)) for a in as_list(amp)]
     rows: list[BenchRow] = []
     out: Path | None = None
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only():

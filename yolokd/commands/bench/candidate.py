@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle, islice, repeat
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
 from yolokd.config.parse import split_keys
 from yolokd.errors import UserError
+from yolokd.models.teacher import RequestedOutputs
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.runtime.threads import training_threads
@@ -24,6 +26,7 @@ from yolokd.training.trainer import DistillationTrainer
 
 NATIVE_ALL = f"{NATIVE}, all cores"
 ENDLESS = 10**9  # epochs
+REPLAYED = 4  # batches that a benchmark on CUDA repeats: the time of data loading would hide that of the GPU
 Moment: TypeAlias = Any  # seconds as a float, or a CUDA event
 
 
@@ -50,7 +53,8 @@ class BenchSetting:
 class StepSeconds:
     """The seconds of one step: in total, waiting for data, running the teacher, and in the distillation losses.
 
-    methods: of the losses and of their backward pass, up to the student's maps and predictions.
+    teacher: on CUDA those that the student waits for it, since both run at the same time. methods: of the losses and of
+    their backward pass, up to the student's maps and predictions.
     """
 
     step: float
@@ -84,16 +88,20 @@ class Candidate:
         if len(self.trainer.train_loader.dataset) < setting.batch:
             raise UserError(f"batch={setting.batch}", "is larger than the training set", "use more images")
         self._batches = self._endless_batches()
-        self._teacher_seconds = self._teacher_before = 0.0  # in this step, and in it before its losses
+        self._teacher_runs: list[tuple[Moment, Moment]] = []  # in this step: when each began and ended
+        self._runs_before_losses = 0  # of these
         self._methods_begin: Moment | None = None  # in this step: when the YOLO loss is computed,
         self._methods_end: Moment | None = None  # and when its backward pass begins, after those of the methods
         self._time_teacher()
         self._time_methods()
 
     def _endless_batches(self) -> Iterator[Any]:
-        """Yield full batches, epoch after epoch."""
-        while True:
-            yield from (batch for batch in self.trainer.train_loader if len(batch["img"]) == self.batch)
+        """Yield full batches, epoch after epoch; on CUDA the first ones again and again."""
+        epochs = chain.from_iterable(repeat(self.trainer.train_loader))
+        full: Iterator[Any] = (batch for batch in epochs if len(batch["img"]) == self.batch)
+        if self.trainer.device.type == "cuda":
+            full = cycle(list(islice(full, REPLAYED)))
+        return (dict(batch) for batch in full)  # a trainer replaces what is in a batch by what is on its device
 
     def step(self) -> StepSeconds:
         """Run one step as Ultralytics' loop does: forward, loss, backward, clipping, optimizer, EMA."""
@@ -102,14 +110,14 @@ class Candidate:
         started = self._now()
         batch = next(self._batches)
         loaded = self._now()
-        self._teacher_seconds, self._methods_begin, self._methods_end = 0.0, None, None
+        self._teacher_runs, self._methods_begin, self._methods_end = [], None, None
         amp = torch.bfloat16 if trainer.args.amp == "bf16" else trainer.amp
         with bfloat16_on_cpu(), engine.autocast(amp, device=trainer.device.type):
             loss, _ = trainer.model(trainer.preprocess_batch(batch))
         trainer.scaler.scale(loss.sum()).backward()
         trainer.optimizer_step()
         step = self._now() - started
-        return StepSeconds(step, loaded - started, self._teacher_seconds, self._methods_seconds())
+        return StepSeconds(step, loaded - started, _seconds(self._teacher_runs), self._methods_seconds())
 
     def _now(self) -> float:
         """Return the time in seconds, after the device has finished its queued work."""
@@ -118,23 +126,24 @@ class Candidate:
         return time.perf_counter()
 
     def _time_teacher(self) -> None:
-        """Measure the teacher's seconds; not on CUDA, where the teacher runs at the same time as the student."""
-        if self.trainer.device.type == "cuda":
-            return
+        """Note when the teacher runs; on CUDA, when the student waits for its output."""
         model = unwrap_model(self.trainer.model)
         if isinstance(model, DistillationModel):
             model.teacher_model.forward = self._timed(model.teacher_model.forward)
         elif self.trainer.criterion is not None:
             teacher = self.trainer.criterion.stage.teacher
-            vars(teacher)["_run"] = self._timed(teacher._run)
+            if self.trainer.device.type == "cuda":
+                teacher._async_forward.collect = self._timed(teacher._async_forward.collect)
+            else:
+                vars(teacher)["_run"] = self._timed(teacher._run)
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function so that its seconds are added to the teacher's."""
+        """Wrap a function so that its seconds count as the teacher's."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = self._moment()
             output = run(*args, **kwargs)
-            self._teacher_seconds += time.perf_counter() - started
+            self._teacher_runs.append((started, self._moment()))
             return output
 
         return timed
@@ -161,7 +170,7 @@ class Candidate:
             losses, items = compute(*args, **kwargs)
             if losses.requires_grad:
                 losses.register_hook(end)
-            self._methods_begin, self._teacher_before = self._moment(), self._teacher_seconds
+            self._methods_begin, self._runs_before_losses = self._moment(), len(self._teacher_runs)
             return losses, items
 
         return noting
@@ -178,17 +187,21 @@ class Candidate:
         begin, end = self._methods_begin, self._methods_end
         if begin is None or end is None:
             return 0.0
-        if isinstance(begin, float):
-            return float(end) - begin - (self._teacher_seconds - self._teacher_before)
-        return float(begin.elapsed_time(end)) / 1000
+        return _seconds([(begin, end)]) - _seconds(self._teacher_runs[self._runs_before_losses :])
+
+
+def _seconds(spans: Sequence[tuple[Moment, Moment]]) -> float:
+    """Return the sum of the lengths of some spans of time; the device has reached their ends."""
+    lengths = (end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000 for begin, end in spans)
+    return float(sum(lengths))
 
 
 class TeacherAlone:
-    """The backbone and neck of a candidate's teacher, run alone on one random batch."""
+    """A candidate's teacher, run alone on one random batch; of its head runs what is requested."""
 
-    def __init__(self, candidate: Candidate) -> None:
+    def __init__(self, candidate: Candidate, requested: RequestedOutputs) -> None:
         trainer = candidate.trainer
-        self._teacher, self._threads = trainer.criterion.stage.teacher, candidate.threads
+        self._teacher, self._threads, self._requested = trainer.criterion.stage.teacher, candidate.threads, requested
         size = trainer.args.imgsz
         self._images = torch.rand(candidate.batch, trainer.data["channels"], size, size).to(trainer.device)
         self._now = candidate._now
@@ -197,9 +210,39 @@ class TeacherAlone:
         """Run one forward pass."""
         torch.set_num_threads(self._threads)
         started = self._now()
-        self._teacher(self._images)
+        self._teacher(self._images, self._requested)
         seconds = self._now() - started
         return StepSeconds(seconds, 0.0, seconds)
+
+
+def requested_outputs(candidate: Candidate) -> RequestedOutputs | None:
+    """Return what a candidate's method needs of the teacher's head; None if there is no teacher."""
+    if candidate.method.startswith(NATIVE):
+        return RequestedOutputs(mean_logits=True)
+    criterion = candidate.trainer.criterion
+    return criterion.stage.requested_outputs(measuring=False) if criterion is not None else None
+
+
+def busy_seconds(stepper: Candidate | TeacherAlone, steps: int = 5) -> float:
+    """Return the seconds of a step in which a GPU works: all its streams together, from a profile of some steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            stepper.step()
+    work = (e for e in profile.events() or () if e.device_type.name == "CUDA" and not e.is_user_annotation)
+    return covered_length([(e.time_range.start, e.time_range.end) for e in work]) / 1e6 / steps
+
+
+def covered_length(spans: Sequence[tuple[float, float]]) -> float:
+    """Return the length of the union of some spans.
+
+    >>> covered_length([(5, 6), (0, 2), (1, 3)])
+    4
+    """
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def build_yolokd_trainer(setting: BenchSetting, keys: Mapping[str, Any], method: str) -> DistillationTrainer:

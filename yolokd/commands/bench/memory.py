@@ -15,7 +15,7 @@ from yolokd.runtime.console import warnings_only
 
 
 def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:
-    """Return the peak memory in MiB of a new process that runs two steps: resident on CPUs, allocated on CUDA.
+    """Return the peak memory in MiB of a new process that runs two steps: resident on CPUs, reserved on CUDA.
 
     Returns None if that process dies; the memory may not suffice for two processes.
     """
@@ -40,7 +40,7 @@ def _report_peak(sender: Any, setting: BenchSetting, method: str, amp: object) -
         for _ in range(2):
             candidate.step()
     if candidate.trainer.device.type == "cuda":
-        sender.send(torch.cuda.max_memory_allocated(candidate.trainer.device) / 2**20)
+        sender.send(torch.cuda.max_memory_reserved(candidate.trainer.device) / 2**20)
         return
     sender.send(_peak_resident_mib())
 

@@ -7,19 +7,31 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from yolokd.commands.bench.candidate import NATIVE_ALL, BenchSetting, Candidate, StepSeconds, TeacherAlone
+from yolokd.commands.bench.candidate import (
+    NATIVE_ALL,
+    BenchSetting,
+    Candidate,
+    StepSeconds,
+    TeacherAlone,
+    busy_seconds,
+    requested_outputs,
+)
 from yolokd.commands.bench.memory import peak_mib
 from yolokd.commands.candidates import NATIVE, PLAIN
 from yolokd.runtime.console import make_progress
 
-WARM_UP = 2  # first steps of each candidate, which are not counted
+WARM_UP = {"cpu": 2, "cuda": 10}  # first steps of each candidate, which are not counted
 
 
 @dataclass
 class Rounds:
-    """The times of every candidate's steps, round by round."""
+    """The times of every candidate's steps, round by round.
+
+    busy: on CUDA, the seconds of a step in which the GPU works.
+    """
 
     seconds: dict[str, list[StepSeconds]] = field(default_factory=dict)
+    busy: dict[str, float] = field(default_factory=dict)
 
     def add(self, label: str, seconds: StepSeconds) -> None:
         """Add one step of the candidate `label`."""
@@ -40,6 +52,17 @@ class Rounds:
         columns = [self.seconds[other] for other in others]
         rounds = zip(self.seconds[label], zip(*columns, strict=True), strict=True)
         return float(median(seconds.step / sum(s.step for s in row) for seconds, row in rounds))
+
+    def times_bound(self, label: str, plain: str, teacher: str) -> float:
+        """Return the median over rounds of a candidate's seconds, divided by the least that they could be.
+
+        That is a plain step and the teacher's forward pass; on CUDA, where both overlap, a plain step, but at least the
+        time in which the GPU works for both.
+        """
+        if not self.busy:
+            return self.ratio(label, plain, teacher)
+        rounds, work = zip(self.seconds[label], self.seconds[plain], strict=True), self.busy[plain] + self.busy[teacher]
+        return float(median(step.step / max(alone.step, work) for step, alone in rounds))
 
 
 @dataclass
@@ -65,7 +88,7 @@ class BenchRow:
     methods: float
     times_native: float | None = None  # speed relative to Ultralytics' distillation with its default threads
     times_native_all_cores: float | None = None
-    times_bound: float | None = None  # time relative to the sum of a plain step and a teacher's forward pass
+    times_bound: float | None = None  # see Rounds.times_bound
     peak_mib: float | None = None
 
 
@@ -88,8 +111,12 @@ def measure(
     steppers: dict[str, Candidate | TeacherAlone] = dict(candidates)
     distilled = next((c for c in candidates.values() if c.method not in (PLAIN, NATIVE, NATIVE_ALL)), None)
     if distilled is not None:
-        steppers["teacher"] = TeacherAlone(distilled)
+        requests = {r for c in candidates.values() if (r := requested_outputs(c)) is not None}
+        steppers |= {f"teacher {requested}": TeacherAlone(distilled, requested) for requested in requests}
     times = run_rounds(steppers, rounds, f"{teacher} at {setting.imgsz}, batch {setting.batch}")
+    if next(iter(candidates.values())).trainer.device.type == "cuda":
+        alone = {k: s for k, s in steppers.items() if isinstance(s, TeacherAlone) or s.method == PLAIN}
+        times.busy = {label: busy_seconds(stepper) for label, stepper in alone.items()}
     peaks = {label: peak_mib(setting, c) for label, c in candidates.items()} if memory else {}
     return [_make_row(times, label, c, setting, teacher, peaks.get(label)) for label, c in candidates.items()]
 
@@ -97,12 +124,14 @@ def measure(
 def run_rounds(steppers: Mapping[str, Candidate | TeacherAlone], rounds: int, title: str) -> Rounds:
     """Run one step of every stepper in each round, after WARM_UP rounds that are not counted; return the times."""
     times = Rounds()
+    devices = {s.trainer.device.type for s in steppers.values() if isinstance(s, Candidate)}
+    warm_up = max(WARM_UP.get(device, WARM_UP["cpu"]) for device in devices)
     with make_progress() as progress:
-        task = progress.add_task(title, total=(rounds + WARM_UP) * len(steppers))
-        for number in range(WARM_UP + rounds):
+        task = progress.add_task(title, total=(rounds + warm_up) * len(steppers))
+        for number in range(warm_up + rounds):
             for label, stepper in steppers.items():
                 seconds = stepper.step()
-                if number >= WARM_UP:
+                if number >= warm_up:
                     times.add(label, seconds)
                 progress.advance(task)
     return times
@@ -120,6 +149,7 @@ def _make_row(
         row.times_native = times.ratio(NATIVE, label)
     if NATIVE_ALL in times.seconds:
         row.times_native_all_cores = times.ratio(NATIVE_ALL, label)
-    if "teacher" in times.seconds and candidate.method != PLAIN:
-        row.times_bound = times.ratio(label, f"{PLAIN} {candidate.amp}", "teacher")
+    alone = f"teacher {requested_outputs(candidate)}"
+    if alone in times.seconds:
+        row.times_bound = times.times_bound(label, f"{PLAIN} {candidate.amp}", alone)
     return row
