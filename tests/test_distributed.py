@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
+from helpers.launches import TORCHRUN, assert_processes_agree, last_weights, launch, output_of, settings
 from helpers.models import YOLOV8N, random_detector, save_checkpoint
-from helpers.results import repeatable_rows, saved_weights, states_equal
-from helpers.runs import TINY
+from helpers.results import repeatable_rows, states_equal
 from ultralytics.utils.dist import find_free_network_port
-
-PROGRAM = str(Path(__file__).with_name("helpers") / "programs" / "launched_training.py")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 @pytest.fixture(autouse=True)
 def _all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTEST_XDIST_WORKER", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
-
-def settings(data: str, teacher: str, folder: Path, **more: Any) -> dict[str, Any]:
-    distillation = {
-        "teacher": teacher,
-        "teacher_precision": "fp32",
-        "check_teacher": False,
-        "method": "dfd+pdf",
-        "probe": 2,
-    }
-    length = {"epochs": 3, "close_mosaic": 1, "deterministic": True, "device": "cpu", "val": True}
-    files = {"data": data, "model": YOLOV8N, "save_dir": str(folder)}
-    return {**TINY, **distillation, **length, **files, "level_weights": "uniform", **more}
-
-
-def launch(keys: dict[str, Any], *before: str, core: int | None = None, **env: str) -> subprocess.Popen[str]:
-    command = [*before, PROGRAM, json.dumps(keys)] if before else [sys.executable, PROGRAM, json.dumps(keys)]
-    return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **env},
-        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
-    )  # fmt: skip
-
-
-def output_of(process: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output[-4000:]
-    return output
-
-
-def last_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return saved_weights(folder / "weights" / "last.pt")
 
 
 def processes_ended(folder: Path) -> bool:
@@ -103,14 +66,6 @@ def test_a_run_launched_by_ultralytics_distils_and_writes_all_files(launched: Pa
 
 def test_adapters_and_gains_are_the_same_in_all_processes(launched: Path) -> None:
     assert_processes_agree(launched)
-
-
-def assert_processes_agree(folder: Path) -> None:
-    first, second = (torch.load(folder / f"tensors-{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert any(key.endswith("balance.pull") for key in first)
-    normalization = ("running_mean", "running_var")  # each process has its own images
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[k], second[k]) for k in first if not k.endswith(normalization))
 
 
 def test_two_processes_compute_the_gradient_of_the_whole_batch(

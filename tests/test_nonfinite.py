@@ -197,7 +197,7 @@ class Hungry(Method):
 
 def test_a_step_that_runs_out_of_memory_leaves_no_gradients_to_count(tiny: dict[str, Any], teacher: str) -> None:
     """Ultralytics starts the epoch again with half the batch; the gradients of the first step are gone."""
-    d = YoloDistiller(teacher=teacher, student="yolov8n.yaml", method="hungry")
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="hungry")
     pending: list[int] = []
     d.add_callback("on_train_epoch_start", lambda trainer: pending.append(trainer.steps.pending))
     d.train(**tiny | {"epochs": 1, "nbs": 20, "warmup_epochs": 0, "teacher_precision": "fp32"})

@@ -204,18 +204,6 @@ def test_sample_batches_are_letterboxed_rgb_images(tmp_path: Path) -> None:
     assert sample_batch({"val": str(tmp_path), "channels": 5}, 64).shape[1] == 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="overlap needs a CUDA device")
-def test_a_teacher_that_runs_ahead_on_a_gpu_gives_the_same_maps(teacher: Teacher, images: Tensor) -> None:
-    images, on_gpu = images.cuda(), teacher.to(torch.device("cuda"))
-    serial = on_gpu(images, RequestedOutputs(logits=True))
-    for _ in range(20):
-        on_gpu.start(images, RequestedOutputs(logits=True))
-        noise = [torch.rand_like(images) @ torch.rand_like(images).transpose(2, 3) for _ in range(8)]  # reuses memory
-        overlapped = on_gpu(images, RequestedOutputs(logits=True))
-        assert all(torch.equal(m, serial.maps[s]) for s, m in overlapped.maps.items())
-        del noise, overlapped
-
-
 # A value that bfloat16 rounds across 0 changes a ReLU's gradient, or that of an absolute value, by all of it.
 LIMITS = dict.fromkeys(("dfd", "dfmsd", "fgd", "mgd", "sl2"), 0.06)
 METHODS = [name for name, method in registered().items() if method.__module__.startswith("yolokd.")]

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from helpers.models import random_detector, save_checkpoint
+from helpers.models import YOLOV8N, YOLOV8S, random_detector, save_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yolokd import YoloDistiller
@@ -50,12 +50,12 @@ def test_a_step_with_a_teacher_waits_for_the_device_as_often_as_one_without(
     """All methods at once; classes in another order and another image size add what pairing needs for these."""
     # SGD, because Adam reads a counter of each parameter, which a GPU run keeps on the CPU.
     settings = tiny | {"epochs": 1, "val": False, "optimizer": "SGD"}
-    plain = waits_of_the_last_step(YoloDistiller(student="yolov8n.yaml", method="none"), **settings)
+    plain = waits_of_the_last_step(YoloDistiller(student=YOLOV8N, method="none"), **settings)
     assert plain["_local_scalar_dense"] > 0
-    other = random_detector("yolov8s.yaml", {0: "box", 1: "cat", 2: "disc"})
+    other = random_detector(YOLOV8S, {0: "box", 1: "cat", 2: "disc"})
     teachers = [str(save_checkpoint(other, tmp_path / f"{name}.pt")) for name in ("weak", "strong")]
     methods = [name for name, method in registered().items() if method.__module__.startswith("yolokd.")]
     keys = {"method": "+".join(methods), "pdf.box": 1, "level_weights": "confidence"}
-    distilled = YoloDistiller(teacher=teachers, student="yolov8n.yaml", **keys)
+    distilled = YoloDistiller(teacher=teachers, student=YOLOV8N, **keys)
     more = {"teacher_precision": "fp32", "teacher_imgsz": 96, "stages": 0.3, "probe": 100}
     assert waits_of_the_last_step(distilled, **settings | more) == plain
