@@ -541,12 +541,3 @@ def test_the_squared_error_of_half_precision_maps_keeps_no_float32_map(dtype: to
             gradients = (torch.autograd.grad(e.square().sum(), maps) for e, maps in ((error, low), (expected, full)))
             for ours, theirs in zip(*gradients, strict=True):
                 torch.testing.assert_close(ours, theirs.to(ours.dtype))
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_adapters_have_the_students_memory_format(layout: torch.memory_format) -> None:
-    student = random_detector("yolo11n.yaml").to(memory_format=layout)  # its head has convolutions by channel
-    criterion = attach_criterion(random_detector(), student, method="mgd")
-    convolutions = [p for p in criterion.parameters() if p.ndim == 4 and p[0, 0].numel() > 1]
-    assert convolutions
-    assert all(weight.is_contiguous(memory_format=layout) for weight in convolutions)

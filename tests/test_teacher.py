@@ -17,12 +17,16 @@ from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_d
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 
+from yolokd.config.parse import parse
 from yolokd.data.dataset import sample_batch
 from yolokd.distillation import stage as stage_module
+from yolokd.distillation.stage import Stage
 from yolokd.methods import registered
 from yolokd.models import precision
+from yolokd.models.detector import read_pyramid
 from yolokd.models.precision import MAX_ERROR, choose_precision, fast_precisions, measure_precision
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
+from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
 
 @pytest.fixture
@@ -234,3 +238,19 @@ def test_adapters_and_generators_run_in_bfloat16_beside_a_teacher_in_it_with_nea
     assert dtypes == {torch.bfloat16}
     monkeypatch.setattr(stage_module, "_methods_autocast", lambda *_: nullcontext())
     assert 0 < relative_error(low, gradients()) < LIMITS.get(method, 0.01)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_adapters_have_the_teachers_memory_format(channels_last: bool) -> None:
+    detector, student = random_detector(YOLOV8S), random_detector()
+    pairing = Pairing(
+        tuple(pair_levels(read_pyramid(detector), read_pyramid(student))),
+        (8, 16, 32),
+        pair_classes(detector.names, student.names),
+    )
+    teacher = Teacher(detector).with_settings(InferenceSettings(channels_last=channels_last))
+    stage = Stage(teacher, pairing, parse({"teacher": "t", "method": "mgd"}), seed=0, number=0)
+    weights = [weight for weight in stage.parameters() if weight.ndim == 4 and weight[0, 0].numel() > 1]
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert weights
+    assert all(weight.is_contiguous(memory_format=layout) for weight in weights)

@@ -54,7 +54,7 @@ class DistillationCriterion(nn.Module):
         self._base: Any = None
         self.config, self._seed = config, seed
         stages = (Stage(*pair, config, seed, number) for number, pair in enumerate(teachers))
-        self.stages = nn.ModuleList(stages).to(memory_format=_memory_format(student))
+        self.stages = nn.ModuleList(stages)
         strides = sorted({shape.stride for _, pairing in teachers for shape in pairing.levels})
         self.recorder = GradientRecorder([method.name for method in config.method_configs], strides)
         self.guard = NonFiniteGuard([method.name for method in config.method_configs])
@@ -183,15 +183,6 @@ class DistillationCriterion(nn.Module):
                 value.copy_(state[key])
         for stage in self.stages:
             stage.update_measured()  # type: ignore[operator]
-
-
-def _memory_format(model: nn.Module) -> torch.memory_format:
-    """Return the memory format of a model's convolutions; adapters in another one would copy each map."""
-    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
-    # A weight of one channel or one position is contiguous in both formats.
-    strided = (weight for weight in weights if not weight.is_contiguous())
-    channels_last = any(weight.is_contiguous(memory_format=torch.channels_last) for weight in strided)
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _ignore_missing_criterion_keys(_module: nn.Module, keys: Any) -> None:
