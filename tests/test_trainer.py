@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,13 @@ def _first_training(data: str, tmp_path_factory: pytest.TempPathFactory) -> None
     YOLO(YOLOV8N).train(**TINY, data=data, epochs=1, project=str(root))
 
 
+@pytest.fixture(scope="module")
+def plain_weights(data: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Return a function that trains a student one epoch with Ultralytics alone, once, and returns its weights."""
+    keys = TINY | {"data": data, "project": str(tmp_path_factory.mktemp("plain")), "epochs": 1}
+    return cache(lambda student: weights(train_plainly(student, keys)))
+
+
 @pytest.mark.parametrize("student", SIMPLER_SLOW)
 def test_method_none_equals_plain_training(student: str, tiny: dict[str, Any]) -> None:
     ours = YoloDistiller(student=student, method="none")
@@ -58,17 +67,23 @@ def test_gradients_are_accumulated_as_in_plain_training(tiny: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("student", SIMPLER_SLOW)
-def test_gains_of_zero_give_the_weights_of_plain_training(student: str, tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, student, tiny | {"check_teacher": True}, probe=1, **{"dfd.gain": 0, "pdf.gain": 0})
-    assert states_equal(weights(d.trainer), weights(train_plainly(student, tiny)))
+def test_gains_of_zero_give_the_weights_of_plain_training(
+    student: str, tiny: dict[str, Any], teacher: str, plain_weights: Callable[[str], dict[str, torch.Tensor]]
+) -> None:
+    keys = {"probe": 1, "dfd.gain": 0, "pdf.gain": 0}
+    d = distil(teacher, student, tiny | {"check_teacher": True, "epochs": 1}, **keys)
+    assert states_equal(weights(d.trainer), plain_weights(student))
 
 
-def test_a_gain_above_zero_changes_the_student(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, YOLOV8N, tiny)
-    assert not states_equal(weights(d.trainer), weights(train_plainly(YOLOV8N, tiny)))
+def test_a_gain_above_zero_changes_the_student(
+    tiny: dict[str, Any], teacher: str, plain_weights: Callable[[str], dict[str, torch.Tensor]]
+) -> None:
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1})
+    assert not states_equal(weights(d.trainer), plain_weights(YOLOV8N))
 
 
 def test_class_weights_work_as_in_plain_training(tiny: dict[str, Any], teacher: str) -> None:
+    tiny |= {"epochs": 1}
     d = distil(teacher, YOLOV8N, tiny, cls_pw=0.7, **{"dfd.gain": 0, "pdf.gain": 0})
     assert d.trainer.criterion.base.class_weights is not None
     assert states_equal(weights(d.trainer), weights(train_plainly(YOLOV8N, tiny, cls_pw=0.7)))
@@ -128,7 +143,9 @@ def test_without_validation_results_csv_keeps_its_columns(tiny: dict[str, Any], 
     assert len(rows(d.trainer)) == 2  # fails if a row has more or fewer cells than columns
 
 
-def test_gradients_of_adapters_are_clipped_separately(tiny: dict[str, Any], teacher: str) -> None:
+def test_gradients_of_adapters_are_clipped_separately(
+    tiny: dict[str, Any], teacher: str, plain_weights: Callable[[str], dict[str, torch.Tensor]]
+) -> None:
     """In one norm with the student's, the huge gradient of this adapter would shrink the student's."""
 
     @register("loud")
@@ -140,8 +157,8 @@ def test_gradients_of_adapters_are_clipped_separately(tiny: dict[str, Any], teac
         def forward(self, level: Any) -> torch.Tensor:
             return self.weight * 1e8 + 0 * level.student.sum()
 
-    d = distil(teacher, YOLOV8N, tiny, method="loud")
-    assert states_equal(weights(d.trainer), weights(train_plainly(YOLOV8N, tiny)))
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1}, method="loud")
+    assert states_equal(weights(d.trainer), plain_weights(YOLOV8N))
 
 
 CHECK_PLAIN = """
@@ -267,7 +284,7 @@ def test_nan_recovery_restores_student_and_adapters(student: str, tiny: dict[str
 
 
 def test_distill_yaml_repeats_the_run(tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, YOLOV8N, tiny, **{"dfd.alpha": 0.5})
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1}, **{"dfd.alpha": 0.5})
     cfg = yaml.safe_load((d.trainer.save_dir / "distill.yaml").read_text())
     assert cfg["dfd.alpha"] == 0.5
     assert cfg["method"] == "dfd+pdf"
@@ -278,6 +295,7 @@ def test_distill_yaml_repeats_the_run(tiny: dict[str, Any], teacher: str) -> Non
 
 
 def test_the_trainer_for_yolo_train_gives_the_same_weights_as_the_distiller(tiny: dict[str, Any], teacher: str) -> None:
+    tiny |= {"epochs": 1}
     ours = distil(teacher, YOLOV8N, tiny, method="dfd")
     trainer = distillation_trainer(teacher=teacher, method="dfd", check_teacher=False, teacher_precision="fp32")
     model = YOLO(YOLOV8N)
@@ -308,7 +326,7 @@ def test_a_registered_method_trains_and_its_constants_are_checked(tiny: dict[str
         def forward(self, level: Any) -> torch.Tensor:
             return (self.adapt(level.student) - level.teacher).abs().pow(self.power).mean()
 
-    d = distil(teacher, YOLOV8N, tiny, method="half+dfd", **{"half.power": 1.5})
+    d = distil(teacher, YOLOV8N, tiny | {"epochs": 1}, method="half+dfd", **{"half.power": 1.5})
     assert rows(d.trainer)[-1]["train/half_loss"] > 0
     with pytest.raises(UserError, match=r"half\.power"):
         distil(teacher, YOLOV8N, tiny, method="half", **{"half.power": "much"})

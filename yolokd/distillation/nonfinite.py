@@ -77,10 +77,13 @@ class NonFiniteGuard:
         self._zero_if_broken(parameter, ", in an adapter")
 
     def _zero_if_broken(self, tensor: Tensor, place: str) -> None:
+        # The tensor's own one: a gradient in another would make the student's backward choose other kernels.
+        layout = torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
+
         def check(gradient: Tensor) -> Tensor:
             finite = torch.isfinite(gradient).all()
             self._gradient_flags.append((place, ~finite))
-            return torch.where(finite, gradient, 0)
+            return torch.where(finite, gradient, 0).contiguous(memory_format=layout)
 
         tensor.register_hook(check)  # type: ignore[no-untyped-call]
 
