@@ -37,6 +37,7 @@ from yolokd.commands.compare.row import make_row
 from yolokd.commands.compare.show import draw_plot, markdown, summary_cells, terminal_table
 from yolokd.commands.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
+from yolokd.runtime.lock import LOCK_FILE
 
 TEACHER_ROW = "teacher's"
 
@@ -410,7 +411,7 @@ def test_a_run_that_another_comparison_is_training_is_not_started(keys: dict[str
     held = (tmp_path / "c" / "compare.csv").read_bytes()
     (tmp_path / "c" / "compare.csv").unlink()
     with (
-        FileLock(run / ".lock"),
+        FileLock(run / LOCK_FILE),
         pytest.raises(RuntimeError, match="is at work in another comparison"),
     ):
         run_compare(**keys)
@@ -446,7 +447,7 @@ def test_a_file_that_holds_no_scores_is_named(text: str, tmp_path: Path) -> None
         make_row(run, images=12)
 
 
-@pytest.mark.parametrize("name", ["{run}", "{run}/log.txt", "{run}/.lock", ".compare.csv.lock"])
+@pytest.mark.parametrize("name", ["{run}", "{run}/log.txt", "{run}/.train.lock", ".compare.csv.lock"])
 def test_a_comparison_writes_through_no_link(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
     run = plan_runs(["none"], 0, "val", keys["project"], training(keys))[0][-1]
     place, elsewhere = keys["project"] / name.format(run=run.folder.name), tmp_path / "elsewhere"
@@ -635,6 +636,10 @@ def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[st
         ({"seeds": -1}, "seeds=-1: must be different whole numbers of at least 0"),
         ({"sedes": 3}, "sedes: unknown key (did you mean seeds?)"),
         ({"device": 7}, "device=7: "),
+        ({"launcher": "rya"}, "launcher=rya: no such launcher (did you mean ray?)"),
+        ({"launcher": "ray", "device": "0,1"}, "device=0,1: is not for launcher=ray, which gives each run a GPU"),
+        ({"launcher": "ray", "cpus": 0}, "cpus=0: must be a whole number of at least 1"),
+        ({"cpus": 2}, "cpus=2: is for launcher=ray"),
         ({"batch": -1}, "batch=-1: AutoBatch"),
         ({"time": 0.1}, "time: makes scores depend on how busy"),
         ({"classes": [0]}, "classes: does not reach"),

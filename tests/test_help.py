@@ -15,6 +15,7 @@ from yolokd.cli import COMMANDS, parse_arguments, run
 from yolokd.commands.bench import run_bench
 from yolokd.commands.candidates import DEFAULT_METHODS
 from yolokd.commands.compare import DEFAULT_SEEDS, run_compare
+from yolokd.commands.compare.launchers import DEFAULT_CPUS
 from yolokd.commands.demo import run_demo
 from yolokd.commands.help import HELP
 from yolokd.config.arguments import as_list, parse_value
@@ -79,6 +80,7 @@ def test_the_help_of_a_command_shows_the_defaults_that_its_function_has(command:
     functions = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     if command == "compare":  # None there means that the user gave none; the keys of a training go on to `train`
         functions |= {"method": DEFAULT_METHODS, "seeds": DEFAULT_SEEDS, "split": "val", "csv": "PROJECT/compare.csv"}
+        functions["cpus"] = DEFAULT_CPUS
         functions |= {key: defaults()[key] for key in ("teacher", "student", "data")}
     shown = {key.name: key.default for key in HELP[command].keys}
     assert shown.keys() == functions.keys()

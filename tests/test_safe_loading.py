@@ -34,7 +34,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from yolokd import UserError, YoloDistiller
 from yolokd.cli import predict, val
 from yolokd.commands.compare.identity import ComparisonRun
-from yolokd.commands.compare.process import execute_run
+from yolokd.commands.compare.launchers.process import locked, start_process
 from yolokd.config.parse import merge_cfg_file
 from yolokd.data.dataset import check_images, load_data
 from yolokd.distiller import load_yolo
@@ -373,8 +373,8 @@ def test_no_module_in_the_working_folder_runs_in_a_new_process(ran_module: Path)
 @pytest.mark.slow
 def test_no_module_in_the_working_folder_runs_in_a_comparison(ran_module: Path, tmp_path: Path) -> None:
     run = ComparisonRun("none", 0, "val", {}, "", "", "", tmp_path / "project")
-    with pytest.raises(RuntimeError, match="none with seed 0 failed"):
-        execute_run(run, "cpu")
+    with locked(run), pytest.raises(RuntimeError, match="none with seed 0 failed"):
+        start_process(run, "cpu")
     assert not ran_module.exists()
 
 

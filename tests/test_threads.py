@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from yolokd.runtime.users_threads import OMP, OURS, users_threads
+from yolokd.runtime.users_threads import OMP, OURS, set_threads, users_threads
 
 YOLOKD, ULTRALYTICS = "from yolokd import YoloDistiller", "from ultralytics import YOLO"
 PRINT = "from yolokd.runtime.threads import training_threads\nprint(training_threads())"
@@ -53,3 +53,12 @@ def test_a_1_of_ultralytics_or_torchrun_is_not_the_users(
     environment: dict[str, str], ultralytics_is_imported: bool, threads: str
 ) -> None:
     assert users_threads(environment, ultralytics_is_imported) == threads
+
+
+def test_threads_that_a_command_sets_count_as_the_users_in_processes_that_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in (OMP, OURS):
+        monkeypatch.setenv(variable, "")
+    set_threads(1)
+    assert users_threads(os.environ) == "1"

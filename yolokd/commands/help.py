@@ -137,6 +137,8 @@ HELP: Mapping[str, Help] = {
             Key("csv", "PROJECT/compare.csv", "the file that keeps finished runs; alone: show its results"),
             Key("project", "runs/compare", "the folder that holds all runs"),
             Key("device", "none", "where to train; several, such as 0,1: as many runs at the same time"),
+            Key("launcher", "local", "ray: train on a Ray cluster, each run on a GPU, or with device=cpu on CPUs"),
+            Key("cpus", "1", "with launcher=ray: the number of CPUs, and of threads, of each run"),
         ),
         ultralytics=("epochs", "imgsz", "batch", "workers"),
         more_keys=ALSO_TRAIN,

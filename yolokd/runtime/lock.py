@@ -16,6 +16,11 @@ LOCK_FILE = ".train.lock"
 VARIABLE = "YOLOKD_LOCKED_FOLDER"  # of the environment: the processes that a training launches must not lock again
 
 
+def inherit_lock(folder: Path) -> None:
+    """Let trainings of this process write into a folder that the process which started it has locked."""
+    os.environ[VARIABLE] = str(folder.absolute())
+
+
 class FolderLock:
     """Locks the folder of a run for one training; the operating system releases it when the process ends."""
 

@@ -38,3 +38,8 @@ def threads_of_user() -> int | None:
     """Return the number of threads that the user has set for a process, or None."""
     first = os.environ.get(OURS, "").partition(",")[0].strip()  # more numbers would be for nested parallel regions
     return int(first) if first.isdecimal() and int(first) > 0 else None
+
+
+def set_threads(threads: int) -> None:
+    """Set the number of threads for the processes that this one starts, as if the user had."""
+    os.environ[OMP] = os.environ[OURS] = str(threads)

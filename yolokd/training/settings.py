@@ -24,7 +24,7 @@ from yolokd.runtime.distributed import WORLD_SIZE
 from yolokd.runtime.files import check_output_folder
 
 BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
-PATH_KEYS = ("teacher", "model", "data", "pretrained", "distill_model")
+PATH_KEYS = ("teacher", "student", "model", "data", "pretrained", "distill_model")
 
 
 def with_absolute_paths(keys: Mapping[str, Any]) -> dict[str, Any]:
