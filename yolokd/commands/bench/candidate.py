@@ -236,7 +236,7 @@ def covered_length(spans: Sequence[tuple[float, float]]) -> float:
     """Return the length of the union of some spans.
 
     >>> covered_length([(5, 6), (0, 2), (1, 3)])
-    4
+    4.0
     """
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
