@@ -541,3 +541,15 @@ def test_the_squared_error_of_half_precision_maps_keeps_no_float32_map(dtype: to
             gradients = (torch.autograd.grad(e.square().sum(), maps) for e, maps in ((error, low), (expected, full)))
             for ours, theirs in zip(*gradients, strict=True):
                 torch.testing.assert_close(ours, theirs.to(ours.dtype))
+
+
+def test_every_process_masks_other_positions_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = attach_criterion(random_detector(), random_detector(seed=1), method="mgd")
+    seeds = []
+    for rank in (-1, 0, 1, 2):  # -1: the only process
+        monkeypatch.setattr("yolokd.distillation.criterion.RANK", rank)
+        for epoch in (0, 1):
+            criterion.begin_epoch(epoch, epochs=2, steps=3)
+            seeds.append(criterion._draw_seed)
+    assert seeds[:2] == seeds[2:4]
+    assert len(set(seeds)) == 6
