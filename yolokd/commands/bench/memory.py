@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, setting, candidate.method, candidate.trainer.args.amp))
+    apart = replace(setting, folder=f"{setting.folder}/memory")  # the candidate's own trainer has locked its run folder
+    process = context.Process(target=_report_peak, args=(sender, apart, candidate.method, candidate.trainer.args.amp))
     with safe_imports():
         process.start()
     sender.close()
