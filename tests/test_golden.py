@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import METHOD_SETTINGS
 from yolokd.methods import Method, registered
+from yolokd.methods.blocks import Adapter
 from yolokd.methods.pdf import class_disagreement
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape
@@ -59,7 +60,10 @@ def build(name: str, level: Level, **constants: Any) -> Any:
     channels = level.teacher.shape[1]
     defaults = {k: v for k, v in method_defaults(name).items() if k not in METHOD_SETTINGS}
     method = registered()[name](LevelShape(8, channels, channels), **defaults | constants)
-    setattr(method, "project" if name == "sl2" else "adapt", nn.Identity())
+    adapter = Adapter(LevelShape(8, channels, channels))
+    nn.init.dirac_(adapter.weight)  # the identity
+    nn.init.zeros_(adapter.bias)
+    setattr(method, "project" if name == "sl2" else "adapt", adapter)
     return method.requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,13 +36,35 @@ def adapted_error(adapt: nn.Module, level: Level) -> Tensor:
     return level.compute_once((adapt, "error"), lambda: squared_error(adapted(adapt, level), level.teacher))
 
 
-def generator(channels: int) -> nn.Module:
+def generator(channels: int) -> nn.Sequential:
     """Return the generator of MGD, 3x3-ReLU-3x3 at constant width: (B, C, H, W) -> (B, C, H, W)."""
     return nn.Sequential(
         nn.Conv2d(channels, channels, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
         nn.Conv2d(channels, channels, kernel_size=3, padding=1),
     )
+
+
+def generated(generate: nn.Sequential, adapt: Adapter, maps: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return generate(kept · adapt(maps)), (B, C_T, H, W), of the student's maps, (B, C_S, H, W).
+
+    kept: (B, 1, H, W), 0 or 1 at each position; None keeps all.
+
+    The adapter and the generator's first convolution are linear. So they are one 3x3 convolution, whose weight is the
+    product of theirs: it has C_S input channels instead of C_T, and costs that much less. The adapter's bias goes
+    through a convolution of its own, because `kept` and the padding take it away at some positions.
+    """
+    first = generate[0]
+    assert isinstance(first, nn.Conv2d)
+    weight = torch.einsum("othw,ts->oshw", first.weight, adapt.weight[:, :, 0, 0])
+    bias = torch.einsum("othw,t->ohw", first.weight, adapt.bias)[:, None]
+    if kept is None:
+        kept = maps.new_ones(1, 1, *maps.shape[2:])
+    else:
+        maps = maps * kept
+    hidden = F.conv2d(maps, weight, first.bias, padding=1) + F.conv2d(kept, bias, padding=1)
+    output: Tensor = generate[1:](hidden)
+    return output
 
 
 def spatial_attention(maps: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
-from yolokd.methods.blocks import Adapter, adapted, adapted_error, generator, spatial_attention
+from yolokd.methods.blocks import Adapter, adapted, adapted_error, generated, generator, spatial_attention
 from yolokd.pyramid.squared_error import squared_error
 
 Regions = Literal["both", "high", "low"]
@@ -85,7 +85,7 @@ class DFD(Method):
         assert self.transform is not None
         transformed: Tensor
         if self.after_adapter:
-            transformed = self.transform(adapted(self.adapt, level))
+            transformed = generated(self.transform, self.adapt, level.student)
         else:
             transformed = self.adapt(self.transform(level.student))
         return transformed

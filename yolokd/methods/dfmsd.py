@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, adapted, generator, standardized_error
+from yolokd.methods.blocks import Adapter, adapted, generated, generator, standardized_error
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 MAX_MASKED = 0.95  # ours: the largest fraction of positions that may be masked
@@ -58,7 +58,8 @@ class DFMSD(Method):
         student = adapted(self.adapt, level)
         positions, channels = (mask.to(student.dtype) for mask in self.masks(level))
         weights = self.mix.softmax(0)
-        rebuilt = weights[0] * self.by_position(student * positions) + weights[1] * self.by_channel(student * channels)
+        by_position = generated(self.by_position, self.adapt, level.student, positions)
+        rebuilt = weights[0] * by_position + weights[1] * self.by_channel(student * channels)
         return standardized_error(rebuilt, level)
 
     def masks(self, level: Level) -> tuple[Tensor, Tensor]:

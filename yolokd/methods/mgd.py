@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, adapted, generator
+from yolokd.methods.blocks import Adapter, generated, generator
 from yolokd.pyramid.squared_error import mean_squared_error
 
 
@@ -39,9 +39,8 @@ class MGD(Method):
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
-        student = adapted(self.adapt, level)
-        mask = self.draw_mask(level).to(student.dtype)
-        return mean_squared_error(self.generate(student * mask), level.teacher)
+        kept = self.draw_mask(level).to(level.student.dtype)
+        return mean_squared_error(generated(self.generate, self.adapt, level.student, kept), level.teacher)
 
     def draw_mask(self, level: Level) -> Tensor:
         """Return M of one step, (B, 1, H, W) boolean: False where the student's map is zeroed."""
