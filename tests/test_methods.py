@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import reference
 from helpers.data import two_images
 from helpers.models import YOLO26N, attach_criterion, random_detector
@@ -26,12 +27,12 @@ from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention, standardized
 from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
-from yolokd.pyramid.boxes import Labels
+from yolokd.pyramid.boxes import Labels, iou
 from yolokd.pyramid.level import Level, LevelShape
 from yolokd.pyramid.squared_error import squared_error
 
 CS, CT, K = 3, 5, 2
-NAMES = ["cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]
+NAMES = ["bckd", "cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]
 HARD = ["most25", "most50", "least25", "least50"]
 
 
@@ -226,6 +227,18 @@ class TestLossEqualsTheReference:
         expected = reference.frs(level.teacher.numpy(), adapted(method, level), *logits, alpha, beta)
         assert loss(method, level) == close(expected)
 
+    @pytest.mark.parametrize(("alpha_1", "alpha_2"), [(1.0, 4.0), (0.0, 2.0), (3.0, 0.0)])
+    def test_bckd(self, level: Level, alpha_1: float, alpha_2: float) -> None:
+        pairs = [
+            (teacher.numpy(), student.numpy())
+            for teacher, student in (
+                (level.teacher_logits, level.student_logits),
+                (level.teacher_boxes, level.student_boxes),
+            )
+        ]
+        expected = reference.bckd(*pairs, alpha_1, alpha_2)
+        assert loss(build("bckd", alpha_1=alpha_1, alpha_2=alpha_2), level) == close(expected)
+
     @pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0.3, 0.2, 0.7, 0.5)])
     def test_fgd(self, level: Level, weights: tuple[float, ...]) -> None:
         names = ("alpha", "beta", "gamma", "lambda_")
@@ -337,6 +350,32 @@ def test_frs_does_not_teach_the_one_to_one_head_of_an_end_to_end_student() -> No
     assert not any(untaught)
 
 
+def test_bckd_trains_scores_and_boxes_and_its_weights_carry_no_gradient() -> None:
+    level, method = random_level(2, 4, 4), build("bckd", alpha_1=0.7, alpha_2=1.3)
+    predictions = [level.student_logits.requires_grad_(), level.student_boxes.requires_grad_()]
+    ours = torch.autograd.grad(method(level), predictions)
+    target = level.teacher_logits.sigmoid()
+    weights = (target - level.student_logits.sigmoid()).abs().detach()
+    scores = (weights * F.binary_cross_entropy_with_logits(level.student_logits, target, reduction="none")).sum(1)
+    boxes = weights.amax(1) * (1 - iou(level.student_boxes, level.teacher_boxes))
+    expected = torch.autograd.grad((0.7 * scores + 1.3 * boxes).mean(), predictions)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_bckds_gradients_of_boxes_equal_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    level, method = random_level(2, 3, 2, seed=4), build("bckd")
+    boxes = (level.student_boxes + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda boxes: method(replace(level, student_boxes=boxes)), [boxes])
+
+
+def test_bckd_is_zero_for_identical_predictions() -> None:
+    level = random_level(1, 3, 3)
+    same = replace(level, student_logits=level.teacher_logits, student_boxes=level.teacher_boxes)
+    assert loss(build("bckd"), same) == 0
+
+
 def test_disagreement_is_not_negative_where_scores_are_almost_equal() -> None:
     """Float32 cancels there."""
     g = torch.Generator().manual_seed(0)
@@ -354,11 +393,11 @@ def test_pdfs_box_disagreement_is_zero_where_the_teacher_detects_nothing() -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_all_zero_maps_give_finite_losses_and_gradients(name: str) -> None:
     level, method = edited(fill(0.0)), build(name)
-    level.student.requires_grad_()
+    inputs = [t.requires_grad_() for t in (level.student, level.student_logits, level.student_boxes)]
     result = method(level)
     result.backward()
     assert torch.isfinite(result)
-    assert level.student.grad is None or torch.isfinite(level.student.grad).all()
+    assert all(t.grad is None or torch.isfinite(t.grad).all() for t in inputs)
 
 
 @pytest.mark.parametrize("composition", ["dfd+mgd", "dfd+pkd", "+".join(NAMES)])
@@ -381,7 +420,7 @@ def test_hard_pdf_selects_the_right_number_of_positions_among_equal_ones(case: s
     assert torch.allclose(weights.mean((1, 2)), torch.ones(len(d)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "bckd"])  # its gradients are tested above
 def test_gradients_equal_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """gradcheck needs float64: the methods' casts to float32 become casts to float64."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)

@@ -481,12 +481,19 @@ def test_channels_last_training_works_on_cpus(tiny: dict[str, Any], teacher: str
 
 @pytest.mark.parametrize(
     "keys",
-    [{"teacher_imgsz": 96}, {"teacher_precision": "bf16"}, {"method": "sl2"}, {"method": "pdf", "pdf.box": 1.0}],
+    [
+        {"teacher_imgsz": 96},
+        {"teacher_precision": "bf16"},
+        {"method": "sl2"},
+        {"method": "pdf", "pdf.box": 1.0},
+        {"method": "bckd"},  # has no adapter
+    ],
     ids=str,
 )
 def test_settings_of_the_teacher_reach_it(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
     d = distil(teacher, YOLO26N, tiny | {"epochs": 1}, **keys)
-    assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(("dfd_loss", "pdf_loss", "sl2_loss")))
+    losses = ("bckd_loss", "dfd_loss", "pdf_loss", "sl2_loss")
+    assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(losses))
     in_force = d.trainer.criterion.stage.teacher.settings
     assert in_force.imgsz == keys.get("teacher_imgsz")
     assert "teacher_precision" not in keys or in_force.dtype == torch.bfloat16

@@ -215,6 +215,23 @@ def frs(
     return (alpha * feature + beta * scores) / max(richness, 1e-9)
 
 
+def bckd(logits: tuple[Array, Array], boxes: tuple[Array, Array], alpha_1: float, alpha_2: float) -> float:
+    """BCKD's loss of a batch; `logits` and `boxes` are the teacher's and the student's."""
+    b, classes, h, w = logits[0].shape
+    total = 0.0
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                weights = []
+                for k in range(classes):
+                    p, x = sigmoid(logits[0][n, k, i, j]), float(logits[1][n, k, i, j])
+                    weights.append(abs(p - sigmoid(x)))
+                    log_q, log_not_q = (-math.log1p(math.exp(-v)) if v > -30 else v for v in (x, -x))
+                    total -= alpha_1 * weights[-1] * (p * log_q + (1 - p) * log_not_q)
+                total += alpha_2 * max(weights) * (1 - iou(*(maps[n, :, i, j] for maps in boxes)))
+    return total / (b * h * w)
+
+
 def covered(box: Array, h: int, w: int) -> list[tuple[int, int]]:
     """The cells that a box (x1, y1, x2, y2, relative to the image) overlaps by at least 1e-4, or begins in."""
     x1, y1, x2, y2 = box[0] * w, box[1] * h, box[2] * w, box[3] * h

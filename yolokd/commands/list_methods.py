@@ -18,8 +18,10 @@ def list_methods() -> None:
         values = method_defaults(name)
         keys = [k for k in (*METHOD_SETTINGS, *constants_model(cls).model_fields) if k in values]
         constants = "\n".join(f"{name}.{k}={values[k]}" for k in keys)
-        needs = "feature maps, class scores" if cls.wants_scores() else "feature maps"
-        table.add_row(name, cls.paper, needs, constants)
+        needs = ["feature maps", "class scores"] if cls.wants_scores() else ["feature maps"]
+        if cls.wants_boxes:
+            needs.append("boxes")
+        table.add_row(name, cls.paper, ", ".join(needs), constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
     table.caption = (
         "every method also takes NAME.schedule (cosine, linear or constant), and NAME.warmup and NAME.end in epochs"

@@ -135,7 +135,8 @@ class Stage(nn.Module):
             if self.wants_mean_logits:
                 level.teacher_mean_logits = resize_to(student, self.select_teacher(output.mean_logits[stride]))
             if self.wants_boxes:
-                level.student_boxes = decode_distances(boxes[stride], boxes[stride].shape[1] // 4)
+                raw_boxes = guard.guard_gradient(boxes[stride], stride)
+                level.student_boxes = decode_distances(raw_boxes, raw_boxes.shape[1] // 4)
                 level.teacher_boxes = resize_distances(student, output.boxes[stride])
             levels.append(level)
         return levels, [maps[shape.stride] for shape in self.pairing.levels]
