@@ -22,7 +22,7 @@ MAX_NAMED_IMAGES = 3  # in a message
 
 @dataclass(frozen=True)
 class _Step:
-    """What the flags of a step are about: first each method's loss at each level, then gradients, at `places`.
+    """The meaning of a step's flags: first each method's loss at each level, then gradients, at `places`.
 
     strides: of the levels. images: the batch's files. teacher: (L, B) bool, whether the teacher's map of a level is
     finite for an image; stays on the device, and is read only for a message.

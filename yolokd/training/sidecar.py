@@ -63,14 +63,14 @@ class OptimizerGroup(SavedGroup):
 
 
 class OptimizerState(BaseModel):
-    """What torch's optimizers save: values by the index of a parameter, and groups of indices."""
+    """The state of an optimizer, as torch saves it: values by the index of a parameter, and groups of indices."""
 
     state: dict[int, dict[str, Any]]
     param_groups: list[OptimizerGroup]
 
 
 class ScalerState(BaseModel):
-    """What torch's gradient scaler saves, if it is in use."""
+    """The state of a gradient scaler that is in use, as torch saves it."""
 
     scale: float
     growth_factor: float
@@ -97,7 +97,7 @@ class Streams(BaseModel):
 
 
 class SidecarContent(BaseModel):
-    """What a sidecar must hold, and its types; `state.capture_state` says what it means.
+    """The parts of a sidecar and their types; `state.capture_state` says what they mean.
 
     Sidecars of earlier versions hold neither content nor threads.
     """

@@ -1,4 +1,4 @@
-"""What a launcher tells about the runs that it executes."""
+"""The report of a launcher about the runs that it executes."""
 
 from __future__ import annotations
 

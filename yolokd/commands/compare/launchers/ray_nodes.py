@@ -23,7 +23,7 @@ PATH_KEYS = ("teacher", "student", "data", "pretrained")  # keys that may name f
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run takes of its node."""
+    """The CPUs and GPUs that a run takes of its node."""
 
     cpus: int
     gpus: int
