@@ -72,6 +72,19 @@ def draw_parameters(module: nn.Module, numbers: Numbers) -> None:
         parameter.copy_(0.3 * draw(numbers, *parameter.shape))
 
 
+def bckd(case: Case) -> float:
+    """Return BCKD's loss of class scores. Theirs is a sum over positions, ours a mean over positions and batch.
+
+    Their loss of boxes is not compared: it has the GIoU.
+    """
+    total = 0.0
+    for level in draw_levels(case)[0]:
+        level.student_boxes = level.teacher_boxes = torch.ones_like(level.teacher[:, :4])
+        b, _, h, w = level.teacher.shape
+        total += float(build("bckd", level, alpha_1=1.0, alpha_2=0.0)(level)) * b * h * w
+    return total
+
+
 def frs(case: Case) -> float:
     """Return FRS's loss. Theirs sums the feature error over channels, ours is a mean: α is C times their weight."""
     weights = case["constants"]
@@ -209,6 +222,7 @@ def sl2(case: Case) -> float:
 
 
 COMPUTE: dict[str, Callable[[Case], float]] = {
+    "bckd": bckd,
     "cwd": cwd,
     "fgd": fgd,
     "fgd_border": fgd_border,
