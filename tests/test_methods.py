@@ -141,9 +141,9 @@ def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("regions", ["both", "high", "low"])
 @pytest.mark.parametrize("constraint", ["mixed", "plain", "transformed", "swapped"])
-@pytest.mark.parametrize("width", ["student", "teacher"])
-def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, width: str) -> None:
-    method: Any = build("dfd", alpha=0.7, beta=1.3, regions=regions, constraint=constraint, width=width)
+@pytest.mark.parametrize(("width", "hidden"), [("student", 1.0), ("teacher", 1.0), ("teacher", 0.4)])
+def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, width: str, hidden: float) -> None:
+    method: Any = build("dfd", alpha=0.7, beta=1.3, regions=regions, constraint=constraint, width=width, hidden=hidden)
     transformed = adapted(method, level)
     if method.transform is not None and width == "student":
         through = reference.generator(level.student.numpy(), *parameters(method.transform))
@@ -212,9 +212,10 @@ class TestLossEqualsTheReference:
             reference.cwd(level.teacher.numpy(), adapted(method, level), tau), rel=1e-4, abs=1e-5
         )
 
-    @pytest.mark.parametrize("masked", [0.0, 0.65])
-    def test_mgd(self, level: Level, masked: float) -> None:
-        method: Any = build("mgd", lambda_=masked)
+    @pytest.mark.parametrize(("masked", "hidden"), [(0.0, 1.0), (0.65, 1.0), (0.65, 0.4)])
+    def test_mgd(self, level: Level, masked: float, hidden: float) -> None:
+        method: Any = build("mgd", lambda_=masked, hidden=hidden)
+        assert method.generate[0].out_channels == max(round(hidden * CT), 1)
         kept = method.draw_mask(level)
         assert masked > 0 or kept.all()
         rebuilt = reference.generator(adapted(method, level) * kept.numpy(), *parameters(method.generate))
@@ -255,9 +256,9 @@ class TestLossEqualsTheReference:
         expected = reference.fgd(level.teacher.numpy(), student, contexts, inverse_of(level), *weights, 0.5)
         assert loss(method, level) == close(expected)
 
-    @pytest.mark.parametrize("stage", [0, 1, 30])
-    def test_dfmsd(self, level: Level, stage: int) -> None:
-        values = {k: v for k, v in method_defaults("dfmsd").items() if k not in METHOD_SETTINGS}
+    @pytest.mark.parametrize(("stage", "hidden"), [(0, 1.0), (1, 0.4), (30, 1.0)])
+    def test_dfmsd(self, level: Level, stage: int, hidden: float) -> None:
+        values = {k: v for k, v in method_defaults("dfmsd").items() if k not in METHOD_SETTINGS} | {"hidden": hidden}
         torch.manual_seed(0)
         method: Any = registered()["dfmsd"](LevelShape(8, CS, CT, stage), **values).double()
         with torch.no_grad():

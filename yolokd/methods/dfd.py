@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
-from yolokd.methods.blocks import Adapter, adapted, adapted_error, generated, generator, spatial_attention
+from yolokd.methods.blocks import (
+    Adapter,
+    Hidden,
+    adapted,
+    adapted_error,
+    generated,
+    generator,
+    spatial_attention,
+)
 from yolokd.pyramid.squared_error import squared_error
 
 Regions = Literal["both", "high", "low"]
@@ -37,6 +45,7 @@ class DFD(Method):
     (the method). `plain`: none. `transformed`: both. `swapped`: the low ones.
     width: where f_trans works. `teacher`: after the adapter, at the teacher's width, like the generator of MGD.
     `student` (ours): before the adapter, at the student's width, which costs a small fraction of that.
+    hidden: the channels between the convolutions of f_trans, as a fraction of those where it works, see `generator`.
 
     Ours, because the paper leaves it open and no code was released: A(F_S) is taken of the adapted map. P is the mean
     over each image by itself, not over the batch. f_trans is 3x3-ReLU-3x3, like MGD's generator; the paper's figure
@@ -54,6 +63,7 @@ class DFD(Method):
         regions: Regions,
         constraint: Constraint,
         width: Width,
+        hidden: Hidden,
     ) -> None:
         super().__init__()
         self.alpha = alpha if regions != "low" else 0.0
@@ -63,7 +73,7 @@ class DFD(Method):
         self.adapt = Adapter(shape)
         self.after_adapter = width == "teacher"
         channels = shape.teacher_channels if self.after_adapter else shape.student_channels
-        self.transform = generator(channels) if self.transform_high or self.transform_low else None
+        self.transform = generator(channels, hidden) if self.transform_high or self.transform_low else None
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""

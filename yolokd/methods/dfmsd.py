@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, adapted, generated, generator, standardized_error
+from yolokd.methods.blocks import Adapter, Hidden, adapted, generated, generator, standardized_error
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 MAX_MASKED = 0.95  # ours: the largest fraction of positions that may be masked
@@ -32,7 +32,8 @@ class DFMSD(Method):
     Several teachers work in stages, the weakest first. At stage k, counted from 0, M^S is also 0 at those positions
     inside labelled boxes that are among the fraction ρ_s·(1 + k·δ) of highest attention (masking enhancement).
 
-    rho_s, rho_c: ρ_s and ρ_c. delta: δ, the growth per stage.
+    rho_s, rho_c: ρ_s and ρ_c. delta: δ, the growth per stage. hidden: the channels between the convolutions of G_S and
+    G_C, as a fraction of the teacher's, see `generator`.
 
     Ours: we had only the paper's abstract, and found no code. The abstract names two masks by attention, stages,
     stronger masking of objects, and semantic alignment. All else is our reading: that the positions and channels of
@@ -43,14 +44,20 @@ class DFMSD(Method):
     paper = "DFMSD: dual masking, stage-wise, Zhang et al., 2024"
 
     def __init__(
-        self, shape: LevelShape, *, rho_s: Fraction, rho_c: Fraction, delta: Annotated[float, Field(ge=0, le=10)]
+        self,
+        shape: LevelShape,
+        *,
+        rho_s: Fraction,
+        rho_c: Fraction,
+        delta: Annotated[float, Field(ge=0, le=10)],
+        hidden: Hidden,
     ) -> None:
         super().__init__()
         self.rho_s, self.rho_c = rho_s, rho_c
         self.rho_inside = max(rho_s, min(rho_s * (1 + shape.stage * delta), MAX_MASKED))
         self.adapt = Adapter(shape)
-        self.by_position = generator(shape.teacher_channels)
-        self.by_channel = generator(shape.teacher_channels)
+        self.by_position = generator(shape.teacher_channels, hidden)
+        self.by_channel = generator(shape.teacher_channels, hidden)
         self.mix = nn.Parameter(torch.zeros(2))
 
     def forward(self, level: Level) -> Tensor:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, generated, generator
+from yolokd.methods.blocks import Adapter, Hidden, generated, generator
 from yolokd.pyramid.squared_error import mean_squared_error
 
 
@@ -24,6 +24,7 @@ class MGD(Method):
     image and step. G: the generator, 3x3-ReLU-3x3. C, H, W: channels, height and width of F_T.
 
     lambda_: the paper's λ, the probability that M is 0 at a position.
+    hidden: the channels between G's convolutions, as a fraction of the teacher's; 1 is the paper's, see `generator`.
 
     Ours: a mean over channels and positions, where the paper has a sum. The adapter is also there where both models
     have the same channels; the released code then has none.
@@ -31,11 +32,11 @@ class MGD(Method):
 
     paper = "MGD: masked generative distillation, Yang et al., ECCV 2022"
 
-    def __init__(self, shape: LevelShape, *, lambda_: Annotated[float, Field(ge=0, lt=1)]) -> None:
+    def __init__(self, shape: LevelShape, *, lambda_: Annotated[float, Field(ge=0, lt=1)], hidden: Hidden) -> None:
         super().__init__()
         self.lambda_ = lambda_
         self.adapt = Adapter(shape)
-        self.generate = generator(shape.teacher_channels)
+        self.generate = generator(shape.teacher_channels, hidden)
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
