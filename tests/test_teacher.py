@@ -102,19 +102,19 @@ def test_auto_chooses_a_precision_only_if_the_device_is_fast_in_it_and_the_maps_
     teacher: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: True)
-    fast, notes = choose_precision(teacher, images, "auto", None, None)
+    fast, notes = choose_precision(teacher, images, "auto", None)
     assert fast.settings.dtype == torch.bfloat16
     assert "taken" in notes[0]
     monkeypatch.setattr(precision, "MAX_ERROR", 1e-6)
-    fallen, notes = choose_precision(teacher, images, "auto", None, None)
+    fallen, notes = choose_precision(teacher, images, "auto", None)
     assert fallen.settings.dtype == torch.float32
     assert "not taken" in notes[0]
-    forced, notes = choose_precision(teacher, images, "bf16", None, None)
+    forced, notes = choose_precision(teacher, images, "bf16", None)
     assert forced.settings.dtype == torch.bfloat16
     assert "more than" in notes[0]
     monkeypatch.setattr(precision, "MAX_ERROR", MAX_ERROR)
     monkeypatch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: False)
-    slow, notes = choose_precision(teacher, images, "auto", None, None)
+    slow, notes = choose_precision(teacher, images, "auto", None)
     assert slow.settings.dtype == torch.float32
     assert notes == ["this CPU has no fast instructions below fp32"]
 
@@ -158,7 +158,7 @@ def test_mean_logits_are_the_mean_of_an_end_to_end_teachers_branches(images: Ten
 def test_a_compiled_teacher_equals_the_plain_one(teacher: Teacher, images: Tensor) -> None:
     if shutil.which("c++") is None:
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
-    fast, notes = choose_precision(teacher, images, "fp32", len(images), None)
+    fast, notes = choose_precision(teacher, images, "fp32", None, len(images), compiled=True)
     assert notes[-1] == "compiled"
     assert fast.settings.compiled_for == images.shape
     for batch in (images, images[:1]):
@@ -176,7 +176,7 @@ def test_only_batches_of_the_trainings_shape_run_compiled(
         return lambda images: runs.append(images.shape) or model(images)
 
     monkeypatch.setattr("yolokd.models.teacher._compiled", noting)
-    fast, _ = choose_precision(teacher, images[:1], "fp32", len(images), None)
+    fast, _ = choose_precision(teacher, images[:1], "fp32", None, len(images), compiled=True)
     runs.clear()
     fast(images[:batch])
     assert runs == ([images.shape] if compiled else [])
@@ -192,7 +192,7 @@ def test_a_teacher_that_fails_to_compile_runs_uncompiled(
         return run
 
     monkeypatch.setattr("yolokd.models.teacher._compiled", broken)
-    plain, notes = choose_precision(teacher, images, "fp32", len(images), None)
+    plain, notes = choose_precision(teacher, images, "fp32", None, len(images), compiled=True)
     assert notes[-1] == "teacher_compile: RuntimeError: no compiler here; runs uncompiled"
     assert relative_error(plain(images).maps[8], teacher(images).maps[8]) < 1e-5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,11 +54,13 @@ def test_the_output_of_a_step_that_failed_is_freed(detector: Teacher, images: Te
 
 
 @pytest.mark.parametrize("method", ["fitnet+pdf", "mgd"])
-def test_a_training_with_overlap_equals_one_without(
+def test_a_training_with_overlap_and_graphs_equals_one_without(
     method: str, on_gpu: dict[str, Any], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overlapped = distil(teacher, YOLOV8N, on_gpu, method, teacher_precision="auto")
+    assert overlapped.trainer.criterion.stage.teacher._graphs._recorded
     monkeypatch.setattr(Teacher, "start", lambda *_args: None)
+    monkeypatch.setattr(Teacher, "_run", Teacher._forward)
     serial = distil(teacher, YOLOV8N, on_gpu, method, teacher_precision="auto")
     assert states_equal(weights(overlapped.trainer), weights(serial.trainer))
 
@@ -67,13 +70,46 @@ def test_every_fast_precision_gives_nearly_the_maps_of_float32(detector: Teacher
     precisions = fast_precisions(GPU)
     assert precisions
     for name in precisions:
-        low, _ = choose_precision(detector, images, name, None, None)
+        low, _ = choose_precision(detector, images, name, None)
         assert measure_precision(name, plain, low, images).faithful
 
 
+def test_a_graph_gives_the_maps_and_predictions_of_the_teacher_itself(detector: Teacher, images: Tensor) -> None:
+    settings = InferenceSettings(torch.float16, channels_last=True)
+    plain = detector.with_settings(settings)
+    graphed = detector.with_settings(replace(settings, graph_for=tuple(images.shape)))
+    for seed in range(3):
+        batch = torch.rand(images.shape, generator=torch.Generator(GPU).manual_seed(seed), device=GPU)
+        for requested in (RequestedOutputs(), RequestedOutputs(logits=True, boxes=True)):
+            graphed.start(batch, requested)
+            for ours, theirs in zip(*(vars(t(batch, requested)).values() for t in (graphed, plain)), strict=True):
+                assert all(torch.equal(tensor, theirs[stride]) for stride, tensor in ours.items())
+    assert len(graphed._graphs._recorded) == 2
+    graphed(images[:1])
+    assert len(graphed._graphs._recorded) == 2
+
+
+def test_a_teacher_that_cannot_be_recorded_runs_all_the_same(
+    detector: Teacher, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = detector.with_settings(InferenceSettings())
+    graphed = detector.with_settings(InferenceSettings(graph_for=tuple(images.shape)))
+    forward = Teacher._forward
+
+    def waiting(self: Teacher, *args: Any) -> Any:
+        output = forward(self, *args)
+        output.maps[8].sum().item()  # nothing that the host waits for can be recorded
+        return output
+
+    monkeypatch.setattr(Teacher, "_forward", waiting)
+    for _ in range(2):
+        assert torch.equal(graphed(images).maps[8], plain(images).maps[8])
+    assert not graphed._graphs._recorded
+
+
 def test_a_compiled_teacher_equals_the_plain_one_and_runs_on_its_own_stream(detector: Teacher, images: Tensor) -> None:
-    plain, _ = choose_precision(detector, images, "auto", None, None)
-    fast, notes = choose_precision(detector, images, "auto", len(images), None)
+    plain, _ = choose_precision(detector, images, "auto", None)
+    fast, notes = choose_precision(detector, images, "auto", None, len(images), compiled=True)
     assert notes[-1] == "compiled"
     for batch in (images, images[:1]):  # the second runs uncompiled
         fast.start(batch)

@@ -71,8 +71,8 @@ def _describe_precision(plan: TrainPlan, paired: PairedTeacher, images: Tensor) 
     images: (B, C, H, W), float in 0..1.
     """
     config = plan.config
-    compiled_batch = int(plan.args.batch) if config.teacher_compile else None
-    settings = config.teacher_precision, compiled_batch, config.teacher_imgsz
+    batch = int(plan.args.batch) if config.teacher_compile else None
+    settings = config.teacher_precision, config.teacher_imgsz, batch, config.teacher_compile
     teacher, notes = choose_precision(paired.teacher.to(images.device), images, *settings)
     return [*notes, f"runs in {name_of(teacher.settings.dtype)} on {images.device}"]
 

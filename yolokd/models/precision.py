@@ -62,19 +62,29 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def choose_precision(
-    teacher: Teacher, images: Tensor, precision: Precision, compiled_batch: int | None, imgsz: int | None
+    teacher: Teacher,
+    images: Tensor,
+    precision: Precision,
+    imgsz: int | None,
+    batch: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Teacher, list[str]]:
     """Return the teacher as it will run on the device of `images`, and notes on the choice for the user.
 
     `auto` takes the first of `fast_precisions` that is faithful; otherwise float32.
-    images: (B, channels, H, W) in 0..1, of the training's size. compiled_batch: the number of images in the training's
-    batches, for which the teacher is compiled; None: it is not. imgsz: as in InferenceSettings.
+    images: (B, channels, H, W) in 0..1, of the training's size. imgsz: as in InferenceSettings. batch: the number of
+    images in the training's batches, which on CUDA run as a graph; None if unknown. compiled: whether the teacher is
+    compiled for them.
     """
-    plain = teacher.with_settings(InferenceSettings(channels_last=images.device.type in {"cpu", "cuda"}, imgsz=imgsz))
-    chosen, notes = _choose(plain, images, precision)
-    if compiled_batch is None:
+    settings = InferenceSettings(
+        channels_last=images.device.type in {"cpu", "cuda"},
+        graph_for=None if batch is None else (batch, *images.shape[1:]),
+        imgsz=imgsz,
+    )
+    chosen, notes = _choose(teacher.with_settings(settings), images, precision)
+    if batch is None or not compiled:
         return chosen, notes
-    return _compile(chosen, images[torch.arange(compiled_batch) % len(images)], notes)
+    return _compile(chosen, images[torch.arange(batch) % len(images)], notes)
 
 
 def _choose(plain: Teacher, images: Tensor, precision: Precision) -> tuple[Teacher, list[str]]:

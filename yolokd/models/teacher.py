@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import Detect
 
+from yolokd.models.cuda_graphs import CudaGraphs
 from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector
 from yolokd.pyramid.boxes import decode_distances
 
@@ -49,13 +50,15 @@ class InferenceSettings:
     """How a teacher runs: the precision of weights and maps, the memory format, compilation, and the image size.
 
     compiled_for: the shape (B, C, H, W) of the batches that a compiled model runs on; others run uncompiled, because
-    each new shape would be compiled anew. imgsz: the longest side in pixels to which a batch is resized for the
-    teacher; None for the student's size.
+    each new shape would be compiled anew. graph_for: the shape of the batches that run as a CUDA graph, see CudaGraphs;
+    on other devices it means nothing. imgsz: the longest side in pixels to which a batch is resized for the teacher;
+    None for the student's size.
     """
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     compiled_for: tuple[int, ...] | None = None
+    graph_for: tuple[int, ...] | None = None
     imgsz: int | None = None
 
 
@@ -77,7 +80,7 @@ class Teacher:
         self.settings = InferenceSettings()
         self._model = model.fuse(verbose=False)
         self._compiled: Callable[[Tensor], list[Tensor]] = self._model
-        self._async_forward = _AsyncForward()
+        self._async_forward, self._graphs = _AsyncForward(), CudaGraphs()
 
     @property
     def _tap(self) -> _Tap:
@@ -96,7 +99,7 @@ class Teacher:
         """Return a copy of the teacher that runs with other settings."""
         other = copy(self)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        other.settings, other._async_forward = settings, _AsyncForward()
+        other.settings, other._async_forward, other._graphs = settings, _AsyncForward(), CudaGraphs()
         other._model = deepcopy(self._model).to(dtype=settings.dtype, memory_format=layout)
         other._compiled = _compiled(other._model) if settings.compiled_for is not None else other._model
         return other
@@ -113,8 +116,13 @@ class Teacher:
         """Return the output for (B, channels, H, W) images in 0..1, or collect it if `start` was called with them."""
         return self._async_forward.collect(images) or self._run(images, requested)
 
-    @torch.no_grad()  # not inference_mode: losses save the maps for backward
     def _run(self, images: Tensor, requested: RequestedOutputs) -> TeacherOutput:
+        if images.is_cuda and images.shape == self.settings.graph_for:
+            return self._graphs.replay(requested, lambda batch: self._forward(batch, requested), images)
+        return self._forward(images, requested)
+
+    @torch.no_grad()  # not inference_mode: losses save the maps for backward
+    def _forward(self, images: Tensor, requested: RequestedOutputs) -> TeacherOutput:
         # A student trained under autocast must not change the teacher's arithmetic.
         with torch.autocast(images.device.type, enabled=False):
             maps = self._maps(images)

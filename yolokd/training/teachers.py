@@ -44,9 +44,9 @@ def _precision(paired: PairedTeacher) -> str:
 def _with_precision(
     plan: TrainPlan, paired: PairedTeacher, precision: Any, images: Tensor, batch: int
 ) -> PairedTeacher:
-    compiled_batch = batch if plan.config.teacher_compile else None
+    config = plan.config
     teacher, notes = choose_precision(
-        paired.teacher.to(images.device), images, precision, compiled_batch, plan.config.teacher_imgsz
+        paired.teacher.to(images.device), images, precision, config.teacher_imgsz, batch, config.teacher_compile
     )
     for note in notes if IS_MAIN else []:
         LOGGER.info(f"teacher {Path(paired.file).name}: {note}")
