@@ -106,11 +106,15 @@ def test_the_losses_of_a_step_and_their_backward_count_to_its_methods(
     model = candidate.trainer.model
     student = model.student_model if method == "native" else model
     slow_down(student.model[0])
-    assert candidate.step().methods < 0.2
+    assert seconds_of_student(candidate.step()) >= 0.4
     slow_down(model.projector[0] if method == "native" else model.criterion.stage.methods[0][0])
     seconds = candidate.step()
     assert seconds.methods >= 0.4
-    assert seconds.step - seconds.data - seconds.teacher - seconds.methods >= 0.4
+    assert seconds_of_student(seconds) >= 0.4
+
+
+def seconds_of_student(seconds: StepSeconds) -> float:
+    return seconds.step - seconds.data - seconds.teacher - seconds.methods
 
 
 def test_the_parts_of_a_step_are_those_of_its_own_candidate() -> None:

@@ -84,5 +84,4 @@ class DFMSD(Method):
 def rank(values: Tensor) -> Tensor:
     """Return each value's rank in its row, (B, N) -> (B, N): 0 is the highest; equal values keep their order."""
     order = values.argsort(dim=1, descending=True, stable=True)
-    ranks = torch.arange(values.shape[1], device=values.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, ranks)
+    return order.argsort(dim=1)  # the inverse permutation; a scatter makes the host wait for a GPU
