@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ultralytics.utils import RANK
 
 from yolokd.config.schema import DistillationConfig
+from yolokd.distillation.assignment import AssignedPositions
 from yolokd.distillation.gradients import GradientRecorder
 from yolokd.distillation.nonfinite import NonFiniteGuard
 from yolokd.distillation.stage import Stage
@@ -52,6 +53,7 @@ class DistillationCriterion(nn.Module):
         super().__init__()
         self._student = weakref.ref(student)
         self._base: Any = None
+        self._assigned = AssignedPositions()
         self.config, self._seed = config, seed
         stages = (Stage(*pair, config, seed, number) for number, pair in enumerate(teachers))
         self.stages = nn.ModuleList(stages)
@@ -80,12 +82,14 @@ class DistillationCriterion(nn.Module):
             assert student is not None
             # TensorBoard's trace reads every property in inference mode, whose tensors no training can use later.
             with torch.inference_mode(False):
-                self._base = student.init_criterion()
+                self.base = student.init_criterion()
         return self._base
 
     @base.setter
     def base(self, criterion: Any) -> None:
         self._base = criterion
+        if any(stage.wants_assigned for stage in self.stages):
+            self._assigned.watch(criterion)
 
     def update(self) -> None:
         """Tell Ultralytics' criterion that an epoch ended: end-to-end losses then change the mix of their branches."""
@@ -149,7 +153,8 @@ class DistillationCriterion(nn.Module):
         """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
         stage, measuring = self.stage, self._measuring
         output = stage.teacher(batch["img"], stage.requested_outputs(measuring))
-        levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard)
+        assigned = self._assigned.take(len(batch["img"])) if stage.wants_assigned else None
+        levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard, assigned)
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
         level_losses = [[loss * len(batch["img"]) for loss in of_method] for of_method in stage.losses(levels)]
         losses = torch.stack([torch.stack(of_method) for of_method in level_losses])

@@ -1,6 +1,6 @@
 """Distillation methods: one file per paper, and a registry that finds a method by its name."""
 
-from yolokd.methods import bckd, cwd, dfd, dfmsd, fgd, fitnet, frs, mgd, pdf, pkd, sl2
+from yolokd.methods import bckd, cwd, dfd, dfmsd, fgd, fitnet, frs, ld, mgd, pdf, pkd, sl2
 from yolokd.methods.base import Method, constants_model, register, registered
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "fgd",
     "fitnet",
     "frs",
+    "ld",
     "mgd",
     "pdf",
     "pkd",

@@ -45,7 +45,7 @@ def inverse_areas(labels: Labels, images: int, height: int, width: int, device: 
     area = columns * rows * valid
     covered = sum(area.tolist())
     first_cell = (labels.image * height + top) * width + left
-    area, columns, first_cell = _upload(torch.stack([area, columns, first_cell]), device)
+    area, columns, first_cell = upload(torch.stack([area, columns, first_cell]), device)
     box = torch.repeat_interleave(area, output_size=covered)  # for each covered cell, the box that covers it
     index_in_box = torch.arange(covered, device=device) - (area.cumsum(0) - area)[box]
     cell = first_cell[box] + index_in_box + index_in_box // columns[box] * (width - columns)[box]
@@ -61,11 +61,17 @@ def _covered(low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     return first.long(), (end - first).clamp(min=0).long()
 
 
-def _upload(values: Tensor, device: torch.device | str) -> Tensor:
+def upload(values: Tensor, device: torch.device | str) -> Tensor:
     """Return a CPU tensor on a device, without waiting for the work that a GPU has queued."""
     if torch.device(device).type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def split_bins(raw: Tensor) -> Tensor:
+    """Return the box output of a YOLO head by side and bin: (B, 4·bins, H, W) -> (B, 4, bins, H, W)."""
+    b, channels, h, w = raw.shape
+    return raw.reshape(b, 4, channels // 4, h, w)
 
 
 def decode_distances(raw: Tensor, bins: int) -> Tensor:
@@ -107,3 +113,13 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     area_a, area_b = (((x[:, :2] + x[:, 2:]).clamp(min=0)).prod(1) for x in (a, b))
     union = area_a + area_b - common
     return common / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def box_divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Return τ²·KL(softmax(z_T / τ) ‖ softmax(z_S / τ)), the mean over the four sides of a box, (B, H, W) float32.
+
+    student, teacher: z_S and z_T, (B, 4, bins, H, W) logits over the bins of each side's distance.
+    """
+    log_student, log_teacher = ((logits.float() / tau).log_softmax(2) for logits in (student, teacher))
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(2)
+    return tau**2 * divergence.mean(1)

@@ -1,0 +1,102 @@
+"""What methods get of the heads beside class scores: raw box outputs, assigned positions, the teacher's head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.data import two_images
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_detector
+from torch import Tensor
+from ultralytics.cfg import get_cfg
+
+from yolokd import register
+from yolokd.distillation.assignment import AssignedPositions
+from yolokd.distillation.criterion import DistillationCriterion
+from yolokd.methods import Method
+from yolokd.pyramid.boxes import decode_distances
+from yolokd.pyramid.level import Level, LevelShape
+
+
+@register("all_outputs")
+class AllOutputs(Method):
+    """Pulls all that a head gives to zero, and keeps the level."""
+
+    wants_boxes = wants_box_logits = wants_assigned = True
+    wants_teacher_head = True
+
+    def __init__(self, shape: LevelShape) -> None:
+        super().__init__()
+        self.level: Level | None = None
+
+    def forward(self, level: Level) -> Tensor:
+        self.level = level
+        assert level.student_box_logits is not None
+        return level.student_box_logits.square().mean()
+
+
+def run(student_cfg: str, batch: dict[str, Any], method: str = "all_outputs") -> tuple[DistillationCriterion, Any, Any]:
+    """Return the criterion after one step, the student's predictions of its one-to-many branch, and the losses."""
+    torch.manual_seed(0)
+    student = random_detector(student_cfg, seed=1)
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(YOLOV8S), student, method=method, balance="off")
+    preds = student(batch["img"])
+    losses, _ = criterion(preds, batch)
+    return criterion, preds.get("one2many", preds), losses
+
+
+def levels_of(criterion: DistillationCriterion) -> list[Level]:
+    return [method.level for method in criterion.stage.methods[0]]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("student", [YOLOV8N, YOLO26N])
+def test_the_assigned_positions_are_those_of_the_yolo_loss(student: str) -> None:
+    """Of an end-to-end student, those of its one-to-many loss: its one-to-one loss assigns one for each object."""
+    batch = two_images()
+    criterion, preds, _ = run(student, batch)
+    base = getattr(criterion.base, "one2many", criterion.base)
+    expected = base.get_assigned_targets_and_loss(preds, batch)[0][0]
+    assigned = torch.cat([level.assigned.flatten(1) for level in levels_of(criterion)], 1)
+    assert torch.equal(assigned, expected)
+    assert (assigned.sum(1) > 1).all()
+
+
+def test_nothing_is_assigned_in_a_batch_without_labels() -> None:
+    unlabelled = two_images() | {"cls": torch.zeros(0, 1), "bboxes": torch.zeros(0, 4), "batch_idx": torch.zeros(0)}
+    criterion, _, losses = run(YOLOV8N, unlabelled, method="all_outputs+ld")
+    assert not any(level.assigned.any() for level in levels_of(criterion))
+    assert losses[-1] == 0
+
+
+def test_nothing_is_assigned_in_images_that_the_yolo_loss_did_not_see() -> None:
+    positions = AssignedPositions()
+    positions._note(torch.nn.Identity(), (), (torch.empty(0),) * 3 + (torch.ones(2, 5) > 0,))
+    assigned = positions.take(3)
+    assert assigned.dtype == torch.bool
+    assert assigned.sum(1).tolist() == [5, 5, 0]
+
+
+@pytest.mark.parametrize(("student", "bins"), [(YOLOV8N, 16), (YOLO26N, 1)])
+def test_raw_box_outputs_are_those_that_boxes_are_decoded_from(student: str, bins: int) -> None:
+    criterion, preds, _ = run(student, two_images())
+    for level in levels_of(criterion):
+        b, _, h, w = level.student.shape
+        assert level.student_box_logits.shape == (b, 4, bins, h, w)
+        assert level.teacher_box_logits.shape == (b, 4, 16, h, w)
+        for logits, boxes in (
+            (level.student_box_logits, level.student_boxes),
+            (level.teacher_box_logits, level.teacher_boxes),
+        ):
+            assert torch.equal(decode_distances(logits.flatten(1, 2), logits.shape[2]), boxes)
+    raw = torch.cat([level.student_box_logits.flatten(1, 2).flatten(2) for level in levels_of(criterion)], 2)
+    assert torch.equal(raw, preds["boxes"])
+
+
+def test_a_gradient_that_is_not_finite_stops_at_the_raw_box_outputs() -> None:
+    criterion, preds, losses = run(YOLOV8N, two_images())
+    preds["boxes"].retain_grad()
+    losses[-1].mul(torch.nan).backward()
+    assert torch.equal(preds["boxes"].grad, torch.zeros_like(preds["boxes"]))
+    assert criterion.guard._gradient_flags
