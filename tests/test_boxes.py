@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ultralytics.nn.modules.block import DFL
 
-from yolokd.pyramid.boxes import Labels, decode_distances, inverse_areas, iou, resize_distances
+from yolokd.pyramid.boxes import Labels, decode_distances, giou, inverse_areas, iou, resize_distances
 from yolokd.pyramid.regions import valuable_region
 
 share = st.floats(-0.5, 1.5, width=32)
@@ -70,10 +70,12 @@ def test_distances_are_decoded_as_by_ultralytics() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(-3000, 8000).map(lambda n: n / 1000), min_size=8, max_size=8))  # in cells
-def test_iou_equals_the_reference(values: list[float]) -> None:
+def test_iou_and_giou_equal_the_reference(values: list[float]) -> None:
     a, b = torch.tensor(values, dtype=torch.float32).view(2, 1, 4, 1, 1)
     expected = reference.iou(a.double().numpy().ravel(), b.double().numpy().ravel())
     assert float(iou(a, b)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    generalized = reference.giou(a.double().numpy().ravel(), b.double().numpy().ravel())
+    assert float(giou(a, b)) == pytest.approx(generalized, rel=1e-4, abs=1e-5)
 
 
 def test_resized_distances_are_in_cells_of_the_new_grid() -> None:

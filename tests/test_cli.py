@@ -82,6 +82,7 @@ BAD = {
     f"{OK} method=dfd++pdf": "method=dfd++pdf",
     f"{OK} method=dfd+ld student=yolo26n.yaml": "method=ld: compares distributions of box distances, and the student's",
     "check teacher={teacher} data={data} method=ld student=yolo26n.yaml": "(use bckd, which compares the boxes",
+    f"{OK} method=crosskd crosskd.box=kl teacher_imgsz=96": "teacher_imgsz=96: gives the teacher cells of another size",
     f"{OK} method=ld teacher_imgsz=96": "teacher_imgsz=96: gives the teacher cells of another size, and ld compares",
     f"{OK} method=": "method=: is empty",
     f"{OK} method=dfd dfd.alpha=-1": "dfd.alpha=-1",

@@ -15,6 +15,7 @@ from yolokd import register
 from yolokd.distillation.assignment import AssignedPositions
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods import Method
+from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.level import Level, LevelShape
 
@@ -44,6 +45,7 @@ def run(student_cfg: str, batch: dict[str, Any], method: str = "all_outputs") ->
     criterion = attach_criterion(random_detector(YOLOV8S), student, method=method, balance="off")
     preds = student(batch["img"])
     losses, _ = criterion(preds, batch)
+    vars(criterion)["student"] = student  # which the criterion itself does not keep alive
     return criterion, preds.get("one2many", preds), losses
 
 
@@ -100,3 +102,68 @@ def test_a_gradient_that_is_not_finite_stops_at_the_raw_box_outputs() -> None:
     losses[-1].mul(torch.nan).backward()
     assert torch.equal(preds["boxes"].grad, torch.zeros_like(preds["boxes"]))
     assert criterion.guard._gradient_flags
+
+
+@pytest.mark.parametrize("name", [YOLOV8N, YOLO26N])
+@pytest.mark.parametrize("settings", [InferenceSettings(), InferenceSettings(torch.bfloat16, channels_last=True)])
+def test_a_teachers_head_gives_the_teachers_predictions_of_its_own_maps(name: str, settings: InferenceSettings) -> None:
+    """In float32, also beside a teacher that runs in bfloat16: small gradients would be lost otherwise."""
+    plain = Teacher(random_detector(name))
+    output = plain(two_images()["img"], RequestedOutputs(logits=True, box_logits=True))
+    heads = plain.with_settings(settings).heads
+    assert len(heads) == 3
+    for stride, head in heads.items():
+        maps = output.maps[stride].requires_grad_()
+        logits, boxes = head.class_logits(maps), head.box_logits(maps)
+        torch.testing.assert_close(logits, output.logits[stride])
+        torch.testing.assert_close(boxes.flatten(1, 2), output.box_logits[stride])
+        (logits.sum() + boxes.sum()).backward()
+        assert maps.grad.abs().sum() > 0
+        parameters = [*head.box_layers.parameters(), *head.class_layers.parameters()]
+        assert not any(p.requires_grad for p in parameters)
+
+
+def test_the_shape_of_a_head_counts_the_channels_that_enter_its_layers() -> None:
+    head = Teacher(random_detector(YOLOV8S)).heads[16]
+    maps = torch.rand(1, head.shape.box_channels[0], 4, 4)
+    for layers, channels in (
+        (head.box_layers, head.shape.box_channels),
+        (head.class_layers, head.shape.class_channels),
+    ):
+        assert len(channels) == 3
+        entering = maps
+        for layer, count in zip(layers, channels, strict=True):
+            assert entering.shape[1] == count
+            entering = layer(entering)
+
+
+@pytest.mark.parametrize("student", [YOLOV8N, YOLO26N])
+def test_crosskd_trains_adapters_and_neck_through_the_teachers_head_which_stays_as_it_is(student: str) -> None:
+    criterion, _, losses = run(student, two_images(), method="crosskd")
+    teacher = criterion.stage.teacher
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    losses[-1].backward()
+    taught = [any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in criterion.student.model]
+    assert all(taught[:10])  # the backbone
+    assert not taught[-1]  # the head
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in criterion.parameters())
+    assert len(list(criterion.parameters())) == 6  # weight and bias of an adapter at each level
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not any(p.grad is not None for p in teacher._model.parameters())
+
+
+def test_crosskd_compares_the_classes_that_both_models_have() -> None:
+    """Of a teacher that knows other classes in another order; if no name is shared, the highest score of each."""
+    for names, expected in (
+        ({0: "cat", 1: "box", 2: "disc"}, [2, 1]),
+        ({0: "cat", 1: "cow"}, None),
+    ):
+        student = random_detector(seed=1)
+        student.args = get_cfg()
+        criterion = attach_criterion(random_detector(YOLOV8S, names), student, method="all_outputs")
+        criterion(student(two_images()["img"]), two_images())
+        for stride, level in zip((8, 16, 32), levels_of(criterion), strict=True):
+            head = criterion.stage.teacher.heads[stride]
+            every = head.class_logits(level.teacher)
+            wanted = every[:, expected] if expected else every.amax(1, keepdim=True)
+            assert torch.equal(level.teacher_head.class_logits(level.teacher), wanted)

@@ -28,14 +28,24 @@ from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention, standardized
 from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
-from yolokd.pyramid.boxes import Labels, iou
-from yolokd.pyramid.head import HeadShape
+from yolokd.pyramid.boxes import Labels, decode_distances, iou
+from yolokd.pyramid.head import Head, HeadShape
 from yolokd.pyramid.level import Level, LevelShape
 from yolokd.pyramid.squared_error import squared_error
 
 CS, CT, K, BINS = 3, 5, 2, 4
-NAMES = ["bckd", "cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "ld", "mgd", "pdf", "pkd", "sl2"]
+NAMES = ["bckd", "crosskd", "cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "ld", "mgd", "pdf", "pkd", "sl2"]
 HARD = ["most25", "most50", "least25", "least50"]
+
+
+def branch(channels: int) -> nn.Sequential:
+    """Return the layers of a head that predicts `channels` values from a map of the teacher."""
+    first = nn.Sequential(nn.Conv2d(CT, 4, 3, padding=1), nn.SiLU(inplace=True))
+    return nn.Sequential(first, nn.Sequential(nn.Conv2d(4, 6, 1), nn.SiLU()), nn.Conv2d(6, channels, 1))
+
+
+torch.manual_seed(0)
+HEAD = Head(branch(4 * BINS).double().requires_grad_(False), branch(K).double().requires_grad_(False), BINS)
 
 
 def build(name: str, **constants: Any) -> Method:
@@ -56,7 +66,7 @@ def random_level(b: int, h: int, w: int, seed: int = 0) -> Level:
     logits, boxes = [draw(K, 3) for _ in range(3)], [draw(4).abs() for _ in range(2)]
     level = Level(8, draw(CS), draw(CT), *logits, *boxes, labels, seed)
     level.student_box_logits, level.teacher_box_logits = (draw(4 * BINS, 3).view(b, 4, BINS, h, w) for _ in range(2))
-    level.assigned = torch.rand(b, h, w, generator=g) < 0.3
+    level.assigned, level.teacher_head = torch.rand(b, h, w, generator=g) < 0.3, HEAD
     return level
 
 
@@ -246,6 +256,24 @@ class TestLossEqualsTheReference:
         expected = reference.bckd(*pairs, alpha_1, alpha_2)
         assert loss(build("bckd", alpha_1=alpha_1, alpha_2=alpha_2), level) == close(expected)
 
+    @pytest.mark.parametrize(("alpha", "beta", "gamma"), [(1.0, 1.0, 2.0), (0.0, 2.0, 1.0), (3.0, 0.0, 1.5)])
+    @pytest.mark.parametrize(("box", "region"), [("giou", "assigned"), ("kl", "assigned"), ("giou", "confident")])
+    def test_crosskd(self, level: Level, alpha: float, beta: float, gamma: float, box: str, region: str) -> None:
+        method: Any = build("crosskd", alpha=alpha, beta=beta, gamma=gamma, box=box, region=region)
+        maps = torch.from_numpy(adapted(method, level))
+        logits = level.teacher_logits.numpy(), HEAD.class_layers(maps).numpy()
+        raw = HEAD.box_layers(maps).unflatten(1, (4, BINS)).numpy()
+        if box == "kl":
+            distance = reference.box_divergence(level.teacher_box_logits.numpy(), raw, 1.0)
+        else:
+            boxes, own = reference.decoded(raw), level.teacher_boxes.numpy()
+            distance = np.zeros(level.assigned.shape)
+            for n, i, j in np.ndindex(*distance.shape):
+                distance[n, i, j] = 1 - reference.giou(own[n, :, i, j], boxes[n, :, i, j])
+        weights = level.assigned.numpy() if region == "assigned" else level.teacher_logits.sigmoid().amax(1).numpy()
+        expected = reference.crosskd(logits, distance, weights, alpha, beta, gamma)
+        assert loss(method, level) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
     @pytest.mark.parametrize(("tau", "gamma", "weights"), [(10.0, 0.25, (0.25, 0.25)), (1.0, 0.0, (0.3, 2.0))])
     def test_ld(self, level: Level, tau: float, gamma: float, weights: tuple[float, float]) -> None:
         method: Any = build("ld", tau=tau, gamma=gamma, main=weights[0], valuable=weights[1])
@@ -392,6 +420,42 @@ def test_bckd_is_zero_for_identical_predictions() -> None:
     level = random_level(1, 3, 3)
     same = replace(level, student_logits=level.teacher_logits, student_boxes=level.teacher_boxes)
     assert loss(build("bckd"), same) == 0
+
+
+def test_crosskd_is_zero_for_the_teachers_own_map() -> None:
+    level = random_level(2, 4, 4)
+    for box in ("giou", "kl"):
+        method: Any = build("crosskd", box=box)
+        method.adapt = nn.Identity()
+        own = HEAD.box_logits(level.teacher)
+        same = replace(level, student=level.teacher, teacher_logits=HEAD.class_logits(level.teacher))
+        same.teacher_box_logits, same.teacher_boxes = own, decode_distances(own.flatten(1, 2), BINS)
+        assert loss(method, same) == pytest.approx(0, abs=1e-5)
+
+
+def test_crosskd_leaves_the_teachers_head_and_the_students_predictions_alone() -> None:
+    level = random_level(2, 4, 4)
+    read = [level.student_logits, level.student_boxes, level.student_box_logits]
+    for tensor in (level.student, *read):
+        tensor.requires_grad_()
+    before = [p.clone() for layers in (HEAD.box_layers, HEAD.class_layers) for p in layers.parameters()]
+    build("crosskd")(level).backward()
+    after = [p for layers in (HEAD.box_layers, HEAD.class_layers) for p in layers.parameters()]
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
+    assert float(level.student.grad.abs().sum()) > 0
+    assert all(tensor.grad is None for tensor in read)
+
+
+def test_crosskd_refuses_distributions_that_the_teacher_does_not_predict() -> None:
+    config = parse({"teacher": "t", "method": "crosskd", "crosskd.box": "kl"}).method_configs
+    single = LevelShape(8, CS, CT, teacher_head=HeadShape(1, (CT,), (CT,)))
+    with pytest.raises(UserError, match=r"crosskd.box=kl: .*reg_max=1\) \(use crosskd.box=giou"):
+        build_methods(config, [single], seed=0)
+
+
+def test_methods_that_compare_predictions_need_a_head_that_predicts_at_every_position() -> None:
+    methods = registered()
+    assert {n for n in NAMES if methods[n].wants_dense_head()} == {"bckd", "crosskd", "frs", "ld", "pdf", "sl2"}
 
 
 def test_ld_trains_the_students_distributions_in_both_regions_alone() -> None:

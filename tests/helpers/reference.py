@@ -320,6 +320,40 @@ def iou(a: Array, b: Array) -> float:
     return sides[0] * sides[1] / union if union > 0 else 0.0
 
 
+def giou(a: Array, b: Array) -> float:
+    """GIoU of two boxes, each given as distances left, top, right, bottom from one point."""
+    areas = [max(x[0] + x[2], 0) * max(x[1] + x[3], 0) for x in (a, b)]
+    common = math.prod(max(min(a[k], b[k]) + min(a[k + 2], b[k + 2]), 0) for k in (0, 1))
+    hull = math.prod(max(max(a[k], b[k]) + max(a[k + 2], b[k + 2]), 0) for k in (0, 1))
+    return iou(a, b) - ((hull - sum(areas) + common) / hull if hull > 0 else 0)
+
+
+def crosskd(
+    logits: tuple[Array, Array], box_distance: Array, region: Array, alpha: float, beta: float, gamma: float
+) -> float:
+    """CrossKD's loss of a batch. logits: the teacher's own and the crossed. box_distance, region: (b, h, w)."""
+    b, classes, h, w = logits[0].shape
+    total = 0.0
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                for k in range(classes):
+                    p, x = sigmoid(logits[0][n, k, i, j]), float(logits[1][n, k, i, j])
+                    log_q, log_not_q = (-math.log1p(math.exp(-v)) if v > -30 else v for v in (x, -x))
+                    total -= alpha * abs(p - sigmoid(x)) ** gamma * (p * log_q + (1 - p) * log_not_q)
+                total += beta * region[n, i, j] * box_distance[n, i, j]
+    return total / (b * h * w)
+
+
+def decoded(raw: Array) -> Array:
+    """The distances that box distributions mean: (b, 4, bins, h, w) -> (b, 4, h, w)."""
+    b, sides, _, h, w = raw.shape
+    out = np.zeros((b, sides, h, w))
+    for n, side, i, j in np.ndindex(*out.shape):
+        out[n, side, i, j] = sum(k * p for k, p in enumerate(softmax([float(v) for v in raw[n, side, :, i, j]])))
+    return out
+
+
 def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """IoU of two boxes x1, y1, x2, y2."""
     common = math.prod(max(min(a[k + 2], b[k + 2]) - max(a[k], b[k]), 0) for k in (0, 1))

@@ -108,11 +108,28 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
     a, b: distances left, top, right, bottom of both boxes, from the same point and in the same unit.
     """
-    sides = (torch.minimum(a, b)[:, :2] + torch.minimum(a, b)[:, 2:]).clamp(min=0)
-    common = sides[:, 0] * sides[:, 1]
-    area_a, area_b = (((x[:, :2] + x[:, 2:]).clamp(min=0)).prod(1) for x in (a, b))
-    union = area_a + area_b - common
+    common, union = _common_and_union(a, b)
     return common / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the GIoU, in -1..1, of two boxes at each position, given as for `iou`.
+
+    Rezatofighi et al., CVPR 2019: IoU − (H − U) / H, with the areas U of the union and H of the box around both.
+    """
+    _, union = _common_and_union(a, b)
+    hull = _area(torch.maximum(a, b))
+    return iou(a, b) - (hull - union) / hull.clamp(min=torch.finfo(hull.dtype).tiny)
+
+
+def _common_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    common = _area(torch.minimum(a, b))
+    return common, _area(a) + _area(b) - common
+
+
+def _area(distances: Tensor) -> Tensor:
+    sides = (distances[:, :2] + distances[:, 2:]).clamp(min=0)
+    return sides[:, 0] * sides[:, 1]
 
 
 def box_divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:

@@ -31,7 +31,9 @@ class Head:
     box_layers, class_layers: the layers of both branches; the last layer of each predicts. bins: per side of a box.
     select: returns the logits of the shared classes, (B, K, H, W), from those of all, (B, nc, H, W); None: all.
 
-    The functions begin at the layer number `depth`, counted from 0: with depth 0 the map is a neck map.
+    Both run in the precision of the layers' weights, whatever that of the map: autocast would round predictions that
+    nearly agree, and with them the gradient of their difference (in bfloat16 by half, on random detectors).
+    They begin at the layer number `depth`, counted from 0: with depth 0 the map is a neck map.
     """
 
     box_layers: nn.Sequential
@@ -41,12 +43,11 @@ class Head:
 
     def box_logits(self, maps: Tensor, depth: int = 0) -> Tensor:
         """Return the raw box output, (B, 4, bins, H, W), of the (B, C, H, W) map that enters a layer."""
-        raw: Tensor = self.box_layers[depth:](maps)
-        return split_bins(raw)
+        return split_bins(_run(self.box_layers[depth:], maps))
 
     def class_logits(self, maps: Tensor, depth: int = 0) -> Tensor:
         """Return the class logits, (B, K, H, W), of the (B, C, H, W) map that enters a layer."""
-        logits: Tensor = self.class_layers[depth:](maps)
+        logits = _run(self.class_layers[depth:], maps)
         return logits if self.select is None else self.select(logits)
 
     def to(self, device: torch.device) -> None:
@@ -58,6 +59,12 @@ class Head:
     def shape(self) -> HeadShape:
         """Return the head's shape."""
         return HeadShape(self.bins, _entering_channels(self.box_layers), _entering_channels(self.class_layers))
+
+
+def _run(layers: nn.Sequential, maps: Tensor) -> Tensor:
+    with torch.autocast(maps.device.type, enabled=False):
+        output: Tensor = layers(maps.to(next(layers.parameters()).dtype))
+    return output
 
 
 def _entering_channels(layers: nn.Sequential) -> tuple[int, ...]:
