@@ -12,8 +12,8 @@ from torch import Tensor
 from ultralytics.cfg import get_cfg
 
 from yolokd import register
-from yolokd.distillation.assignment import AssignedPositions
 from yolokd.distillation.criterion import DistillationCriterion
+from yolokd.distillation.observer import StepObserver
 from yolokd.methods import Method
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 from yolokd.pyramid.boxes import decode_distances
@@ -26,6 +26,7 @@ class AllOutputs(Method):
 
     wants_boxes = wants_box_logits = wants_assigned = True
     wants_teacher_head = True
+    head_depth = 2
 
     def __init__(self, shape: LevelShape) -> None:
         super().__init__()
@@ -37,12 +38,15 @@ class AllOutputs(Method):
         return level.student_box_logits.square().mean()
 
 
-def run(student_cfg: str, batch: dict[str, Any], method: str = "all_outputs") -> tuple[DistillationCriterion, Any, Any]:
+def run(
+    student_cfg: str, batch: dict[str, Any], method: str = "all_outputs", **keys: Any
+) -> tuple[DistillationCriterion, Any, Any]:
     """Return the criterion after one step, the student's predictions of its one-to-many branch, and the losses."""
     torch.manual_seed(0)
     student = random_detector(student_cfg, seed=1)
     student.args = get_cfg()
-    criterion = attach_criterion(random_detector(YOLOV8S), student, method=method, balance="off")
+    criterion = attach_criterion(random_detector(YOLOV8S), student, method=method, balance="off", **keys)
+    criterion.begin_step(batch["img"])
     preds = student(batch["img"])
     losses, _ = criterion(preds, batch)
     vars(criterion)["student"] = student  # which the criterion itself does not keep alive
@@ -73,9 +77,10 @@ def test_nothing_is_assigned_in_a_batch_without_labels() -> None:
 
 
 def test_nothing_is_assigned_in_images_that_the_yolo_loss_did_not_see() -> None:
-    positions = AssignedPositions()
-    positions._note(torch.nn.Identity(), (), (torch.empty(0),) * 3 + (torch.ones(2, 5) > 0,))
-    assigned = positions.take(3)
+    observer = StepObserver(wants_assigned=True, depths=())
+    observer._note_assigned(torch.nn.Identity(), (), (torch.empty(0),) * 3 + (torch.ones(2, 5) > 0,))
+    assigned = observer.take(3).assigned
+    assert assigned is not None
     assert assigned.dtype == torch.bool
     assert assigned.sum(1).tolist() == [5, 5, 0]
 
@@ -138,6 +143,48 @@ def test_the_shape_of_a_head_counts_the_channels_that_enter_its_layers() -> None
 
 
 @pytest.mark.parametrize("student", [YOLOV8N, YOLO26N])
+def test_maps_within_the_students_head_lead_to_its_predictions(student: str) -> None:
+    """Of an end-to-end student, to those of its one-to-many head."""
+    criterion, preds, _ = run(student, two_images())
+    head = criterion.student.model[-1]
+    for name, branch, layers in (("boxes", 0, head.cv2), ("scores", 1, head.cv3)):
+        last = [level.head_maps[2][branch] for level in levels_of(criterion)]
+        predicted = [convs[2](maps).flatten(2) for convs, maps in zip(layers, last, strict=True)]
+        assert torch.equal(torch.cat(predicted, 2), preds[name])
+
+
+def test_no_hook_stays_in_the_students_head() -> None:
+    """After a step, and after one that failed before its loss: a checkpoint with hooks could not be loaded."""
+    criterion, _, _ = run(YOLOV8N, two_images())
+
+    def hooks() -> int:
+        return sum(len(module._forward_hooks) for module in criterion.student.modules())
+
+    assert hooks() == 0
+    criterion.begin_epoch(0, epochs=2, steps=9)
+    for _ in range(2):
+        criterion.begin_step(two_images()["img"])
+        assert hooks() == 6
+    criterion.discard_step()
+    assert hooks() == 0
+
+
+@pytest.mark.parametrize("student", [YOLOV8N, YOLO26N])
+def test_crosskd_within_the_head_trains_the_layers_before_the_adapter(student: str) -> None:
+    criterion, _, losses = run(student, two_images(), method="crosskd", **{"crosskd.depth": 1})
+    losses[-1].backward()
+    head = criterion.student.model[-1]
+    for branch in (head.cv2, head.cv3):
+        for layers in branch:
+            taught = [any(p.grad is not None and p.grad.any() for p in layer.parameters()) for layer in layers]
+            assert taught[1:] == [False, False]
+        assert any(p.grad is not None and p.grad.any() for layers in branch for p in layers[0].parameters())
+    assert len(list(criterion.parameters())) == 12  # weight and bias of two adapters at each level
+    untaught = [p.grad for layers in getattr(head, "one2one_cv3", ()) for p in layers.parameters()]
+    assert not any(gradient is not None and gradient.any() for gradient in untaught)
+
+
+@pytest.mark.parametrize("student", [YOLOV8N, YOLO26N])
 def test_crosskd_trains_adapters_and_neck_through_the_teachers_head_which_stays_as_it_is(student: str) -> None:
     criterion, _, losses = run(student, two_images(), method="crosskd")
     teacher = criterion.stage.teacher
@@ -161,6 +208,7 @@ def test_crosskd_compares_the_classes_that_both_models_have() -> None:
         student = random_detector(seed=1)
         student.args = get_cfg()
         criterion = attach_criterion(random_detector(YOLOV8S, names), student, method="all_outputs")
+        criterion.begin_step(two_images()["img"])
         criterion(student(two_images()["img"]), two_images())
         for stride, level in zip((8, 16, 32), levels_of(criterion), strict=True):
             head = criterion.stage.teacher.heads[stride]

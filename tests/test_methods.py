@@ -48,10 +48,14 @@ torch.manual_seed(0)
 HEAD = Head(branch(4 * BINS).double().requires_grad_(False), branch(K).double().requires_grad_(False), BINS)
 
 
+STUDENT_HEAD = HeadShape(BINS, (CS, 7, 2), (CS, 3, 5))  # the channels that enter its layers
+SHAPE = LevelShape(8, CS, CT, student_head=STUDENT_HEAD, teacher_head=HEAD.shape)
+
+
 def build(name: str, **constants: Any) -> Method:
     values = {k: v for k, v in method_defaults(name).items() if k not in METHOD_SETTINGS} | constants
     torch.manual_seed(0)
-    return registered()[name](LevelShape(8, CS, CT), **values).double()
+    return registered()[name](SHAPE, **values).double()
 
 
 def random_level(b: int, h: int, w: int, seed: int = 0) -> Level:
@@ -67,6 +71,8 @@ def random_level(b: int, h: int, w: int, seed: int = 0) -> Level:
     level = Level(8, draw(CS), draw(CT), *logits, *boxes, labels, seed)
     level.student_box_logits, level.teacher_box_logits = (draw(4 * BINS, 3).view(b, 4, BINS, h, w) for _ in range(2))
     level.assigned, level.teacher_head = torch.rand(b, h, w, generator=g) < 0.3, HEAD
+    channels = zip(STUDENT_HEAD.box_channels, STUDENT_HEAD.class_channels, strict=True)
+    level.head_maps = {depth: (draw(box), draw(classes)) for depth, (box, classes) in enumerate(channels)}
     return level
 
 
@@ -257,12 +263,24 @@ class TestLossEqualsTheReference:
         assert loss(build("bckd", alpha_1=alpha_1, alpha_2=alpha_2), level) == close(expected)
 
     @pytest.mark.parametrize(("alpha", "beta", "gamma"), [(1.0, 1.0, 2.0), (0.0, 2.0, 1.0), (3.0, 0.0, 1.5)])
-    @pytest.mark.parametrize(("box", "region"), [("giou", "assigned"), ("kl", "assigned"), ("giou", "confident")])
-    def test_crosskd(self, level: Level, alpha: float, beta: float, gamma: float, box: str, region: str) -> None:
-        method: Any = build("crosskd", alpha=alpha, beta=beta, gamma=gamma, box=box, region=region)
-        maps = torch.from_numpy(adapted(method, level))
-        logits = level.teacher_logits.numpy(), HEAD.class_layers(maps).numpy()
-        raw = HEAD.box_layers(maps).unflatten(1, (4, BINS)).numpy()
+    @pytest.mark.parametrize(
+        ("box", "region", "depth"),
+        [("giou", "assigned", 0), ("kl", "assigned", 2), ("giou", "confident", 0), ("giou", "confident", 1)],
+    )
+    def test_crosskd(
+        self, level: Level, alpha: float, beta: float, gamma: float, box: str, region: str, depth: int
+    ) -> None:
+        method: Any = build("crosskd", alpha=alpha, beta=beta, gamma=gamma, box=box, region=region, depth=depth)
+        if depth:
+            box_maps, class_maps = level.head_maps[depth]
+            crossed = method.adapt_classes(class_maps), method.adapt_boxes(box_maps)
+        else:
+            crossed = method.adapt(level.student), method.adapt(level.student)
+        for i in range(depth, 3):
+            layers = HEAD.class_layers[i], HEAD.box_layers[i]
+            crossed = tuple(layer(maps.detach()) for layer, maps in zip(layers, crossed, strict=True))
+        logits = level.teacher_logits.numpy(), crossed[0].numpy()
+        raw = crossed[1].unflatten(1, (4, BINS)).numpy()
         if box == "kl":
             distance = reference.box_divergence(level.teacher_box_logits.numpy(), raw, 1.0)
         else:
@@ -444,6 +462,13 @@ def test_crosskd_leaves_the_teachers_head_and_the_students_predictions_alone() -
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
     assert float(level.student.grad.abs().sum()) > 0
     assert all(tensor.grad is None for tensor in read)
+
+
+def test_crosskds_gradients_behind_layers_of_the_head_equal_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    level, method = random_level(2, 3, 2, seed=4), build("crosskd", depth=1, gamma=1.5)
+    maps = [m.requires_grad_() for m in level.head_maps[1]]
+    assert torch.autograd.gradcheck(lambda *maps: method(replace(level, head_maps={1: maps})), maps)
 
 
 def test_crosskd_refuses_distributions_that_the_teacher_does_not_predict() -> None:

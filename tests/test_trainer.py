@@ -488,7 +488,7 @@ def test_channels_last_training_works_on_cpus(tiny: dict[str, Any], teacher: str
         {"method": "pdf", "pdf.box": 1.0},
         {"method": "bckd"},  # has no adapter
         {"method": "ld", "student": YOLOV8N},
-        {"method": "crosskd"},
+        {"method": "crosskd", "crosskd.depth": 1},
         {"method": "crosskd+ld", "crosskd.box": "kl", "student": YOLOV8N, "amp": "bf16", "teacher_precision": "bf16"},
     ],
     ids=str,

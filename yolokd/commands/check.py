@@ -121,6 +121,10 @@ def _random_level(shape: LevelShape, imgsz: int, classes: int, heads: Mapping[in
     level.assigned, level.teacher_head = torch.ones(1, grid, grid) > 0, heads.get(shape.stride)
     bins = level.teacher_head.bins if level.teacher_head is not None else 1
     level.student_box_logits = level.teacher_box_logits = torch.rand(1, 4, bins, grid, grid)
+    if shape.student_head is not None:
+        channels = zip(shape.student_head.box_channels, shape.student_head.class_channels, strict=True)
+        for depth, (box, cls) in enumerate(channels):
+            level.head_maps[depth] = torch.rand(1, box, grid, grid), torch.rand(1, cls, grid, grid)
     return level
 
 

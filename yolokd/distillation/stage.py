@@ -14,6 +14,7 @@ from yolokd.config.schema import DistillationConfig, MethodConfig
 from yolokd.distillation.balance import Balance
 from yolokd.distillation.gradients import gradient_norms, per_level_gradient_norms
 from yolokd.distillation.nonfinite import NonFiniteGuard
+from yolokd.distillation.observer import Observed
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.models.teacher import RequestedOutputs, Teacher, TeacherOutput
@@ -47,6 +48,7 @@ class Stage(nn.Module):
         self.wants_box_logits = any(method.wants_box_logits for method in methods)
         self.wants_assigned = any(method.wants_assigned for method in methods)
         self.wants_teacher_head = any(method.wants_teacher_head for method in methods)
+        self.head_depths = {method.head_depth for method in methods if method.head_depth}
         self.select_teacher = ClassSelection(pairing.classes.teacher)
         self.select_student = ClassSelection(pairing.classes.student)
         self.measured = False  # whether the gradient of each method has been measured: until then every step does
@@ -118,23 +120,25 @@ class Stage(nn.Module):
         batch: dict[str, Any],
         seed: int,
         guard: NonFiniteGuard,
-        assigned: Tensor | None = None,
+        observed: Observed,
     ) -> tuple[list[Level], list[Tensor]]:
         """Pair the student's maps and predictions with the teacher's, on the student's grid.
 
-        preds: what the student's head returns in training. seed: of what methods draw in this step. assigned: (B,
-        anchors) bool, the positions that the YOLO loss assigned, if a method wants them. Returns the levels, whose maps
-        `guard` protects, and the student's maps themselves.
+        preds: what the student's head returns in training. seed: of what methods draw in this step. observed: what
+        methods want of the step beside these. Returns the levels, whose maps `guard` protects, and the student's maps
+        themselves.
         """
         raw = preds[1] if isinstance(preds, tuple) else preds
         raw = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
-        strides = self.pairing.student_strides
-        maps = dict(zip(strides, raw["feats"], strict=True))
-        logits = dict(zip(strides, split_levels(raw["scores"], raw["feats"]), strict=True)) if self.wants_logits else {}
+
+        def by_stride(flat: Tensor) -> dict[int, Tensor]:
+            return dict(zip(self.pairing.student_strides, split_levels(flat, raw["feats"]), strict=True))
+
+        maps = dict(zip(self.pairing.student_strides, raw["feats"], strict=True))
+        logits = by_stride(raw["scores"]) if self.wants_logits else {}
         wants_boxes = self.wants_boxes or self.wants_box_logits
-        boxes = dict(zip(strides, split_levels(raw["boxes"], raw["feats"]), strict=True)) if wants_boxes else {}
-        if assigned is not None:
-            positions = dict(zip(strides, split_levels(assigned[:, None], raw["feats"]), strict=True))
+        boxes = by_stride(raw["boxes"]) if wants_boxes else {}
+        assigned = by_stride(observed.assigned[:, None]) if observed.assigned is not None else {}
         labels = batch.get("labels") or Labels.from_centers(batch["batch_idx"].cpu(), batch["bboxes"].cpu())
         levels = []
         for shape in self.pairing.levels:
@@ -149,8 +153,11 @@ class Stage(nn.Module):
                 level.teacher_mean_logits = resize_to(student, self.select_teacher(output.mean_logits[stride]))
             if wants_boxes:
                 self._add_boxes(level, guard.guard_gradient(boxes[stride], stride), output)
-            if assigned is not None:
-                level.assigned = positions[stride][:, 0]
+            if assigned:
+                level.assigned = assigned[stride][:, 0]
+            for depth in self.head_depths:
+                box, classes = observed.box_maps[stride, depth], observed.class_maps[stride, depth]
+                level.head_maps[depth] = guard.guard_gradient(box, stride), guard.guard_gradient(classes, stride)
             if self.wants_teacher_head:
                 level.teacher_head = replace(self.teacher.heads[stride], select=self.select_teacher)
             levels.append(level)

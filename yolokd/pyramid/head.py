@@ -68,5 +68,6 @@ def _run(layers: nn.Sequential, maps: Tensor) -> Tensor:
 
 
 def _entering_channels(layers: nn.Sequential) -> tuple[int, ...]:
-    convolutions = (next(m for m in layer.modules() if isinstance(m, nn.Conv2d)) for layer in layers)
-    return tuple(convolution.in_channels for convolution in convolutions)
+    """Return the channels of the map that enters each layer; 0 for a layer without convolutions."""
+    convolutions = ([m for m in layer.modules() if isinstance(m, nn.Conv2d)] for layer in layers.children())
+    return tuple(found[0].in_channels if found else 0 for found in convolutions)

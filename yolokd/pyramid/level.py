@@ -48,6 +48,8 @@ class Level:
     are decoded, or None; of an end-to-end student, those of its one-to-many head.
     assigned: (B, H, W) bool, the positions that the YOLO loss of this step assigned to labelled objects, or None; of an
     end-to-end student, by its one-to-many loss.
+    head_maps: {depth: two (B, C, H, W) maps, of boxes and of classes, that entered the layer of this number in the two
+    branches of the student's head}, for the depths that methods want; of an end-to-end student, of its one-to-many one.
     teacher_head: the teacher's frozen head, in float32, whose class logits are those of the shared classes, or None.
     """
 
@@ -65,6 +67,7 @@ class Level:
     teacher_box_logits: Tensor | None = None
     assigned: Tensor | None = None
     teacher_head: Head | None = None
+    head_maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _computed: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def compute_once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:

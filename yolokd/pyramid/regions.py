@@ -27,7 +27,8 @@ def valuable_region(
     The tensors' shapes follow from the number of boxes, which the CPU knows, so that it does not wait for a GPU.
     """
     height, width = size
-    boxes = upload(labels.corners.float() * torch.tensor([width, height, width, height]), device)
+    x, y = labels.corners[:, 0::2].float() * width, labels.corners[:, 1::2].float() * height
+    boxes = upload(torch.stack([x, y], 2).flatten(1), device)
     if not len(boxes):
         return torch.zeros(images, height // stride, width // stride, dtype=torch.bool, device=boxes.device)
     usable = torch.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
