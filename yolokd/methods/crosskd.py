@@ -46,8 +46,8 @@ class CrossKD(Method):
     """
 
     paper = "CrossKD: cross-head distillation, Wang et al., CVPR 2024"
-    wants_logits = True
-    wants_teacher_head = True
+    wants_logits = wants_teacher_head = True
+    wants_boxes = wants_assigned = True  # by default
 
     def __init__(
         self,
