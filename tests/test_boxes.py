@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ultralytics.nn.modules.block import DFL
 
-from yolokd.pyramid.boxes import Labels, decode_distances, inverse_areas, iou, resize_distances
+from yolokd.pyramid.boxes import Labels, decode_distances, giou, inverse_areas, iou, resize_distances
+from yolokd.pyramid.regions import valuable_region
 
 share = st.floats(-0.5, 1.5, width=32)
 box = st.tuples(st.integers(0, 2), share, share, share, share)
@@ -69,13 +70,28 @@ def test_distances_are_decoded_as_by_ultralytics() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(-3000, 8000).map(lambda n: n / 1000), min_size=8, max_size=8))  # in cells
-def test_iou_equals_the_reference(values: list[float]) -> None:
+def test_iou_and_giou_equal_the_reference(values: list[float]) -> None:
     a, b = torch.tensor(values, dtype=torch.float32).view(2, 1, 4, 1, 1)
     expected = reference.iou(a.double().numpy().ravel(), b.double().numpy().ravel())
     assert float(iou(a, b)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    generalized = reference.giou(a.double().numpy().ravel(), b.double().numpy().ravel())
+    assert float(giou(a, b)) == pytest.approx(generalized, rel=1e-4, abs=1e-5)
 
 
 def test_resized_distances_are_in_cells_of_the_new_grid() -> None:
     """At half the image size, a box is half as many cells wide."""
     small = torch.full((1, 4, 4, 6), 1.5)
     assert torch.allclose(resize_distances(torch.zeros(1, 1, 8, 12), small), torch.full((1, 4, 8, 12), 3.0))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), share, share, share, share), max_size=4), st.integers(0, 99))
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_the_valuable_region_equals_the_reference(stride: int, boxes: list[tuple[float, ...]], seed: int) -> None:
+    image = torch.tensor([int(b[0]) for b in boxes], dtype=torch.long)
+    corners = torch.tensor([b[1:] for b in boxes], dtype=torch.float32).view(-1, 4)
+    # Off the cells' edges and centers, where several anchors would be equally near.
+    corners += 0.003 * torch.rand(corners.shape, generator=torch.Generator().manual_seed(seed))
+    arguments = 2, (64, 96), (8, 16, 32), stride, 0.25
+    expected = reference.valuable_region(image.tolist(), corners.double().numpy(), *arguments)
+    assert np.array_equal(valuable_region(Labels(image, corners), *arguments).numpy(), expected)

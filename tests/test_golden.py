@@ -95,6 +95,30 @@ def frs(case: Case) -> float:
     return total
 
 
+def ld(case: Case) -> float:
+    """Return LD's loss, of an image's whole pyramid.
+
+    Theirs is a sum over positions, ours a mean over positions and batch. Theirs takes the mean over bins, ours the sum.
+    Theirs divides the loss of the valuable region by another 4.
+    """
+    numbers, constants, bins = Numbers(case["seed"]), case["constants"], case["bins"]
+    boxes = torch.tensor(case["boxes"])
+    labels, weight = Labels(boxes[:, 0].long(), boxes[:, 1:]), constants["loss_weight"]
+    total = 0.0
+    for stride, valuable in zip(case["strides"], case["valuable"], strict=True):
+        h, w = (side // stride for side in case["size"])
+        level = Level(stride, torch.zeros(2, 1, h, w), torch.zeros(2, 1, h, w), labels=labels)
+        level.student_box_logits, level.teacher_box_logits = (
+            3 * draw(numbers, 2, 4 * bins, h, w).view(2, 4, bins, h, w) for _ in range(2)
+        )
+        level.assigned = torch.from_numpy(numbers.random_sample((2, h, w))) < 0.3
+        method = build("ld", level, tau=float(constants["T"]), main=weight, valuable=weight / 4)
+        method.strides = tuple(case["strides"])
+        assert int(method.region(level).sum()) == valuable
+        total += float(method(level)) * 2 * h * w / bins
+    return total
+
+
 def fgd(case: Case) -> float:
     """Return FGD's loss.
 
@@ -227,6 +251,7 @@ COMPUTE: dict[str, Callable[[Case], float]] = {
     "fgd": fgd,
     "fgd_border": fgd_border,
     "frs": frs,
+    "ld": ld,
     "mgd": mgd,
     "pdf": pdf,
     "pkd": pkd,

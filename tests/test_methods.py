@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 
+from yolokd import UserError
 from yolokd.config.defaults import method_defaults
 from yolokd.config.parse import parse
 from yolokd.config.schema import METHOD_SETTINGS
@@ -27,19 +28,34 @@ from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention, standardized
 from yolokd.methods.dfd import high_disparity
 from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
-from yolokd.pyramid.boxes import Labels, iou
+from yolokd.pyramid.boxes import Labels, decode_distances, iou
+from yolokd.pyramid.head import Head, HeadShape
 from yolokd.pyramid.level import Level, LevelShape
 from yolokd.pyramid.squared_error import squared_error
 
-CS, CT, K = 3, 5, 2
-NAMES = ["bckd", "cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"]
+CS, CT, K, BINS = 3, 5, 2, 4
+NAMES = ["bckd", "crosskd", "cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "ld", "mgd", "pdf", "pkd", "sl2"]
 HARD = ["most25", "most50", "least25", "least50"]
+
+
+def branch(channels: int) -> nn.Sequential:
+    """Return the layers of a head that predicts `channels` values from a map of the teacher."""
+    first = nn.Sequential(nn.Conv2d(CT, 4, 3, padding=1), nn.SiLU(inplace=True))
+    return nn.Sequential(first, nn.Sequential(nn.Conv2d(4, 6, 1), nn.SiLU()), nn.Conv2d(6, channels, 1))
+
+
+torch.manual_seed(0)
+HEAD = Head(branch(4 * BINS).double().requires_grad_(False), branch(K).double().requires_grad_(False), BINS)
+
+
+STUDENT_HEAD = HeadShape(BINS, (CS, 7, 2), (CS, 3, 5))  # the channels that enter its layers
+SHAPE = LevelShape(8, CS, CT, student_head=STUDENT_HEAD, teacher_head=HEAD.shape)
 
 
 def build(name: str, **constants: Any) -> Method:
     values = {k: v for k, v in method_defaults(name).items() if k not in METHOD_SETTINGS} | constants
     torch.manual_seed(0)
-    return registered()[name](LevelShape(8, CS, CT), **values).double()
+    return registered()[name](SHAPE, **values).double()
 
 
 def random_level(b: int, h: int, w: int, seed: int = 0) -> Level:
@@ -52,7 +68,12 @@ def random_level(b: int, h: int, w: int, seed: int = 0) -> Level:
     low, size = torch.rand(2, 2 * b, 2, generator=g)
     labels = Labels(image, torch.cat([low, (low + 0.7 * size).clamp(max=1)], 1))
     logits, boxes = [draw(K, 3) for _ in range(3)], [draw(4).abs() for _ in range(2)]
-    return Level(8, draw(CS), draw(CT), *logits, *boxes, labels, seed)
+    level = Level(8, draw(CS), draw(CT), *logits, *boxes, labels, seed)
+    level.student_box_logits, level.teacher_box_logits = (draw(4 * BINS, 3).view(b, 4, BINS, h, w) for _ in range(2))
+    level.assigned, level.teacher_head = torch.rand(b, h, w, generator=g) < 0.3, HEAD
+    channels = zip(STUDENT_HEAD.box_channels, STUDENT_HEAD.class_channels, strict=True)
+    level.head_maps = {depth: (draw(box), draw(classes)) for depth, (box, classes) in enumerate(channels)}
+    return level
 
 
 def tensors(level: Level) -> list[Tensor]:
@@ -60,7 +81,8 @@ def tensors(level: Level) -> list[Tensor]:
 
 
 def like(level: Level, change: Callable[[Tensor], Tensor], labels: Labels | None = None) -> Level:
-    return Level(8, *map(change, tensors(level)), labels or level.labels, level.seed)
+    changed = {f.name: change(v) for f in fields(level) if isinstance(v := getattr(level, f.name), Tensor)}
+    return replace(level, **changed, labels=labels or level.labels)
 
 
 def no_labels(level: Level) -> None:
@@ -240,6 +262,47 @@ class TestLossEqualsTheReference:
         expected = reference.bckd(*pairs, alpha_1, alpha_2)
         assert loss(build("bckd", alpha_1=alpha_1, alpha_2=alpha_2), level) == close(expected)
 
+    @pytest.mark.parametrize(("alpha", "beta", "gamma"), [(1.0, 1.0, 2.0), (0.0, 2.0, 1.0), (3.0, 0.0, 1.5)])
+    @pytest.mark.parametrize(
+        ("box", "region", "depth"),
+        [("giou", "assigned", 0), ("kl", "assigned", 2), ("giou", "confident", 0), ("giou", "confident", 1)],
+    )
+    def test_crosskd(
+        self, level: Level, alpha: float, beta: float, gamma: float, box: str, region: str, depth: int
+    ) -> None:
+        method: Any = build("crosskd", alpha=alpha, beta=beta, gamma=gamma, box=box, region=region, depth=depth)
+        if depth:
+            box_maps, class_maps = level.head_maps[depth]
+            crossed = method.adapt_classes(class_maps), method.adapt_boxes(box_maps)
+        else:
+            crossed = method.adapt(level.student), method.adapt(level.student)
+        for i in range(depth, 3):
+            layers = HEAD.class_layers[i], HEAD.box_layers[i]
+            crossed = tuple(layer(maps.detach()) for layer, maps in zip(layers, crossed, strict=True))
+        logits = level.teacher_logits.numpy(), crossed[0].numpy()
+        raw = crossed[1].unflatten(1, (4, BINS)).numpy()
+        if box == "kl":
+            distance = reference.box_divergence(level.teacher_box_logits.numpy(), raw, 1.0)
+        else:
+            boxes, own = reference.decoded(raw), level.teacher_boxes.numpy()
+            distance = np.zeros(level.assigned.shape)
+            for n, i, j in np.ndindex(*distance.shape):
+                distance[n, i, j] = 1 - reference.giou(own[n, :, i, j], boxes[n, :, i, j])
+        weights = level.assigned.numpy() if region == "assigned" else level.teacher_logits.sigmoid().amax(1).numpy()
+        expected = reference.crosskd(logits, distance, weights, alpha, beta, gamma)
+        assert loss(method, level) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+    @pytest.mark.parametrize(("tau", "gamma", "weights"), [(10.0, 0.25, (0.25, 0.25)), (1.0, 0.0, (0.3, 2.0))])
+    def test_ld(self, level: Level, tau: float, gamma: float, weights: tuple[float, float]) -> None:
+        method: Any = build("ld", tau=tau, gamma=gamma, main=weights[0], valuable=weights[1])
+        _, _, h, w = level.student.shape
+        labels = level.labels.image.tolist(), level.labels.corners.double().numpy()
+        region = reference.valuable_region(*labels, len(level.student), (8 * h, 8 * w), (8,), 8, gamma)
+        assert np.array_equal(method.region(level).numpy(), region)
+        boxes = level.teacher_box_logits.numpy(), level.student_box_logits.numpy()
+        expected = reference.ld(*boxes, level.assigned.numpy(), region, tau, weights)
+        assert loss(method, level) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
     @pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0.3, 0.2, 0.7, 0.5)])
     def test_fgd(self, level: Level, weights: tuple[float, ...]) -> None:
         names = ("alpha", "beta", "gamma", "lambda_")
@@ -377,6 +440,91 @@ def test_bckd_is_zero_for_identical_predictions() -> None:
     assert loss(build("bckd"), same) == 0
 
 
+def test_crosskd_is_zero_for_the_teachers_own_map() -> None:
+    level = random_level(2, 4, 4)
+    for box in ("giou", "kl"):
+        method: Any = build("crosskd", box=box)
+        method.adapt = nn.Identity()
+        own = HEAD.box_logits(level.teacher)
+        same = replace(level, student=level.teacher, teacher_logits=HEAD.class_logits(level.teacher))
+        same.teacher_box_logits, same.teacher_boxes = own, decode_distances(own.flatten(1, 2), BINS)
+        assert loss(method, same) == pytest.approx(0, abs=1e-5)
+
+
+def test_crosskd_leaves_the_teachers_head_and_the_students_predictions_alone() -> None:
+    level = random_level(2, 4, 4)
+    read = [level.student_logits, level.student_boxes, level.student_box_logits]
+    for tensor in (level.student, *read):
+        tensor.requires_grad_()
+    before = [p.clone() for layers in (HEAD.box_layers, HEAD.class_layers) for p in layers.parameters()]
+    build("crosskd")(level).backward()
+    after = [p for layers in (HEAD.box_layers, HEAD.class_layers) for p in layers.parameters()]
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after, strict=True))
+    assert float(level.student.grad.abs().sum()) > 0
+    assert all(tensor.grad is None for tensor in read)
+
+
+def test_crosskds_gradients_behind_layers_of_the_head_equal_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    level, method = random_level(2, 3, 2, seed=4), build("crosskd", depth=1, gamma=1.5)
+    maps = [m.requires_grad_() for m in level.head_maps[1]]
+    assert torch.autograd.gradcheck(lambda *maps: method(replace(level, head_maps={1: maps})), maps)
+
+
+def test_crosskd_refuses_distributions_that_the_teacher_does_not_predict() -> None:
+    config = parse({"teacher": "t", "method": "crosskd", "crosskd.box": "kl"}).method_configs
+    single = LevelShape(8, CS, CT, teacher_head=HeadShape(1, (CT,), (CT,)))
+    with pytest.raises(UserError, match=r"crosskd.box=kl: .*reg_max=1\) \(use crosskd.box=giou"):
+        build_methods(config, [single], seed=0)
+
+
+def test_methods_that_compare_predictions_need_a_head_that_predicts_at_every_position() -> None:
+    methods = registered()
+    assert {n for n in NAMES if methods[n].wants_dense_head()} == {"bckd", "crosskd", "frs", "ld", "pdf", "sl2"}
+
+
+def test_ld_trains_the_students_distributions_in_both_regions_alone() -> None:
+    level, method = random_level(2, 5, 6), build("ld")
+    box_logits = level.student_box_logits.requires_grad_()
+    level.teacher_box_logits.requires_grad_(False)
+    (gradient,) = torch.autograd.grad(method(level), box_logits)
+    regions = level.assigned | method.region(level)  # type: ignore[operator]
+    assert torch.equal(gradient.abs().sum((1, 2)) > 0, regions)
+    assert 0 < int(regions.sum()) < regions.numel()
+
+
+def test_lds_gradients_equal_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    level, method = random_level(2, 3, 2, seed=4), build("ld", tau=2.0)
+    inputs = [level.student_box_logits.requires_grad_()]
+    assert torch.autograd.gradcheck(lambda logits: method(replace(level, student_box_logits=logits)), inputs)
+
+
+def test_ld_is_zero_for_identical_distributions_and_without_regions() -> None:
+    level, method = random_level(1, 3, 3), build("ld")
+    assert loss(method, replace(level, student_box_logits=level.teacher_box_logits)) == 0
+    no_labels(level)
+    assert loss(method, replace(level, assigned=torch.zeros(1, 3, 3) > 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("bins", "message"),
+    [
+        ((16, 1), r"the student's head predicts single distances \(reg_max=1\) \(use bckd"),
+        ((1, 16), "the teacher's head predicts single distances"),
+        ((16, 8), "over 16 bins in the teacher's head, over 8 in the student's"),
+    ],
+)
+def test_ld_refuses_heads_without_or_with_other_distributions(bins: tuple[int, int], message: str) -> None:
+    teacher, student = (HeadShape(count, (8,), (8,)) for count in bins)
+    with pytest.raises(UserError, match=f"method=ld: .*{message}"):
+        build_methods(
+            parse({"teacher": "t", "method": "ld"}).method_configs,
+            [LevelShape(8, CS, CT, student_head=student, teacher_head=teacher)],
+            seed=0,
+        )
+
+
 def test_disagreement_is_not_negative_where_scores_are_almost_equal() -> None:
     """Float32 cancels there."""
     g = torch.Generator().manual_seed(0)
@@ -394,7 +542,8 @@ def test_pdfs_box_disagreement_is_zero_where_the_teacher_detects_nothing() -> No
 @pytest.mark.parametrize("name", NAMES)
 def test_all_zero_maps_give_finite_losses_and_gradients(name: str) -> None:
     level, method = edited(fill(0.0)), build(name)
-    inputs = [t.requires_grad_() for t in (level.student, level.student_logits, level.student_boxes)]
+    read = (level.student, level.student_logits, level.student_boxes, level.student_box_logits)
+    inputs = [t.requires_grad_() for t in read]
     result = method(level)
     result.backward()
     assert torch.isfinite(result)
@@ -421,7 +570,7 @@ def test_hard_pdf_selects_the_right_number_of_positions_among_equal_ones(case: s
     assert torch.allclose(weights.mean((1, 2)), torch.ones(len(d)))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "bckd"])  # its gradients are tested above
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in {"bckd", "ld"}])  # tested above
 def test_gradients_equal_finite_differences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """gradcheck needs float64: the methods' casts to float32 become casts to float64."""
     monkeypatch.setattr(Tensor, "float", Tensor.double)

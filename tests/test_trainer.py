@@ -413,8 +413,8 @@ def test_an_rtdetr_teaches_methods_that_need_no_class_scores(tiny: dict[str, Any
     d = distil(str(path), YOLOV8N, tiny | {"epochs": 1, "check_teacher": True}, method="dfd")
     assert d.trainer.teacher_score is not None
     assert rows(d.trainer)[0]["train/dfd_loss"] > 0
-    with pytest.raises(UserError, match="no class scores per position"):
-        distil(str(path), YOLOV8N, tiny, method="pdf")
+    with pytest.raises(UserError, match="no class scores and boxes per position, which ld needs"):
+        distil(str(path), YOLOV8N, tiny, method="fitnet+ld")
 
 
 def test_levels_that_only_the_student_has_are_left_out(tiny: dict[str, Any], teacher: str) -> None:
@@ -487,12 +487,15 @@ def test_channels_last_training_works_on_cpus(tiny: dict[str, Any], teacher: str
         {"method": "sl2"},
         {"method": "pdf", "pdf.box": 1.0},
         {"method": "bckd"},  # has no adapter
+        {"method": "ld", "student": YOLOV8N},
+        {"method": "crosskd", "crosskd.depth": 1},
+        {"method": "crosskd+ld", "crosskd.box": "kl", "student": YOLOV8N, "amp": "bf16", "teacher_precision": "bf16"},
     ],
     ids=str,
 )
 def test_settings_of_the_teacher_reach_it(keys: dict[str, Any], tiny: dict[str, Any], teacher: str) -> None:
-    d = distil(teacher, YOLO26N, tiny | {"epochs": 1}, **keys)
-    losses = ("bckd_loss", "dfd_loss", "pdf_loss", "sl2_loss")
+    d = distil(teacher, **{"student": YOLO26N, "settings": tiny | {"epochs": 1}} | keys)
+    losses = ("bckd_loss", "crosskd_loss", "dfd_loss", "ld_loss", "pdf_loss", "sl2_loss")
     assert all(v > 0 for k, v in rows(d.trainer)[0].items() if k.endswith(losses))
     in_force = d.trainer.criterion.stage.teacher.settings
     assert in_force.imgsz == keys.get("teacher_imgsz")

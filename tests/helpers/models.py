@@ -16,7 +16,7 @@ from ultralytics.nn.tasks import DetectionModel
 from helpers.data import NAMES
 from yolokd.config.parse import parse
 from yolokd.distillation.criterion import DistillationCriterion
-from yolokd.models.detector import read_pyramid
+from yolokd.models.detector import dense_heads, read_pyramid
 from yolokd.models.teacher import Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
@@ -97,7 +97,9 @@ def label_with(model: nn.Module, data: Path, size: int, path: Path) -> None:
 
 def attach_criterion(teacher: DetectionModel, student: DetectionModel, **keys: Any) -> DistillationCriterion:
     """Put a student into training mode; return its criterion. keys: yolokd's own, for example method=."""
-    shapes = pair_levels(read_pyramid(teacher), read_pyramid(student))
+    frozen, pyramid = Teacher(teacher), read_pyramid(student)
+    heads = ({s: head.shape for s, head in h.items()} for h in (frozen.heads, dense_heads(student.model[-1], pyramid)))
+    shapes = pair_levels(frozen.pyramid, pyramid, *heads)
     pairing = Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
     config = parse({"teacher": "t", "level_weights": "uniform", **keys})
-    return DistillationCriterion(student.train(), [(Teacher(teacher), pairing)], config, seed=0)
+    return DistillationCriterion(student.train(), [(frozen, pairing)], config, seed=0)

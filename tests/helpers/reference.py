@@ -318,3 +318,93 @@ def iou(a: Array, b: Array) -> float:
     areas = [max(x[0] + x[2], 0) * max(x[1] + x[3], 0) for x in (a, b)]
     union = sum(areas) - sides[0] * sides[1]
     return sides[0] * sides[1] / union if union > 0 else 0.0
+
+
+def giou(a: Array, b: Array) -> float:
+    """GIoU of two boxes, each given as distances left, top, right, bottom from one point."""
+    areas = [max(x[0] + x[2], 0) * max(x[1] + x[3], 0) for x in (a, b)]
+    common = math.prod(max(min(a[k], b[k]) + min(a[k + 2], b[k + 2]), 0) for k in (0, 1))
+    hull = math.prod(max(max(a[k], b[k]) + max(a[k + 2], b[k + 2]), 0) for k in (0, 1))
+    return iou(a, b) - ((hull - sum(areas) + common) / hull if hull > 0 else 0)
+
+
+def crosskd(
+    logits: tuple[Array, Array], box_distance: Array, region: Array, alpha: float, beta: float, gamma: float
+) -> float:
+    """CrossKD's loss of a batch. logits: the teacher's own and the crossed. box_distance, region: (b, h, w)."""
+    b, classes, h, w = logits[0].shape
+    total = 0.0
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                for k in range(classes):
+                    p, x = sigmoid(logits[0][n, k, i, j]), float(logits[1][n, k, i, j])
+                    log_q, log_not_q = (-math.log1p(math.exp(-v)) if v > -30 else v for v in (x, -x))
+                    total -= alpha * abs(p - sigmoid(x)) ** gamma * (p * log_q + (1 - p) * log_not_q)
+                total += beta * region[n, i, j] * box_distance[n, i, j]
+    return total / (b * h * w)
+
+
+def decoded(raw: Array) -> Array:
+    """The distances that box distributions mean: (b, 4, bins, h, w) -> (b, 4, h, w)."""
+    b, sides, _, h, w = raw.shape
+    out = np.zeros((b, sides, h, w))
+    for n, side, i, j in np.ndindex(*out.shape):
+        out[n, side, i, j] = sum(k * p for k, p in enumerate(softmax([float(v) for v in raw[n, side, :, i, j]])))
+    return out
+
+
+def box_iou(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """IoU of two boxes x1, y1, x2, y2."""
+    common = math.prod(max(min(a[k + 2], b[k + 2]) - max(a[k], b[k]), 0) for k in (0, 1))
+    return common / (sum((x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)) - common)
+
+
+def valuable_region(
+    image: list[int], corners: Array, b: int, size: tuple[int, int], strides: tuple[int, ...], stride: int, gamma: float
+) -> Array:
+    """LD's valuable localization region on the grid of one stride, position by position: (b, h, w) of 0 or 1."""
+    out = np.zeros((b, size[0] // stride, size[1] // stride))
+
+    def anchors(s: int) -> list[tuple[float, ...]]:
+        cells = [(i, j) for i in range(size[0] // s) for j in range(size[1] // s)]
+        return [((j - 3.5) * s, (i - 3.5) * s, (j + 4.5) * s, (i + 4.5) * s) for i, j in cells]
+
+    def distance(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+        return sum(((a[k] + a[k + 2]) / 2 - (b[k] + b[k + 2]) / 2) ** 2 for k in (0, 1))
+
+    for n, relative in zip(image, corners, strict=True):
+        box = tuple(float(v) * size[(k + 1) % 2] for k, v in enumerate(relative))
+        if not (all(map(math.isfinite, box)) and box[2] > box[0] and box[3] > box[1]):
+            continue
+        nearest = [a for s in strides for a in sorted(anchors(s), key=lambda a: distance(a, box))[:9]]
+        overlaps = [box_iou(a, box) for a in nearest]
+        upper = np.mean(overlaps) + (np.std(overlaps, ddof=1) if len(overlaps) > 1 else 0)
+        for position, anchor in enumerate(anchors(stride)):
+            hull = [max(anchor[k + 2], box[k + 2]) - min(anchor[k], box[k]) for k in (0, 1)]
+            diou = box_iou(anchor, box) - distance(anchor, box) / (hull[0] ** 2 + hull[1] ** 2)
+            if gamma * upper <= diou <= upper:
+                out[n].flat[position] = 1
+    return out
+
+
+def box_divergence(teacher: Array, student: Array, tau: float) -> Array:
+    """τ² times the KL divergence of box distributions, the mean over sides: (b, 4, bins, h, w) -> (b, h, w)."""
+    b, _, bins, h, w = teacher.shape
+    out = np.zeros((b, h, w))
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                for side in range(4):
+                    p, q = (softmax([float(v) / tau for v in z[n, side, :, i, j]]) for z in (teacher, student))
+                    kl = sum(p[k] * math.log(p[k] / q[k]) for k in range(bins) if p[k] > 0)
+                    out[n, i, j] += tau**2 * kl / 4
+    return out
+
+
+def ld(
+    teacher: Array, student: Array, assigned: Array, valuable: Array, tau: float, weights: tuple[float, float]
+) -> float:
+    """LD's loss of a batch. assigned, valuable: (b, h, w) of 0 or 1. weights: of the two regions."""
+    divergence = box_divergence(teacher, student, tau)
+    return float(np.mean((weights[0] * assigned + weights[1] * valuable) * divergence))

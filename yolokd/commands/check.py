@@ -17,6 +17,7 @@ from yolokd.data.dataset import sample_batch
 from yolokd.distillation.stage import build_methods
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.pyramid.boxes import Labels
+from yolokd.pyramid.head import Head
 from yolokd.pyramid.level import Level, LevelShape, level_name
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.threads import use_all_cores
@@ -100,20 +101,31 @@ def _models_table(plan: TrainPlan, imgsz: int) -> Table:
     for paired in plan.teachers:
         methods = build_methods(plan.config.method_configs, paired.pairing.levels, seed=0)
         classes = len(paired.pairing.classes.student) or 1
-        levels = [_random_level(shape, imgsz, classes) for shape in paired.pairing.levels]
+        levels = [_random_level(shape, imgsz, classes, paired.teacher.heads) for shape in paired.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)
         name = f"adapters to teacher {Path(paired.file).name} (in training only)"
         table.add_row(name, f"{get_num_params(methods):,}", f"{flops:.2f}")
     return table
 
 
-def _random_level(shape: LevelShape, imgsz: int, classes: int) -> Level:
-    """Return a level of one image with random maps, class scores and boxes, on which to count FLOPs."""
+def _random_level(shape: LevelShape, imgsz: int, classes: int, heads: Mapping[int, Head]) -> Level:
+    """Return a level of one image with random maps, class scores and boxes, on which to count FLOPs.
+
+    heads: the teacher's at each stride, if it has any.
+    """
     grid = imgsz // shape.stride
     student, teacher = (torch.rand(1, c, grid, grid) for c in (shape.student_channels, shape.teacher_channels))
     scores, boxes = (torch.rand(1, c, grid, grid) for c in (classes, 4))
     labels = Labels(torch.tensor([0]), torch.tensor([[0.2, 0.2, 0.8, 0.8]]))
-    return Level(shape.stride, student, teacher, scores, scores, scores, boxes, boxes, labels)
+    level = Level(shape.stride, student, teacher, scores, scores, scores, boxes, boxes, labels)
+    level.assigned, level.teacher_head = torch.ones(1, grid, grid) > 0, heads.get(shape.stride)
+    bins = level.teacher_head.bins if level.teacher_head is not None else 1
+    level.student_box_logits = level.teacher_box_logits = torch.rand(1, 4, bins, grid, grid)
+    if shape.student_head is not None:
+        channels = zip(shape.student_head.box_channels, shape.student_head.class_channels, strict=True)
+        for depth, (box, cls) in enumerate(channels):
+            level.head_maps[depth] = torch.rand(1, box, grid, grid), torch.rand(1, cls, grid, grid)
+    return level
 
 
 def _gflops(model: nn.Module, inputs: Any) -> float:

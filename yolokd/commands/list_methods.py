@@ -18,9 +18,14 @@ def list_methods() -> None:
         values = method_defaults(name)
         keys = [k for k in (*METHOD_SETTINGS, *constants_model(cls).model_fields) if k in values]
         constants = "\n".join(f"{name}.{k}={values[k]}" for k in keys)
-        needs = ["feature maps", "class scores"] if cls.wants_scores() else ["feature maps"]
-        if cls.wants_boxes:
-            needs.append("boxes")
+        wanted = {
+            "feature maps": True,
+            "class scores": cls.wants_scores(),
+            "boxes": cls.wants_boxes,
+            "box distributions": cls.wants_box_logits,
+            "its head": cls.wants_teacher_head,
+        }
+        needs = [output for output, is_wanted in wanted.items() if is_wanted]
         table.add_row(name, cls.paper, ", ".join(needs), constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
     table.caption = (

@@ -14,9 +14,10 @@ from ultralytics.utils import RANK
 from yolokd.config.schema import DistillationConfig
 from yolokd.distillation.gradients import GradientRecorder
 from yolokd.distillation.nonfinite import NonFiniteGuard
+from yolokd.distillation.observer import StepObserver
 from yolokd.distillation.stage import Stage
 from yolokd.errors import UserError
-from yolokd.models.detector import Detector
+from yolokd.models.detector import Detector, dense_heads, head_of
 from yolokd.models.teacher import Teacher
 from yolokd.pyramid.pairing import Pairing
 
@@ -55,6 +56,7 @@ class DistillationCriterion(nn.Module):
         self.config, self._seed = config, seed
         stages = (Stage(*pair, config, seed, number) for number, pair in enumerate(teachers))
         self.stages = nn.ModuleList(stages)
+        self.observer = StepObserver(self.stage_of(0).wants_assigned, self.stage_of(0).head_depths)
         strides = sorted({shape.stride for _, pairing in teachers for shape in pairing.levels})
         self.recorder = GradientRecorder([method.name for method in config.method_configs], strides)
         self.guard = NonFiniteGuard([method.name for method in config.method_configs])
@@ -80,12 +82,13 @@ class DistillationCriterion(nn.Module):
             assert student is not None
             # TensorBoard's trace reads every property in inference mode, whose tensors no training can use later.
             with torch.inference_mode(False):
-                self._base = student.init_criterion()
+                self.base = student.init_criterion()
         return self._base
 
     @base.setter
     def base(self, criterion: Any) -> None:
         self._base = criterion
+        self.observer.watch_assigner(criterion)
 
     def update(self) -> None:
         """Tell Ultralytics' criterion that an epoch ended: end-to-end losses then change the mix of their branches."""
@@ -96,7 +99,11 @@ class DistillationCriterion(nn.Module):
     def stage(self) -> Stage:
         """Return the stage of the present step: one teacher teaches at a time."""
         started = sum(start <= self._epoch for start in self.config.starts(self._epochs))
-        stage: Stage = self.stages[started - 1]  # type: ignore[assignment]
+        return self.stage_of(started - 1)
+
+    def stage_of(self, number: int) -> Stage:
+        """Return the stage of a teacher, counted from 0."""
+        stage: Stage = self.stages[number]  # type: ignore[assignment]
         return stage
 
     @property
@@ -107,15 +114,21 @@ class DistillationCriterion(nn.Module):
         """Return the factor, in 0..1, that each method's schedule has at the present step."""
         return [method.schedule.factor(self._epoch, self._epochs) for method in self.config.method_configs]
 
-    def start_teacher(self, images: Tensor) -> None:
-        """Start the teacher on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two."""
+    def begin_step(self, images: Tensor) -> None:
+        """Start the teacher on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two.
+
+        Also note what methods want of that forward.
+        """
         if any(self._factors()):
-            stage = self.stage
+            stage, student = self.stage, self._student()
+            assert student is not None
+            self.observer.watch_head(dense_heads(head_of(student), stage.pairing.student_strides))
             stage.teacher.start(images, stage.requested_outputs(self._measuring))
 
     def discard_step(self) -> None:
         """Free what a step that failed has left behind, since Ultralytics tries again with a smaller batch."""
         self.stage.teacher.discard_pending()
+        self.observer.discard()
         self.guard.discard()
 
     @property
@@ -149,7 +162,8 @@ class DistillationCriterion(nn.Module):
         """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
         stage, measuring = self.stage, self._measuring
         output = stage.teacher(batch["img"], stage.requested_outputs(measuring))
-        levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard)
+        observed = self.observer.take(len(batch["img"]))
+        levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard, observed)
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
         level_losses = [[loss * len(batch["img"]) for loss in of_method] for of_method in stage.losses(levels)]
         losses = torch.stack([torch.stack(of_method) for of_method in level_losses])

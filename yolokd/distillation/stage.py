@@ -14,10 +14,11 @@ from yolokd.config.schema import DistillationConfig, MethodConfig
 from yolokd.distillation.balance import Balance
 from yolokd.distillation.gradients import gradient_norms, per_level_gradient_norms
 from yolokd.distillation.nonfinite import NonFiniteGuard
+from yolokd.distillation.observer import Observed
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.models.teacher import RequestedOutputs, Teacher, TeacherOutput
-from yolokd.pyramid.boxes import Labels, decode_distances, resize_distances
+from yolokd.pyramid.boxes import Labels, decode_distances, resize_distances, split_bins
 from yolokd.pyramid.level import Level, LevelShape, confidence_shares, resize_to, split_levels
 from yolokd.pyramid.pairing import ClassSelection, Pairing
 from yolokd.runtime.distributed import all_reduce_mean
@@ -44,6 +45,10 @@ class Stage(nn.Module):
         self.wants_logits = any(method.wants_logits or method.wants_boxes for method in methods)
         self.wants_mean_logits = any(method.wants_mean_logits for method in methods)
         self.wants_boxes = any(method.wants_boxes for method in methods)
+        self.wants_box_logits = any(method.wants_box_logits for method in methods)
+        self.wants_assigned = any(method.wants_assigned for method in methods)
+        self.wants_teacher_head = any(method.wants_teacher_head for method in methods)
+        self.head_depths = {method.head_depth for method in methods if method.head_depth}
         self.select_teacher = ClassSelection(pairing.classes.teacher)
         self.select_student = ClassSelection(pairing.classes.student)
         self.measured = False  # whether the gradient of each method has been measured: until then every step does
@@ -55,7 +60,7 @@ class Stage(nn.Module):
     def requested_outputs(self, measuring: bool) -> RequestedOutputs:
         """Return which predictions of the teacher a step needs; one that measures needs its class scores."""
         logits = self.wants_logits or (measuring and self.teacher.has_logits)
-        return RequestedOutputs(logits=logits, mean_logits=self.wants_mean_logits, boxes=self.wants_boxes)
+        return RequestedOutputs(logits, self.wants_mean_logits, self.wants_boxes, self.wants_box_logits)
 
     def losses(self, levels: Sequence[Level]) -> list[list[Tensor]]:
         """Return the loss of each method at each level.
@@ -109,19 +114,31 @@ class Stage(nn.Module):
         return torch.full_like(self.share, 1 / len(self.share)) if uniform else self.share
 
     def levels(
-        self, preds: Any, output: TeacherOutput, batch: dict[str, Any], seed: int, guard: NonFiniteGuard
+        self,
+        preds: Any,
+        output: TeacherOutput,
+        batch: dict[str, Any],
+        seed: int,
+        guard: NonFiniteGuard,
+        observed: Observed,
     ) -> tuple[list[Level], list[Tensor]]:
         """Pair the student's maps and predictions with the teacher's, on the student's grid.
 
-        preds: what the student's head returns in training. seed: of what methods draw in this step. Returns the levels,
-        whose maps `guard` protects, and the student's maps themselves.
+        preds: what the student's head returns in training. seed: of what methods draw in this step. observed: what
+        methods want of the step beside these. Returns the levels, whose maps `guard` protects, and the student's maps
+        themselves.
         """
         raw = preds[1] if isinstance(preds, tuple) else preds
         raw = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
-        strides = self.pairing.student_strides
-        maps = dict(zip(strides, raw["feats"], strict=True))
-        logits = dict(zip(strides, split_levels(raw["scores"], raw["feats"]), strict=True)) if self.wants_logits else {}
-        boxes = dict(zip(strides, split_levels(raw["boxes"], raw["feats"]), strict=True)) if self.wants_boxes else {}
+
+        def by_stride(flat: Tensor) -> dict[int, Tensor]:
+            return dict(zip(self.pairing.student_strides, split_levels(flat, raw["feats"]), strict=True))
+
+        maps = dict(zip(self.pairing.student_strides, raw["feats"], strict=True))
+        logits = by_stride(raw["scores"]) if self.wants_logits else {}
+        wants_boxes = self.wants_boxes or self.wants_box_logits
+        boxes = by_stride(raw["boxes"]) if wants_boxes else {}
+        assigned = by_stride(observed.assigned[:, None]) if observed.assigned is not None else {}
         labels = batch.get("labels") or Labels.from_centers(batch["batch_idx"].cpu(), batch["bboxes"].cpu())
         levels = []
         for shape in self.pairing.levels:
@@ -134,12 +151,26 @@ class Stage(nn.Module):
                 level.teacher_logits = resize_to(student, self.select_teacher(output.logits[stride]))
             if self.wants_mean_logits:
                 level.teacher_mean_logits = resize_to(student, self.select_teacher(output.mean_logits[stride]))
-            if self.wants_boxes:
-                raw_boxes = guard.guard_gradient(boxes[stride], stride)
-                level.student_boxes = decode_distances(raw_boxes, raw_boxes.shape[1] // 4)
-                level.teacher_boxes = resize_distances(student, output.boxes[stride])
+            if wants_boxes:
+                self._add_boxes(level, guard.guard_gradient(boxes[stride], stride), output)
+            if assigned:
+                level.assigned = assigned[stride][:, 0]
+            for depth in self.head_depths:
+                box, classes = observed.box_maps[stride, depth], observed.class_maps[stride, depth]
+                level.head_maps[depth] = guard.guard_gradient(box, stride), guard.guard_gradient(classes, stride)
+            if self.wants_teacher_head:
+                level.teacher_head = replace(self.teacher.heads[stride], select=self.select_teacher)
             levels.append(level)
         return levels, [maps[shape.stride] for shape in self.pairing.levels]
+
+    def _add_boxes(self, level: Level, raw: Tensor, output: TeacherOutput) -> None:
+        """Add both models' boxes to a level. raw: (B, 4·bins, H, W), the box output of the student's head."""
+        if self.wants_boxes:
+            level.student_boxes = decode_distances(raw, raw.shape[1] // 4)
+            level.teacher_boxes = resize_distances(raw, output.boxes[level.stride])
+        if self.wants_box_logits:  # a plan refuses teachers on other grids: their cells have another size
+            level.student_box_logits = split_bins(raw)
+            level.teacher_box_logits = split_bins(output.box_logits[level.stride])
 
 
 def _readable(maps: Tensor) -> Tensor:

@@ -41,11 +41,20 @@ class Method(nn.Module):
     wants_logits: ClassVar[bool] = False  # class logits of both models
     wants_mean_logits: ClassVar[bool] = False  # the mean of the class logits of the teacher's branches
     wants_boxes: bool = False  # predicted boxes of both models; an instance may set it, by its constants
+    wants_box_logits: bool = False  # raw box outputs of both heads; an instance may set it, too
+    wants_assigned: bool = False  # the positions that the YOLO loss assigned to objects; an instance may set it, too
+    wants_teacher_head: ClassVar[bool] = False  # the teacher's head, as a function of a map
+    head_depth: int = 0  # if above 0: the maps that enter this layer of the student's head; an instance may set it
 
     @classmethod
     def wants_scores(cls) -> bool:
         """Return whether the method needs class logits of the teacher, of either kind."""
         return cls.wants_logits or cls.wants_mean_logits
+
+    @classmethod
+    def wants_dense_head(cls) -> bool:
+        """Return whether the method needs a teacher whose head predicts at every position."""
+        return cls.wants_scores() or cls.wants_boxes or cls.wants_box_logits or cls.wants_teacher_head
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a scalar: a mean over batch, channels and positions, before any gain."""

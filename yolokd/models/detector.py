@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from ultralytics.nn.modules.head import (
 
 from yolokd.data.class_names import ClassNames
 from yolokd.errors import UserError, describe_invalid, first_line
+from yolokd.pyramid.head import Head
 
 # An Ultralytics model: an nn.Module whose attributes (model, yaml, names, stride) torch's types do not know.
 Detector: TypeAlias = Any
@@ -132,6 +133,19 @@ def class_channels(head: nn.Module) -> Iterator[int]:
     for level in (level for branch in branches for level in branch):
         layers = [layer for layer in level.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
         yield layers[-1].weight.shape[0] if layers else 0
+
+
+def dense_heads(head: nn.Module | None, strides: Iterable[int]) -> dict[int, Head]:
+    """Return the part of a head that is distilled, at each stride; empty if it does not predict at every position.
+
+    Of an end-to-end head this is the one-to-many branch, or the one-to-one branch if fusing has removed the other.
+    strides: of the maps that enter the head, in its order.
+    """
+    if not isinstance(head, Detect) or isinstance(head, PROMPTED_HEADS):
+        return {}
+    prefix = "" if head.cv3 is not None else "one2one_"
+    boxes, classes = getattr(head, f"{prefix}cv2"), getattr(head, f"{prefix}cv3")
+    return {s: Head(b, c, head.reg_max) for s, b, c in zip(strides, boxes, classes, strict=False)}
 
 
 def describe_kind(model: Detector) -> str:

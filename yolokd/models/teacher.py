@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from math import ceil
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ultralytics.nn.modules.head import Detect
 
 from yolokd.models.cuda_graphs import CudaGraphs
-from yolokd.models.detector import PROMPTED_HEADS, Detector, check_detector
+from yolokd.models.detector import Detector, check_detector, dense_heads
 from yolokd.pyramid.boxes import decode_distances
+from yolokd.pyramid.head import Head
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class TeacherOutput:
     maps: (B, C, H, W) neck maps, in the teacher's dtype. logits: (B, nc, H, W) class scores before the sigmoid.
     mean_logits: the mean of the logits of an end-to-end teacher's two branches; the logits for other teachers.
     boxes: (B, 4, H, W) distances left, top, right, bottom from the cell's center, in cells.
+    box_logits: (B, 4·bins, H, W) raw box outputs, from which these distances are decoded.
     """
 
     maps: dict[int, Tensor]
     logits: dict[int, Tensor]
     mean_logits: dict[int, Tensor]
     boxes: dict[int, Tensor]
+    box_logits: dict[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class RequestedOutputs:
     logits: bool = False
     mean_logits: bool = False
     boxes: bool = False
+    box_logits: bool = False
 
 
 MAPS_ONLY = RequestedOutputs()
@@ -65,6 +68,8 @@ class InferenceSettings:
 class Teacher:
     """A frozen detector of any Ultralytics family, whose maps are taken where they enter the head.
 
+    heads: the frozen head at each stride, as functions of a map; empty if the head does not predict at every position.
+
     It is not an nn.Module, so that it stays out of the student's state_dict, optimizer and EMA copies.
     The given model is copied, never changed; convolutions and batch norms are fused in the copy.
     Raises UserError, naming `argument`, for a model that is not an intact detector, such as a classifier.
@@ -76,9 +81,11 @@ class Teacher:
         self.names: dict[int, str] = dict(model.names)
         self.channels: int = model.yaml.get("channels", 3)
         model.end2end = False  # otherwise fusing removes the one-to-many branch of an end-to-end teacher
-        model.model[-1] = _Tap(model.model[-1])
+        # Float32 in all copies of the teacher: methods send gradients through them, which would underflow in float16.
+        self.heads: dict[int, Head] = dense_heads(model.model[-1], self.pyramid)
+        model.model[-1] = _Tap(model.model[-1], self.heads)
         self.settings = InferenceSettings()
-        self._model = model.fuse(verbose=False)
+        self._model = model.fuse(verbose=False).requires_grad_(False)
         self._compiled: Callable[[Tensor], list[Tensor]] = self._model
         self._async_forward, self._graphs = _AsyncForward(), CudaGraphs()
 
@@ -90,7 +97,7 @@ class Teacher:
     @property
     def has_logits(self) -> bool:
         """Return whether the head scores classes at every position."""
-        return self._tap.one2many is not None
+        return bool(self.heads)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
@@ -129,13 +136,15 @@ class Teacher:
             tap, needs_logits = self._tap, requested.logits or requested.mean_logits
             one2many = _branch_outputs(tap.one2many if needs_logits else None, maps)
             one2one = _branch_outputs(tap.one2one if requested.mean_logits else None, maps)
-            raw_boxes = _branch_outputs(tap.boxes if requested.boxes else None, maps)
+            raw_boxes = _branch_outputs(tap.boxes if requested.boxes or requested.box_logits else None, maps)
+            boxes = [decode_distances(raw, tap.bins) for raw in raw_boxes] if requested.boxes else []
             mean = [(m + o) / 2 for m, o in zip(one2many, one2one, strict=True)] if one2one else one2many
             return TeacherOutput(
                 maps=self._by_stride(maps),
                 logits=self._by_stride(one2many if requested.logits else []),
                 mean_logits=self._by_stride(mean if requested.mean_logits else []),
-                boxes=self._by_stride([decode_distances(raw, tap.bins) for raw in raw_boxes]),
+                boxes=self._by_stride(boxes),
+                box_logits=self._by_stride(raw_boxes if requested.box_logits else []),
             )
 
     def _by_stride(self, values: list[Tensor]) -> dict[int, Tensor]:
@@ -169,6 +178,8 @@ class Teacher:
     def to(self, device: torch.device) -> Teacher:
         """Move the teacher to a device, and return it."""
         self._model.to(device)
+        for head in self.heads.values():
+            head.to(device)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -206,7 +217,7 @@ class _AsyncForward:
             return None
         current = torch.cuda.current_stream(images.device)
         current.wait_stream(self._stream)
-        for values in (output.maps, output.logits, output.mean_logits, output.boxes):
+        for values in vars(output).values():
             for tensor in values.values():
                 tensor.record_stream(current)  # allocated on the teacher's stream, used on this one
         return output
@@ -236,18 +247,13 @@ class _Tap(nn.Module):
 
     export = False  # YOLO-World reads this attribute of its head
 
-    def __init__(self, head: Any) -> None:
+    def __init__(self, head: Any, heads: Mapping[int, Head]) -> None:
         super().__init__()
         self.f, self.i = head.f, head.i  # Ultralytics' forward reads from these which layers feed it
-        dense = isinstance(head, Detect) and not isinstance(head, PROMPTED_HEADS)
-        one2one = getattr(head, "one2one_cv3", None) if dense else None
-        one2many = head.cv3 if dense else None
-        self.one2many: nn.ModuleList | None = one2many if one2many is not None else one2one
-        self.one2one: nn.ModuleList | None = one2one
         self.bins: int = getattr(head, "reg_max", 1)
-        self.boxes: nn.ModuleList | None = None
-        if dense:
-            self.boxes = head.cv2 if one2many is not None else getattr(head, "one2one_cv2", None)
+        self.one2many = nn.ModuleList(h.class_layers for h in heads.values()) if heads else None
+        self.one2one: nn.ModuleList | None = getattr(head, "one2one_cv3", None) if heads else None
+        self.boxes = nn.ModuleList(h.box_layers for h in heads.values()) if heads else None
 
     def forward(self, maps: list[Tensor], *_: object) -> list[Tensor]:
         return list(maps)

@@ -45,7 +45,7 @@ def inverse_areas(labels: Labels, images: int, height: int, width: int, device: 
     area = columns * rows * valid
     covered = sum(area.tolist())
     first_cell = (labels.image * height + top) * width + left
-    area, columns, first_cell = _upload(torch.stack([area, columns, first_cell]), device)
+    area, columns, first_cell = upload(torch.stack([area, columns, first_cell]), device)
     box = torch.repeat_interleave(area, output_size=covered)  # for each covered cell, the box that covers it
     index_in_box = torch.arange(covered, device=device) - (area.cumsum(0) - area)[box]
     cell = first_cell[box] + index_in_box + index_in_box // columns[box] * (width - columns)[box]
@@ -61,11 +61,17 @@ def _covered(low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     return first.long(), (end - first).clamp(min=0).long()
 
 
-def _upload(values: Tensor, device: torch.device | str) -> Tensor:
+def upload(values: Tensor, device: torch.device | str) -> Tensor:
     """Return a CPU tensor on a device, without waiting for the work that a GPU has queued."""
     if torch.device(device).type == "cuda":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def split_bins(raw: Tensor) -> Tensor:
+    """Return the box output of a YOLO head by side and bin: (B, 4·bins, H, W) -> (B, 4, bins, H, W)."""
+    b, channels, h, w = raw.shape
+    return raw.reshape(b, 4, channels // 4, h, w)
 
 
 def decode_distances(raw: Tensor, bins: int) -> Tensor:
@@ -102,8 +108,35 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
     a, b: distances left, top, right, bottom of both boxes, from the same point and in the same unit.
     """
-    sides = (torch.minimum(a, b)[:, :2] + torch.minimum(a, b)[:, 2:]).clamp(min=0)
-    common = sides[:, 0] * sides[:, 1]
-    area_a, area_b = (((x[:, :2] + x[:, 2:]).clamp(min=0)).prod(1) for x in (a, b))
-    union = area_a + area_b - common
+    common, union = _common_and_union(a, b)
     return common / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the GIoU, in -1..1, of two boxes at each position, given as for `iou`.
+
+    Rezatofighi et al., CVPR 2019: IoU − (H − U) / H, with the areas U of the union and H of the box around both.
+    """
+    _, union = _common_and_union(a, b)
+    hull = _area(torch.maximum(a, b))
+    return iou(a, b) - (hull - union) / hull.clamp(min=torch.finfo(hull.dtype).tiny)
+
+
+def _common_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    common = _area(torch.minimum(a, b))
+    return common, _area(a) + _area(b) - common
+
+
+def _area(distances: Tensor) -> Tensor:
+    sides = (distances[:, :2] + distances[:, 2:]).clamp(min=0)
+    return sides[:, 0] * sides[:, 1]
+
+
+def box_divergence(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Return τ²·KL(softmax(z_T / τ) ‖ softmax(z_S / τ)), the mean over the four sides of a box, (B, H, W) float32.
+
+    student, teacher: z_S and z_T, (B, 4, bins, H, W) logits over the bins of each side's distance.
+    """
+    log_student, log_teacher = ((logits.float() / tau).log_softmax(2) for logits in (student, teacher))
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(2)
+    return tau**2 * divergence.mean(1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yolokd.pyramid.boxes import Labels, inverse_areas
+from yolokd.pyramid.head import Head, HeadShape
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,17 @@ class LevelShape:
     """The shape of one level that both models have.
 
     stride: in pixels of the image. student_channels, teacher_channels: of the models' maps. stage: the number of the
-    teacher, counted from 0, the weakest.
+    teacher, counted from 0, the weakest. strides: of all the student's levels, finest first. student_head,
+    teacher_head: None if the model has no head that predicts at every position.
     """
 
     stride: int
     student_channels: int
     teacher_channels: int
     stage: int = 0
+    strides: tuple[int, ...] = ()
+    student_head: HeadShape | None = None
+    teacher_head: HeadShape | None = None
 
 
 @dataclass(eq=False)
@@ -39,6 +44,13 @@ class Level:
     student_boxes, teacher_boxes: (B, 4, H, W) predicted distances left, top, right, bottom, in cells, or None.
     labels: the batch's labelled boxes, on the CPU. seed: of the random numbers of this step and process; a resumed run
     has the same seed there.
+    student_box_logits, teacher_box_logits: (B, 4, bins, H, W) raw box outputs of the heads, from which these distances
+    are decoded, or None; of an end-to-end student, those of its one-to-many head.
+    assigned: (B, H, W) bool, the positions that the YOLO loss of this step assigned to labelled objects, or None; of an
+    end-to-end student, by its one-to-many loss.
+    head_maps: {depth: two (B, C, H, W) maps, of boxes and of classes, that entered the layer of this number in the two
+    branches of the student's head}, for the depths that methods want; of an end-to-end student, of its one-to-many one.
+    teacher_head: the teacher's frozen head, in float32, whose class logits are those of the shared classes, or None.
     """
 
     stride: int
@@ -51,6 +63,11 @@ class Level:
     teacher_boxes: Tensor | None = None
     labels: Labels | None = None
     seed: int = 0
+    student_box_logits: Tensor | None = None
+    teacher_box_logits: Tensor | None = None
+    assigned: Tensor | None = None
+    teacher_head: Head | None = None
+    head_maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _computed: dict[Hashable, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def compute_once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from yolokd.errors import UserError
+from yolokd.pyramid.head import HeadShape
 from yolokd.pyramid.level import LevelShape
 
 
@@ -102,13 +103,19 @@ def _normalize(name: str) -> str:
     return str(name).strip().lower()
 
 
-def pair_levels(teacher: Mapping[int, int], student: Mapping[int, int]) -> list[LevelShape]:
+def pair_levels(
+    teacher: Mapping[int, int],
+    student: Mapping[int, int],
+    teacher_heads: Mapping[int, HeadShape] = {},
+    student_heads: Mapping[int, HeadShape] = {},
+) -> list[LevelShape]:
     """Return the levels at the strides that both models have, finest first.
 
-    teacher, student: {stride in pixels: channels}. Raises UserError if the models have no stride in common.
+    teacher, student: {stride in pixels: channels}. teacher_heads, student_heads: {stride: shape of the head there}.
+    Raises UserError if the models have no stride in common.
 
-    >>> pair_levels({8: 64, 16: 128}, {4: 16, 8: 32})
-    [LevelShape(stride=8, student_channels=32, teacher_channels=64, stage=0)]
+    >>> [level.stride for level in pair_levels({8: 64, 16: 128}, {4: 16, 8: 32})]
+    [8]
     """
     common = sorted(set(teacher) & set(student))
     if not common:
@@ -117,4 +124,7 @@ def pair_levels(teacher: Mapping[int, int], student: Mapping[int, int]) -> list[
             f"strides {sorted(teacher)} and the student's {sorted(student)} have none in common",
             "choose models whose heads share a stride",
         )
-    return [LevelShape(s, student[s], teacher[s]) for s in common]
+    strides = tuple(sorted(student))
+    return [
+        LevelShape(s, student[s], teacher[s], 0, strides, student_heads.get(s), teacher_heads.get(s)) for s in common
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import check_images, load_data, sample_batch
+from yolokd.distillation.stage import build_methods
 from yolokd.errors import UserError
 from yolokd.methods import registered
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
-from yolokd.models.detector import Detector, check_detector
+from yolokd.models.detector import Detector, check_detector, dense_heads, head_of
 from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.pyramid.head import HeadShape
+from yolokd.pyramid.level import LevelShape
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.files import sha256
 from yolokd.training.settings import check_settings
@@ -77,19 +80,27 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     strides = check_detector(student, f"student={settings.get('model')}")
     if files:
         _check_stages(config, args.epochs)
-    teachers = tuple(_pair_teacher(file, model, config, data, strides) for file, model in models.items())
+    heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
+    teachers = tuple(_pair_teacher(file, model, config, data, strides, heads) for file, model in models.items())
     return TrainPlan(config, data, args, student, teachers)
 
 
 def _pair_teacher(
-    file: str, model: Detector, config: DistillationConfig, data: Mapping[str, Any], strides: Mapping[int, int]
+    file: str,
+    model: Detector,
+    config: DistillationConfig,
+    data: Mapping[str, Any],
+    strides: Mapping[int, int],
+    heads: Mapping[int, HeadShape],
 ) -> PairedTeacher:
+    """Pair a teacher with the student. strides, heads: the student's channels and head at each stride."""
     teacher = Teacher(model, f"teacher={file}")
     _check_fit(file, teacher, config, data)
     _check_finite(file, teacher, data)
-    pairing = Pairing(
-        tuple(pair_levels(teacher.pyramid, strides)), tuple(strides), pair_classes(teacher.names, data["names"])
-    )
+    teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
+    levels = tuple(pair_levels(teacher.pyramid, strides, teacher_heads, heads))
+    pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, data["names"]))
+    _check_methods(config, levels)
     return PairedTeacher(file, sha256(model.pt_path), model, teacher, pairing)
 
 
@@ -144,13 +155,22 @@ def _check_fit(file: str, teacher: Teacher, config: DistillationConfig, data: Ma
             f"takes {teacher.channels} channels, the data {data['channels']}",
             "use a teacher trained on such images",
         )
-    needing = [method.name for method in config.method_configs if registered()[method.name].wants_scores()]
+    needing = [method.name for method in config.method_configs if registered()[method.name].wants_dense_head()]
     if needing and not teacher.has_logits:
         raise UserError(
             f"teacher={file}",
-            f"has no class scores per position, which {needing[0]} needs",
+            f"has no class scores and boxes per position, which {needing[0]} needs",
             "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
         )
+
+
+def _check_methods(config: DistillationConfig, levels: Sequence[LevelShape]) -> None:
+    """Build the methods, so that each can refuse the models' shapes; raise UserError if one needs equal grids."""
+    built = build_methods(config.method_configs, levels, seed=0)
+    for method, per_level in zip(config.method_configs, built, strict=True):
+        if config.teacher_imgsz is not None and any(m.wants_box_logits for m in per_level.children()):
+            problem = f"gives the teacher cells of another size, and {method.name} compares distances counted in cells"
+            raise UserError(f"teacher_imgsz={config.teacher_imgsz}", problem, "drop it, or use bckd")
 
 
 def _check_finite(file: str, teacher: Teacher, data: Mapping[str, Any]) -> None:

@@ -190,7 +190,7 @@ class DistillationTrainer(DetectionTrainer):
         labels = Labels.from_centers(batch["batch_idx"], batch["bboxes"])  # before Ultralytics uploads them
         batch = super().preprocess_batch(batch) | {"labels": labels}
         if self.criterion is not None:
-            self.criterion.start_teacher(batch["img"])
+            self.criterion.begin_step(batch["img"])
         return batch
 
     def _prepare_exact_resume(self) -> None:
