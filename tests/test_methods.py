@@ -566,6 +566,56 @@ def test_two_adapters_of_one_method_are_not_merged() -> None:
     assert two.c.out_channels == 1
 
 
+@pytest.mark.parametrize(("name", "keys"), [*((name, {}) for name in NAMES), ("dfd", {"dfd.width": "student"})])
+def test_a_method_without_adapters_equals_one_whose_adapters_are_the_identity(name: str, keys: dict[str, Any]) -> None:
+    parts = parse({"teacher": "t", "method": name, **keys}).method_configs
+    given, dropped = (
+        build_methods(parts, [LevelShape(8, CT, CT)], 0, kind)[0][0] for kind in ("conv", "identity_if_equal")
+    )
+    for adapter in (m for m in given.modules() if isinstance(m, Adapter)):
+        nn.init.dirac_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+    assert not any(isinstance(m, Adapter) for m in dropped.modules())
+    state = given.state_dict()  # the other parts begin with the same weights
+    assert all(torch.equal(state[key], value) for key, value in dropped.state_dict().items())
+    level = like(random_level(2, 4, 5), Tensor.float)
+    level = replace(level, student=torch.randn(2, CT, 4, 5, generator=torch.Generator().manual_seed(1)))
+    results = []
+    for method in (given, dropped):
+        leaves = [t.requires_grad_() for t in (level.student.clone(), level.student_logits.clone())]
+        value = method(replace(level, student=leaves[0], student_logits=leaves[1]))
+        results.append((value, *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_adapters_are_dropped_only_between_equal_channels_and_identities_are_shared() -> None:
+    parts = parse({"teacher": "t", "method": "fitnet+pdf"}).method_configs
+    shapes = [LevelShape(8, CS, CT), LevelShape(16, CT, CT)]
+    fitnet, pdf = build_methods(parts, shapes, 0, "identity_if_equal")
+    assert isinstance(fitnet[0].adapt, Adapter)
+    assert isinstance(fitnet[1].adapt, nn.Identity)
+    assert fitnet[0].adapt is pdf[0].adapt
+    assert fitnet[1].adapt is pdf[1].adapt
+    with_adapters = build_methods(parts, shapes, 0)
+    for key, value in fitnet[0].state_dict().items():
+        assert torch.equal(value, with_adapters[0][0].state_dict()[key])
+
+
+def test_a_student_learns_from_a_teacher_of_equal_channels_without_adapters() -> None:
+    student, batch = random_detector(seed=1), two_images()
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(), student, method="fitnet+mgd", adapter="identity_if_equal")
+    names = {name.rpartition(".")[0] for name in criterion.private_state() if "methods" in name}
+    assert names == {f"stages.0.methods.1.{level}.generate.{layer}" for level in range(3) for layer in (0, 2)}
+    losses, _ = criterion(student(batch["img"]), batch)
+    losses[-2:].sum().backward()
+    assert torch.isfinite(losses).all()
+    assert all(parameter.grad is not None for parameter in criterion.parameters())
+    assert student.model[0].conv.weight.grad.abs().sum() > 0
+    criterion.load_private_state({key: value.clone() for key, value in criterion.private_state().items()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_squared_error_of_half_precision_maps_keeps_no_float32_map(dtype: torch.dtype) -> None:
     """Its values and gradients are those of the maps in float32; for the backward pass it keeps the maps themselves."""

@@ -97,7 +97,11 @@ def label_with(model: nn.Module, data: Path, size: int, path: Path) -> None:
 
 def attach_criterion(teacher: DetectionModel, student: DetectionModel, **keys: Any) -> DistillationCriterion:
     """Put a student into training mode; return its criterion. keys: yolokd's own, for example method=."""
-    shapes = pair_levels(read_pyramid(teacher), read_pyramid(student))
-    pairing = Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
     config = parse({"teacher": "t", "level_weights": "uniform", **keys})
-    return DistillationCriterion(student.train(), [(Teacher(teacher), pairing)], config, seed=0)
+    return DistillationCriterion(student.train(), [(Teacher(teacher), pair(teacher, student))], config, seed=0)
+
+
+def pair(teacher: DetectionModel, student: DetectionModel) -> Pairing:
+    """Return the pairing of a teacher and a student with maps at the strides 8, 16 and 32."""
+    shapes = pair_levels(read_pyramid(teacher), read_pyramid(student))
+    return Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
