@@ -163,7 +163,9 @@ class PerLevel(nn.ModuleList):
 
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Return each level's unscaled loss."""
-        return [method(level) for method, level in zip(self, levels, strict=True)]
+        methods: list[Any] = list(self)
+        losses: list[Tensor] = methods[0].losses(methods, levels)
+        return losses
 
 
 def build_methods(
