@@ -63,8 +63,8 @@ class DFD(Method):
 
     Ours, because the paper leaves it open and no code was released: A(F_S) is taken of the adapted map. P is the mean
     over each image by itself, not over the batch. f_trans is 3x3-ReLU-3x3, like MGD's generator; the paper's figure
-    gives no sizes. `low_both` adds the two errors with equal weights; the table names no others. The student's map is
-    adapted also where both models have the same channels; adapter=identity_if_equal changes that.
+    gives no sizes. The row "TF | TF+MSE" is read as high | low regions, with the two errors of the low ones added up.
+    The student's map is adapted also where both models have the same channels.
     """
 
     paper = "DFD: distilling the feature disparity differently, Liu et al., ICML 2024"

@@ -50,8 +50,8 @@ class PDF(Method):
 
     Ours: The authors' D is a mean over the anchors of a position; YOLO has one. Their adapter is a 3x3 convolution
     block and a 1x1 convolution, ours the latter alone. From December 2021 to June 2022 their code also had losses of
-    class scores and boxes. If both models agree exactly at all positions, `soft` is
-    uniform, the limit of equal disagreement.
+    class scores and boxes. If both models agree exactly at all positions, `soft` is uniform, the limit of equal
+    disagreement.
     """
 
     paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"
