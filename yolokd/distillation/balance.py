@@ -31,8 +31,8 @@ class Balance(nn.Module):
     measurements. Geometric means make it 22, 8, 4 and 2.5 times too large. On top of that, a measurement lowers G_l
     until the gain is at most CEILING times the gain of its own norms: 3, 2.1, 1.6 and 1.4 times.
 
-    An end-to-end student's neck gets gradients of the one-to-many loss alone, whose weight Ultralytics lowers from 0.8 to
-    0.1 over the training. G_l falls with that weight, and so do the gains.
+    An end-to-end student's neck gets gradients of the one-to-many loss alone, whose weight Ultralytics lowers from 0.8
+    to 0.1 over the training. G_l falls with that weight, and so do the gains.
 
     Like GradNorm (Chen et al., ICML 2018), this equalizes gradient norms, so that no loss drowns another. The
     differences: the gains have a closed form, and are not learned by gradient descent on a loss of their own. The YOLO
