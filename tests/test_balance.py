@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods.fitnet import FitNet
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.level import confidence_shares
+from yolokd.training.logs import balance_summary
 from yolokd.training.sidecar import sidecar_path
 
 LEVELS = ("P3", "P4", "P5")
@@ -275,6 +277,17 @@ def test_shares_are_running_means_over_as_many_measurements_as_the_norms() -> No
         assert torch.allclose(stage.share, expected, rtol=1e-5)
         assert float(stage.share.sum()) == pytest.approx(1)
     assert float(measured[-1][0]) > float(stage.share[0]) + 0.05  # the mean lags behind
+
+
+def test_the_log_names_the_weights_of_the_levels_that_the_teacher_has() -> None:
+    config = parse({"teacher": "t", "method": "fitnet", "level_floor": 0.3})
+    values = {"P3": (0.9, 2.7), "P4": (0.1, 0.6), "P5": (math.nan, math.nan)}  # another teacher has P5
+    means = {f"{level}/share": share for level, (share, _) in values.items()}
+    means |= {f"{level}/fitnet_ratio": ratio for level, (_, ratio) in values.items()}
+    line = balance_summary(SimpleNamespace(config=config), means, clip=0.5)  # type: ignore[arg-type]
+    assert "fitnet P3 2.7, P4 0.6." in line
+    assert "Teacher's confidence by level: P3 90.00%, P4 10.00%; weights of the levels: P3 78.00%, P4 22.00%." in line
+    assert "P5" not in line
 
 
 @pytest.mark.parametrize(("level_weights", "floor"), [("uniform", 0.0), ("confidence", 0.3)])

@@ -12,6 +12,7 @@ WINDOW = 3
 # Ours: a gain is at most this multiple of the gain that the newest measurement alone would give. On blood cells 99 % of
 # the YOLO loss's norms differ by less than a factor of 2.8 from the one before. So chance alone hardly ever reaches it.
 CEILING = 3.0
+TINY = torch.finfo(torch.float32).tiny  # no mean is smaller: one of 0 would stay 0
 
 
 class Balance(nn.Module):
@@ -63,8 +64,8 @@ class Balance(nn.Module):
         self.seen += usable
         weight = 1 / self.seen.clamp(1, WINDOW)
         new_pull = geometric_mean(self.pull, pull, weight)
-        highest = (CEILING * task * (new_pull / pull)).clamp(min=torch.finfo(task.dtype).tiny)
-        new_task = geometric_mean(self.task, task, weight).minimum(highest)
+        highest = CEILING * task * (new_pull / pull)
+        new_task = geometric_mean(self.task, task, weight).minimum(highest).clamp(min=TINY)
         self.task.copy_(torch.where(usable, new_task, self.task))
         self.pull.copy_(torch.where(usable, new_pull, self.pull))
 
@@ -79,5 +80,9 @@ class Balance(nn.Module):
 
 
 def geometric_mean(mean: Tensor, new: Tensor, weight: Tensor) -> Tensor:
-    """Return mean^(1 − weight) · new^weight, element by element; `new` itself where the weight is 1."""
-    return torch.where(weight < 1, torch.lerp(mean.log(), new.log(), weight).exp(), new)
+    """Return mean^(1 − weight) · new^weight, element by element; `new` itself where the weight is 1.
+
+    Written with the ratio of the two, so that multiplying both by a power of two changes no other bit of the result.
+    """
+    ratio = (new / mean).clamp(TINY, 1 / TINY)
+    return torch.where(weight < 1, (mean * ratio**weight).clamp(min=TINY), new)

@@ -163,8 +163,8 @@ class PerLevel(nn.ModuleList):
 
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Return each level's unscaled loss."""
-        methods: list[Any] = list(self)
-        losses: list[Tensor] = methods[0].losses(methods, levels)
+        method: Any = type(self[0])
+        losses: list[Tensor] = method.losses(list(self), levels)
         return losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,12 @@ def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) ->
     means: the measurements of an epoch by column name (`P3/pdf_ratio`, `P3/share`, …). clip: the mean factor by which
     the student's gradients were clipped.
     """
-    levels = [key.partition("/")[0] for key in means if key.endswith("/share")]
+    shares = {key.partition("/")[0]: v for key, v in means.items() if key.endswith("/share") and not isnan(v)}
     ratios = (
-        f"{method.name} " + ", ".join(f"{level} {means[f'{level}/{method.name}_ratio']:.3g}" for level in levels)
+        f"{method.name} " + ", ".join(f"{level} {means[f'{level}/{method.name}_ratio']:.3g}" for level in shares)
         for method in plan.config.method_configs
     )
     config = plan.config
-    shares = {level: means[f"{level}/share"] for level in levels}
     floor = 1.0 if config.level_weights == "uniform" else config.level_floor
     weights = {level: floored(share, floor, len(shares)) for level, share in shares.items()}
     return (
