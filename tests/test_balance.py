@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.data import two_images, write_dataset
-from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_detector, save_checkpoint
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, pair, random_detector, save_checkpoint
 from helpers.results import rows, states_equal, weights
 from helpers.runs import distil, train_and_stop
 from hypothesis import given, settings
@@ -19,10 +20,14 @@ from torch import Tensor
 from ultralytics.cfg import get_cfg
 
 from yolokd import YoloDistiller
+from yolokd.config.parse import parse
 from yolokd.config.schedule import Schedule
-from yolokd.distillation.balance import WINDOW, Balance
+from yolokd.distillation.balance import CEILING, WINDOW, Balance
+from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods.fitnet import FitNet
-from yolokd.models.teacher import Teacher
+from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.pyramid.level import confidence_shares
+from yolokd.training.logs import balance_summary
 from yolokd.training.sidecar import sidecar_path
 
 LEVELS = ("P3", "P4", "P5")
@@ -37,12 +42,59 @@ def test_a_gain_is_the_chosen_ratio_over_the_measured_one() -> None:
 
 def test_gradient_norms_are_averaged_over_a_window() -> None:
     balance = Balance(1, 1)
-    for value in [1.0] * (WINDOW - 1) + [1.0 + WINDOW]:
+    for value in [1.0] * (WINDOW - 1) + [2.0**WINDOW]:
         balance.update(torch.tensor([1.0]), torch.tensor([[value]]))
-    assert float(balance.pull) == pytest.approx(2.0)  # the plain mean, until the window is full
+    assert float(balance.pull) == pytest.approx(2.0)  # the plain geometric mean, until the window is full
     for _ in range(20 * WINDOW):
         balance.update(torch.tensor([1.0]), torch.tensor([[7.0]]))
     assert float(balance.pull) == pytest.approx(7.0, rel=1e-6)
+
+
+def excess(norms: list[tuple[float, float]]) -> list[float]:
+    """Return, after each measurement (YOLO loss, method), by what factor the gain exceeds that of its norms alone."""
+    balance, factors = Balance(1, 1), []
+    for task, pull in norms:
+        balance.update(torch.tensor([task]), torch.tensor([[pull]]))
+        gain = float(balance.gains(torch.tensor([0.5]), torch.zeros(1, 1)))
+        factors.append(gain / (0.5 * task / pull))
+    return factors
+
+
+def reference_excess(norms: list[tuple[float, float]]) -> list[float]:
+    """The same with plain numbers: the mean of log G - log G_m is all that counts."""
+    mean, factors = 0.0, []
+    for count, (task, pull) in enumerate(norms, 1):
+        new = math.log(task / pull)
+        mean += (new - mean) / min(count, WINDOW)
+        mean = min(mean, new + math.log(CEILING))
+        factors.append(math.exp(mean - new))
+    return factors
+
+
+def test_a_gain_follows_the_yolo_losss_gradient_when_that_falls_to_a_hundredth() -> None:
+    norms = [(100.0, 2.0)] * 10 + [(1.0, 2.0)] * 4
+    assert excess(norms) == pytest.approx([1.0] * 10 + [3.0, 3 ** (2 / 3), 3 ** (4 / 9), 3 ** (8 / 27)], rel=1e-4)
+    back = excess(norms + [(100.0, 2.0)] * 12)
+    assert back[-1] == pytest.approx(1, abs=0.05)  # and when it rises again
+    assert max(back) == pytest.approx(CEILING, rel=1e-4)
+
+
+norms_of_one_step = st.tuples(*[st.floats(2.0**-40, 2.0**40, width=32)] * 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(norms_of_one_step, min_size=1, max_size=12), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_a_gain_is_never_above_the_ceiling_and_equals_the_reference(
+    norms: list[tuple[float, float]], scale: float
+) -> None:
+    factors = excess([(task, pull * scale) for task, pull in norms])
+    assert max(factors) <= CEILING * (1 + 1e-4)
+    assert factors == pytest.approx(reference_excess(norms), rel=1e-3)
+
+
+def test_no_measurement_can_hold_a_gain_at_0_or_infinity() -> None:
+    extremes = [(1e-38, 1e38), (1e38, 1e-38), (1e-45, 1.0), (1e-30, 1e-38), (1e-30, 1e20)]
+    assert excess(extremes + [(1.0, 1.0)] * 40)[-1] == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
@@ -75,6 +127,57 @@ def test_constant_and_cosine_schedules_have_their_shapes() -> None:
     assert factors["cosine"] == pytest.approx([0, 0.5, 1, 0.5, 0, 0], abs=1e-6)
     assert Schedule(schedule="constant").factor(3, 4) == 1
     assert Schedule().factor(2, 4) == pytest.approx(0.5)
+
+
+def test_each_teacher_gets_a_whole_schedule() -> None:
+    """Ten epochs, of which the first teacher has six and the second four."""
+    keys = {"method": "fitnet+frs", "stages": [6], "fitnet.schedule": "linear", "frs.schedule": "constant"}
+    config = parse({"teacher": ["weak", "strong"], **keys, "frs.warmup": 2.0, "frs.end": 3.0})
+    student = random_detector(seed=2)
+    teachers = [random_detector(), random_detector(seed=1)]
+    pairing = pair(teachers[0], student)
+    pairs = [(Teacher(teacher), pairing) for teacher in teachers]
+    criterion = DistillationCriterion(student.train(), pairs, config, seed=0)
+    factors, taught_by = [], []
+    for epoch in range(10):
+        criterion.begin_epoch(epoch, epochs=10, steps=3)
+        factors.append(criterion._factors())
+        taught_by.append(pairs.index((criterion.stage.teacher, pairing)))
+    assert taught_by == [0] * 6 + [1] * 4
+    assert [f for f, _ in factors] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 1, 3 / 4, 2 / 4, 1 / 4])
+    assert [f for _, f in factors] == [0, 0.5, 1, 0, 0, 0, 0, 0.5, 1, 0]
+    criterion.begin_epoch(6, epochs=8, steps=3)  # Ultralytics has shortened the training, as it does with time=
+    assert criterion._factors() == [1, 0]
+    criterion.begin_epoch(7, epochs=8, steps=3)
+    assert criterion._factors() == [0.5, 0.5]
+
+
+def test_one_teachers_schedule_spans_the_training() -> None:
+    criterion = attach_criterion(random_detector(), random_detector(seed=1), method="dfd", **{"dfd.warmup": 1.0})
+    for epoch in range(8):
+        criterion.begin_epoch(epoch, epochs=7, steps=3)
+        for step in range(3):
+            expected = Schedule(warmup=1.0).factor((3 * epoch + step) / 3, 7)
+            assert criterion._factors() == [expected]  # to the bit
+            criterion._step += 1
+
+
+def test_an_end_to_end_students_gradient_at_the_neck_is_that_of_its_one_to_many_loss() -> None:
+    """So the reference of the balance shrinks with that loss's weight, from 0.8 at the start of a training to 0.1."""
+    student, batch = random_detector(YOLO26N, seed=1), two_images()
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(), student, method="fitnet")
+    preds = student(batch["img"])
+    maps = preds["one2many"]["feats"]
+    alone = gradients(criterion.base.one2many.loss(preds["one2many"], batch)[0].sum(), maps)
+    for weight in (0.8, 0.1):
+        criterion.base.o2m, criterion.base.o2o = weight, 1 - weight
+        norms = gradients(criterion.base(preds, batch)[0].sum(), maps)
+        assert torch.allclose(norms, weight * alone, rtol=1e-4)
+        criterion.stage.balance.seen.zero_()
+        criterion._step = 0
+        criterion(preds, batch)
+        assert torch.allclose(criterion.stage.balance.task[0], weight * alone, rtol=1e-4)
 
 
 @pytest.fixture
@@ -140,14 +243,61 @@ def gradients(loss: Tensor, maps: list[Tensor]) -> Tensor:
     return torch.stack([g.norm() for g in torch.autograd.grad(loss, maps, retain_graph=True)])
 
 
-@pytest.mark.parametrize("level_weights", ["uniform", "confidence"])
+@pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])
+def test_levels_are_weighted_by_the_teachers_confidence_above_a_floor(floor: float) -> None:
+    keys = {"method": "fitnet", "level_weights": "confidence", "level_floor": floor}
+    stage = attach_criterion(random_detector(), random_detector(seed=1), **keys).stage
+    assert stage.level_weights().tolist() == pytest.approx([1 / 3] * 3)  # until the teacher has run
+    for shares in ([1.0, 0.0, 0.0], [0.9999, 0.0001, 0.0], [0.5, 0.3, 0.2]):
+        stage.share.copy_(torch.tensor(shares))
+        weights = stage.level_weights().tolist()
+        assert weights == pytest.approx([(1 - floor) * share + floor / 3 for share in shares])
+        assert sum(weights) == pytest.approx(1)
+        assert min(weights) >= floor / 3 - 1e-6
+        if floor == 0:
+            assert weights == stage.share.tolist()  # to the bit
+
+
+def test_shares_are_running_means_over_as_many_measurements_as_the_norms() -> None:
+    student, measured = random_detector(seed=1), []
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(), student, method="fitnet", level_weights="confidence", probe=2)
+    criterion.begin_epoch(0, epochs=1, steps=100)
+    stage, expected = criterion.stage, torch.zeros(3)
+    for step in range(2 * WINDOW + 3):
+        batch, share_before = two_images(), stage.share.clone()
+        stage.teacher._tap.one2many[0][-1].bias.add_(1)  # more confidence at P3 in each step
+        criterion(student(batch["img"]), batch)
+        if step % 2:
+            assert torch.equal(stage.share, share_before)
+            continue
+        logits = stage.teacher(batch["img"], RequestedOutputs(logits=True)).logits
+        measured.append(confidence_shares([logits[stride] for stride in (8, 16, 32)]))
+        expected = expected + (measured[-1] - expected) / min(len(measured), WINDOW)
+        assert torch.allclose(stage.share, expected, rtol=1e-5)
+        assert float(stage.share.sum()) == pytest.approx(1)
+    assert float(measured[-1][0]) > float(stage.share[0]) + 0.05  # the mean lags behind
+
+
+def test_the_log_names_the_weights_of_the_levels_that_the_teacher_has() -> None:
+    config = parse({"teacher": "t", "method": "fitnet", "level_floor": 0.3})
+    values = {"P3": (0.9, 2.7), "P4": (0.1, 0.6), "P5": (math.nan, math.nan)}  # another teacher has P5
+    means = {f"{level}/share": share for level, (share, _) in values.items()}
+    means |= {f"{level}/fitnet_ratio": ratio for level, (_, ratio) in values.items()}
+    line = balance_summary(SimpleNamespace(config=config), means, clip=0.5)  # type: ignore[arg-type]
+    assert "fitnet P3 2.7, P4 0.6." in line
+    assert "Teacher's confidence by level: P3 90.00%, P4 10.00%; weights of the levels: P3 78.00%, P4 22.00%." in line
+    assert "P5" not in line
+
+
+@pytest.mark.parametrize(("level_weights", "floor"), [("uniform", 0.0), ("confidence", 0.3)])
 def test_results_csv_holds_the_chosen_ratio_of_gradients(
-    level_weights: str, tiny: dict[str, Any], teacher: str
+    level_weights: str, floor: float, tiny: dict[str, Any], teacher: str
 ) -> None:
-    tiny |= {"probe": 1000, "epochs": 1, "balance": 0.2, "level_weights": level_weights}
+    tiny |= {"probe": 1000, "epochs": 1, "balance": 0.2, "level_weights": level_weights, "level_floor": floor}
     row = rows(distil(teacher, YOLOV8N, tiny, method="dfd+frs", **{"frs.warmup": 0.0}).trainer)[0]
     for level in LEVELS:
-        weight = 1 if level_weights == "uniform" else 3 * row[f"level/{level}/share"]
+        weight = 1 if level_weights == "uniform" else 3 * (0.7 * row[f"level/{level}/share"] + 0.1)
         for method in ("dfd", "frs"):
             assert row[f"level/{level}/{method}_ratio"] == pytest.approx(0.2 * weight, rel=1e-3)
             assert row[f"level/{level}/{method}_gain"] > 0

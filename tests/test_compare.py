@@ -368,7 +368,8 @@ def test_runs_in_the_ledger_are_not_run_again(
     assert sorted(r.method for r in held.values()) == ["dfd", "native", "none", "teacher"]
     assert all(len(r.epochs) == 2 for r in held.values() if r.method != "teacher")
     (told,) = (r.settings.split() for r in held.values() if r.method == "dfd")
-    assert {"balance=1.0", "dfd.schedule=cosine", "level_weights=confidence"} <= {*told}  # defaults, too
+    defaults = {"balance=1.0", "dfd.schedule=cosine", "level_weights=confidence", "level_floor=0.0", "adapter=conv"}
+    assert defaults <= {*told}
     for name in ("compare-summary.md", "compare-summary.csv", "compare.png"):
         assert (folder / name).stat().st_size > 100
     assert "one seed: nothing to say" in first.stdout

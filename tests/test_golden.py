@@ -23,7 +23,7 @@ from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import METHOD_SETTINGS
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
-from yolokd.methods.pdf import class_disagreement
+from yolokd.methods.pdf import PDF
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape
 
@@ -218,25 +218,12 @@ PDF_MODES = {
 
 
 def pdf(case: Case) -> float:
-    """Return PDF-Distil's loss.
-
-    Theirs normalizes the disagreement over the batch and all levels together, ours in each image and level. So each
-    image at each level is weighted by its fraction of the whole disagreement. Theirs also has a weight of its own.
-    """
-    theirs = case["constants"]
+    """Return PDF-Distil's loss, with scope=batch. Theirs has a weight of its own; ours is the mean over levels."""
+    theirs, (levels, _) = case["constants"], draw_levels(case)
     distance, weighting = PDF_MODES[theirs["mode"]]
-    losses, disagreements = [], []
-    for level in draw_levels(case)[0]:
-        method = build("pdf", level, distance=distance, weighting=weighting)
-        for n in range(len(level.teacher)):
-            maps = (level.student, level.teacher, level.student_logits, level.teacher_logits)
-            image = Level(8, *(m[n : n + 1] for m in maps if m is not None))
-            assert image.student_logits is not None
-            assert image.teacher_logits is not None
-            losses.append(float(method(image)))
-            disagreements.append(float(class_disagreement(image.teacher_logits, image.student_logits, distance).sum()))
-    weight = theirs.get("factor", theirs.get("loss_weight"))
-    return weight * float(np.dot(losses, disagreements)) / sum(disagreements)
+    methods = [build("pdf", level, distance=distance, weighting=weighting, scope="batch") for level in levels]
+    weight: float = theirs.get("factor", theirs.get("loss_weight"))
+    return weight * float(torch.stack(PDF.losses(methods, levels)).mean())
 
 
 def sl2(case: Case) -> float:

@@ -162,7 +162,7 @@ def adapted(method: Any, level: Level) -> np.ndarray[Any, Any]:
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
 @pytest.mark.parametrize("regions", ["both", "high", "low"])
-@pytest.mark.parametrize("constraint", ["mixed", "plain", "transformed", "swapped"])
+@pytest.mark.parametrize("constraint", ["mixed", "plain", "transformed", "swapped", "low_both"])
 @pytest.mark.parametrize(("width", "hidden"), [("student", 1.0), ("teacher", 1.0), ("teacher", 0.4)])
 def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, width: str, hidden: float) -> None:
     method: Any = build("dfd", alpha=0.7, beta=1.3, regions=regions, constraint=constraint, width=width, hidden=hidden)
@@ -175,6 +175,14 @@ def test_dfd_equals_the_reference(level: Level, regions: str, constraint: str, w
     expected = reference.dfd(level.teacher.numpy(), adapted(method, level), transformed, 0.7, 1.3, regions, constraint)
     # float32 attention and distances inside, float64 in the reference
     assert float(method(level)) == pytest.approx(expected, rel=2e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
+def test_dfd_without_its_transformation_and_with_equal_weights_is_fitnet(level: Level) -> None:
+    plain, fitnet = build("dfd", constraint="plain", alpha=1.0, beta=1.0), build("fitnet")
+    assert loss(plain, level) == close(loss(fitnet, level))  # built with the same seed, so with the same adapter
+    apart = build("dfd", constraint="plain", alpha=2.0, beta=1.0)
+    assert loss(apart, level) >= loss(fitnet, level) * (1 - 1e-6)
 
 
 @pytest.mark.parametrize("case", LEVELS)
@@ -202,6 +210,65 @@ def assert_pdf_equals_the_reference(level: Level, distance: str, weighting: str)
         weighting,
     )
     assert float(method(level)) == pytest.approx(expected, rel=2e-5, abs=1e-7)
+
+
+PYRAMIDS = {
+    "random": [random_level(2, 4, 6), random_level(2, 2, 3, seed=1), random_level(2, 1, 2, seed=2)],
+    "batch of one": [random_level(1, 5, 3), random_level(1, 3, 2, seed=1)],
+    "one level": [random_level(3, 3, 3)],
+    "agreement at one level": [random_level(2, 4, 3), edited(fill(0.5))],
+    "agreement everywhere": [edited(fill(0.5)), edited(fill(0.0), h=2, w=2)],
+    "one hot": [edited(one_hot), random_level(2, 2, 2, seed=3)],
+    "saturated": [edited(saturated), random_level(2, 2, 2, seed=4)],
+}
+
+
+@pytest.mark.parametrize("distance", ["l2", "euclidean", "l1", "kl"])
+@pytest.mark.parametrize(
+    ("case", "weighting"),
+    [
+        *((case, weighting) for case in PYRAMIDS for weighting in ("soft", "uniform")),
+        *((case, weighting) for case in ("random", "batch of one", "one level") for weighting in HARD),
+    ],
+)
+def test_pdf_over_the_batch_equals_the_reference(case: str, weighting: str, distance: str) -> None:
+    levels = PYRAMIDS[case]
+    methods: list[Any] = [build("pdf", distance=distance, weighting=weighting, scope="batch") for _ in levels]
+    arrays = [
+        (level.teacher.numpy(), adapted(method, level), level.teacher_logits.numpy(), level.student_logits.numpy())
+        for method, level in zip(methods, levels, strict=True)
+    ]
+    expected = reference.pdf_over_the_batch(arrays, distance, weighting)
+    losses = [float(value) for value in methods[0].losses(methods, levels)]
+    assert losses == [close(value) for value in expected]
+
+
+def test_pdfs_scopes_agree_for_one_image_at_one_level_and_differ_for_several() -> None:
+    level, batch = random_level(1, 4, 3), random_level(2, 4, 3)
+    per_level, over_batch = build("pdf", scope="level"), build("pdf", scope="batch")
+    assert loss(over_batch, level) == pytest.approx(loss(per_level, level), rel=1e-6)
+    assert loss(over_batch, batch) != pytest.approx(loss(per_level, batch), rel=1e-3)
+    batch.student_logits[0] = batch.teacher_logits[0]  # now the models agree on the first image
+    changed = replace(batch, teacher=batch.teacher.clone())
+    changed.teacher[0] += 1
+    assert loss(over_batch, changed) == loss(over_batch, batch)
+    assert loss(per_level, changed) != loss(per_level, batch)
+
+
+def test_pdf_over_the_batch_sees_all_levels_in_a_composition() -> None:
+    parts = parse({"teacher": "t", "method": "fitnet+pdf", "pdf.scope": "batch"}).method_configs
+    levels = [like(level, Tensor.float) for level in PYRAMIDS["random"]]
+    for level, stride in zip(levels, (8, 16, 32), strict=True):
+        level.stride = stride
+    fitnet, pdf = build_methods(parts, [LevelShape(s, CS, CT) for s in (8, 16, 32)], 0)
+    alone = [float(method(level)) for method, level in zip(pdf, levels, strict=True)]
+    together = [float(value) for value in pdf(levels)]
+    positions = [level.student[:, 0].numel() for level in levels]
+    shares = [float(class_disagreement(level.teacher_logits, level.student_logits, "l2").sum()) for level in levels]
+    for value, one, share in zip(together, alone, shares, strict=True):
+        assert value == pytest.approx(one * len(levels) * share / sum(shares), rel=1e-4)
+    assert [float(value) for value in fitnet(levels)] == [float(m(v)) for m, v in zip(fitnet, levels, strict=True)]
+    assert sum(positions) > 3 * positions[-1]  # levels of different sizes
 
 
 @pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS)
@@ -591,14 +658,15 @@ def test_gradients_equal_finite_differences(name: str, monkeypatch: pytest.Monke
     assert torch.autograd.gradcheck(loss, [i.requires_grad_() for i in inputs])
 
 
-def test_pdfs_weights_carry_no_gradient() -> None:
+@pytest.mark.parametrize("scope", ["level", "batch"])
+def test_pdfs_weights_carry_no_gradient(scope: str) -> None:
     """PDF's loss trains the maps, not the class scores and boxes that weight them."""
     level = random_level(2, 4, 4)
     level.student.requires_grad_()
     level.student_logits.requires_grad_()
     assert level.student_boxes is not None
     level.student_boxes.requires_grad_()
-    build("pdf", box=1.0)(level).backward()
+    build("pdf", box=1.0, scope=scope)(level).backward()
     assert level.student.grad is not None
     assert level.student_logits.grad is None
     assert level.student_boxes.grad is None
@@ -628,11 +696,11 @@ def test_losses_leave_their_inputs_unchanged() -> None:
         assert torch.equal(before[2], level.student)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_losses_are_means_over_the_batch(name: str) -> None:
+@pytest.mark.parametrize(("name", "constants"), [*((name, {}) for name in NAMES), ("pdf", {"scope": "batch"})])
+def test_losses_are_means_over_the_batch(name: str, constants: dict[str, Any]) -> None:
     """Repeating the images of a batch does not change a loss."""
     level: Level = random_level(2, 4, 4)
-    method: Any = build(name)
+    method: Any = build(name, **constants)
     labels = Labels(torch.cat([level.labels.image, level.labels.image + 2]), level.labels.corners.repeat(2, 1))
     if name == "mgd":  # its masks differ between images
         method.draw_mask = lambda level: torch.ones_like(level.student[:, :1]) > 0
@@ -713,6 +781,56 @@ def test_two_adapters_of_one_method_are_not_merged() -> None:
     assert two.a is pdf.adapt
     assert two.b is not two.a
     assert two.c.out_channels == 1
+
+
+@pytest.mark.parametrize(("name", "keys"), [*((name, {}) for name in NAMES), ("dfd", {"dfd.width": "student"})])
+def test_a_method_without_adapters_equals_one_whose_adapters_are_the_identity(name: str, keys: dict[str, Any]) -> None:
+    parts = parse({"teacher": "t", "method": name, **keys}).method_configs
+    given, dropped = (
+        build_methods(parts, [LevelShape(8, CT, CT)], 0, kind)[0][0] for kind in ("conv", "identity_if_equal")
+    )
+    for adapter in (m for m in given.modules() if isinstance(m, Adapter)):
+        nn.init.dirac_(adapter.weight)
+        nn.init.zeros_(adapter.bias)
+    assert not any(isinstance(m, Adapter) for m in dropped.modules())
+    state = given.state_dict()  # the other parts begin with the same weights
+    assert all(torch.equal(state[key], value) for key, value in dropped.state_dict().items())
+    level = like(random_level(2, 4, 5), Tensor.float)
+    level = replace(level, student=torch.randn(2, CT, 4, 5, generator=torch.Generator().manual_seed(1)))
+    results = []
+    for method in (given, dropped):
+        leaves = [t.requires_grad_() for t in (level.student.clone(), level.student_logits.clone())]
+        value = method(replace(level, student=leaves[0], student_logits=leaves[1]))
+        results.append((value, *torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_adapters_are_dropped_only_between_equal_channels_and_identities_are_shared() -> None:
+    parts = parse({"teacher": "t", "method": "fitnet+pdf"}).method_configs
+    shapes = [LevelShape(8, CS, CT), LevelShape(16, CT, CT)]
+    fitnet, pdf = build_methods(parts, shapes, 0, "identity_if_equal")
+    assert isinstance(fitnet[0].adapt, Adapter)
+    assert isinstance(fitnet[1].adapt, nn.Identity)
+    assert fitnet[0].adapt is pdf[0].adapt
+    assert fitnet[1].adapt is pdf[1].adapt
+    with_adapters = build_methods(parts, shapes, 0)
+    for key, value in fitnet[0].state_dict().items():
+        assert torch.equal(value, with_adapters[0][0].state_dict()[key])
+
+
+def test_a_student_learns_from_a_teacher_of_equal_channels_without_adapters() -> None:
+    student, batch = random_detector(seed=1), two_images()
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(), student, method="fitnet+mgd", adapter="identity_if_equal")
+    names = {name.rpartition(".")[0] for name in criterion.private_state() if "methods" in name}
+    assert names == {f"stages.0.methods.1.{level}.generate.{layer}" for level in range(3) for layer in (0, 2)}
+    losses, _ = criterion(student(batch["img"]), batch)
+    losses[-2:].sum().backward()
+    assert torch.isfinite(losses).all()
+    assert all(parameter.grad is not None for parameter in criterion.parameters())
+    assert student.model[0].conv.weight.grad.abs().sum() > 0
+    criterion.load_private_state({key: value.clone() for key, value in criterion.private_state().items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -48,10 +48,10 @@ CRITERION = {
     "stages.0.methods.1.2.adapt.weight", "stages.0.methods.1.2.adapt.bias",
 }  # fmt: skip
 YOLOKD_KEYS = {
-    "teacher", "stages", "method", "balance", "level_weights", "check_teacher", "teacher_precision", "teacher_imgsz",
-    "teacher_compile", "probe", "trust", "force", "dfd.schedule", "dfd.warmup", "dfd.end", "dfd.alpha", "dfd.beta",
-    "dfd.regions", "dfd.constraint", "dfd.width", "pdf.schedule", "pdf.warmup", "pdf.end", "pdf.distance",
-    "pdf.weighting", "pdf.box",
+    "teacher", "stages", "method", "balance", "level_weights", "level_floor", "adapter", "check_teacher",
+    "teacher_precision", "teacher_imgsz", "teacher_compile", "probe", "trust", "force", "dfd.schedule", "dfd.warmup",
+    "dfd.end", "dfd.alpha", "dfd.beta", "dfd.regions", "dfd.constraint", "dfd.width", "dfd.hidden", "pdf.schedule",
+    "pdf.warmup", "pdf.end", "pdf.distance", "pdf.weighting", "pdf.scope", "pdf.box",
 }  # fmt: skip
 MEASURED = {
     f"{level}/{value}"

@@ -39,9 +39,14 @@ def dfd(
         for i in range(h):
             for j in range(w):
                 is_high = disparity[i, j] >= threshold
-                through = {"mixed": is_high, "plain": False, "transformed": True, "swapped": not is_high}[constraint]
-                f = transformed if through else student
-                error = sum((teacher[n, k, i, j] - f[n, k, i, j]) ** 2 for k in range(c))
+                compared = {
+                    "mixed": [transformed if is_high else student],
+                    "plain": [student],
+                    "transformed": [transformed],
+                    "swapped": [student if is_high else transformed],
+                    "low_both": [transformed] if is_high else [transformed, student],
+                }[constraint]
+                error = sum((teacher[n, k, i, j] - f[n, k, i, j]) ** 2 for f in compared for k in range(c))
                 high, low = (high + error, low) if is_high else (high, low + error)
         if regions == "high":
             low = 0.0
@@ -99,6 +104,29 @@ def pdf(
                 error = sum((teacher[n, k, i, j] - student[n, k, i, j]) ** 2 for k in range(c))
                 total += weights[i, j] * error / (h * w * c)
     return total / b
+
+
+def pdf_over_the_batch(levels: list[tuple[Array, Array, Array, Array]], distance: str, weighting: str) -> list[float]:
+    """PDF-Distil's losses of a batch, with weights over all positions of all levels; arrays of a level as for `pdf`.
+
+    Their mean is the sum over all positions of weight times error, where the weights sum to 1.
+    """
+    errors, weights, level_of = [], [], []
+    for k, (teacher, student, teacher_logits, student_logits) in enumerate(levels):
+        for n in range(len(teacher)):
+            weights += list(disagreement(teacher_logits[n], student_logits[n], distance).flat)
+            errors += list(((teacher[n] - student[n]) ** 2).mean(0).flat)
+            level_of += [k] * teacher[n, 0].size
+    if weighting.startswith(("most", "least")):
+        kept = max(round((0.25 if weighting.endswith("25") else 0.5) * len(weights)), 1)
+        order = sorted(range(len(weights)), key=lambda i: weights[i], reverse=weighting.startswith("most"))
+        weights = [1.0 if i in set(order[:kept]) else 0.0 for i in range(len(weights))]
+    if weighting == "uniform" or sum(weights) == 0:
+        weights = [1.0] * len(weights)
+    totals = [0.0] * len(levels)
+    for k, weight, error in zip(level_of, weights, errors, strict=True):
+        totals[k] += len(levels) * weight / sum(weights) * error
+    return totals
 
 
 def sl2(teacher: Array, student: Array, logits: Array) -> float:

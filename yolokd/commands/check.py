@@ -79,14 +79,15 @@ def _describe_precision(plan: TrainPlan, paired: PairedTeacher, images: Tensor) 
 
 
 def _print_methods(plan: TrainPlan) -> None:
-    balance, level_weights = plan.config.balance, plan.config.level_weights
+    balance = plan.config.balance
+    shared = " ".join(f"{key}={getattr(plan.config, key)}" for key in ("level_weights", "level_floor", "adapter"))
     for method in plan.config.method_configs:
         if balance == "off":
             gains = "fixed gain"
         else:
             gains = f"gains keep its gradient at {balance:g} times the YOLO loss's, on average over the levels"
         settings = " ".join(f"{k}={v}" for k, v in method.flat(balance != "off").items())
-        CONSOLE.print(f"method {method.name}: {gains}; level_weights={level_weights} {settings}")
+        CONSOLE.print(f"method {method.name}: {gains}; {shared} {settings}")
 
 
 def _models_table(plan: TrainPlan, imgsz: int) -> Table:
@@ -99,7 +100,8 @@ def _models_table(plan: TrainPlan, imgsz: int) -> Table:
         image = torch.zeros(1, plan.data["channels"], side, side)
         table.add_row(name, f"{get_num_params(model):,}", f"{_gflops(model.eval(), image):.2f}")
     for paired in plan.teachers:
-        methods = build_methods(plan.config.method_configs, paired.pairing.levels, seed=0)
+        config = plan.config
+        methods = build_methods(config.method_configs, paired.pairing.levels, seed=0, adapter=config.adapter)
         classes = len(paired.pairing.classes.student) or 1
         levels = [_random_level(shape, imgsz, classes, paired.teacher.heads) for shape in paired.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)

@@ -68,6 +68,9 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
     except ValidationError as e:
         raise as_user_error(e, values) from e
     _check_stages(config)
+    if config.level_weights == "uniform" and config.level_floor > 0:
+        why = "has no effect: level_weights=uniform weights all levels evenly"
+        raise UserError(f"level_floor={config.level_floor:g}", why, "drop it, or give level_weights=confidence")
     return config
 
 

@@ -1,4 +1,4 @@
-"""The schedule of a method's gain over the epochs."""
+"""The schedule of a method's gain over the epochs of a teacher."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ class Schedule(BaseModel):
     epoch `end`, and is 0 from there on. `constant` stays at 1, as in the papers; `linear` and `cosine` fall to 0 at
     `end`. end=None means the last epoch. The default, `cosine`, is our choice: it gave better students
     (runs/reference/compare).
+
+    Several teachers work one after the other, each in its stage of the training. Epochs count from the start of the
+    stage, and end=None means the last epoch of the stage: so every teacher gets a whole schedule.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -25,7 +28,7 @@ class Schedule(BaseModel):
     end: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
     def factor(self, epoch: float, epochs: float) -> float:
-        """Return the factor, in 0..1, at `epoch` of a training of `epochs` epochs; both may be fractions.
+        """Return the factor, in 0..1, at `epoch` of a stage of `epochs` epochs; both may be fractions.
 
         >>> [Schedule(schedule="linear", warmup=2.0).factor(e, 10) for e in (0, 1, 2, 6, 10)]
         [0.0, 0.5, 1.0, 0.5, 0.0]

@@ -10,6 +10,7 @@ from yolokd.config.schedule import Schedule
 from yolokd.errors import UserError
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+AdapterKind: TypeAlias = Literal["conv", "identity_if_equal"]
 
 
 Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -42,6 +43,8 @@ class DistillationConfig(BaseModel):
     method: str
     balance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["off"]
     level_weights: Literal["confidence", "uniform"]
+    level_floor: Annotated[float, Field(ge=0, le=1)]
+    adapter: AdapterKind
     check_teacher: bool
     teacher_precision: Precision
     teacher_imgsz: Annotated[int, Field(ge=32)] | None

@@ -98,8 +98,7 @@ class DistillationCriterion(nn.Module):
     @property
     def stage(self) -> Stage:
         """Return the stage of the present step: one teacher teaches at a time."""
-        started = sum(start <= self._epoch for start in self.config.starts(self._epochs))
-        return self.stage_of(started - 1)
+        return self.stage_of(self._stage_number)
 
     def stage_of(self, number: int) -> Stage:
         """Return the stage of a teacher, counted from 0."""
@@ -107,12 +106,19 @@ class DistillationCriterion(nn.Module):
         return stage
 
     @property
+    def _stage_number(self) -> int:
+        return sum(start <= self._epoch for start in self.config.starts(self._epochs)) - 1
+
+    @property
     def _epoch(self) -> float:
         return self._step / self._steps
 
     def _factors(self) -> list[float]:
-        """Return the factor, in 0..1, that each method's schedule has at the present step."""
-        return [method.schedule.factor(self._epoch, self._epochs) for method in self.config.method_configs]
+        """Return the factor, in 0..1, that each method's schedule has at the present step of the present stage."""
+        bounds = [*self.config.starts(self._epochs), self._epochs]
+        start, following = bounds[self._stage_number : self._stage_number + 2]
+        epoch, epochs = self._epoch - start, min(following, self._epochs) - start
+        return [method.schedule.factor(epoch, epochs) for method in self.config.method_configs]
 
     def begin_step(self, images: Tensor) -> None:
         """Start the teacher on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two.

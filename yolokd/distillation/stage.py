@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yolokd.config.schema import DistillationConfig, MethodConfig
+from yolokd.config.schema import AdapterKind, DistillationConfig, MethodConfig
 from yolokd.distillation.balance import Balance
 from yolokd.distillation.gradients import gradient_norms, per_level_gradient_norms
 from yolokd.distillation.nonfinite import NonFiniteGuard
@@ -19,7 +19,7 @@ from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.models.teacher import RequestedOutputs, Teacher, TeacherOutput
 from yolokd.pyramid.boxes import Labels, decode_distances, resize_distances, split_bins
-from yolokd.pyramid.level import Level, LevelShape, confidence_shares, resize_to, split_levels
+from yolokd.pyramid.level import Level, LevelShape, confidence_shares, floored, resize_to, split_levels
 from yolokd.pyramid.pairing import ClassSelection, Pairing
 from yolokd.runtime.distributed import all_reduce_mean
 
@@ -31,14 +31,14 @@ class Stage(nn.Module):
     (`methods`, `share`, `balance`) are names in sidecars: to change one, raise sidecar.FORMAT.
     """
 
-    share: Tensor  # (L,) each level's share of the teacher's confidence
+    share: Tensor  # (L,) each level's share of the teacher's confidence, a running mean
     fixed_gains: Tensor  # (M, 1) those of the configuration
 
     def __init__(self, teacher: Teacher, pairing: Pairing, config: DistillationConfig, seed: int, number: int) -> None:
         super().__init__()
         self.teacher, self.pairing, self.config = teacher, pairing, config
         shapes = [replace(shape, stage=number) for shape in pairing.levels]
-        self.methods = build_methods(config.method_configs, shapes, seed + number)
+        self.methods = build_methods(config.method_configs, shapes, seed + number, config.adapter)
         if teacher.settings.channels_last:  # maps in two memory formats would be slow to compare
             self.methods.to(memory_format=torch.channels_last)
         methods = [module for module in self.methods.modules() if isinstance(module, Method)]
@@ -84,16 +84,20 @@ class Stage(nn.Module):
         With several processes, all must call this together, and all get the same norms: those of the whole batch
         up to a normalization that cancels in their ratios.
         """
-        if output.logits:
-            logits = [self.select_teacher(output.logits[level.stride]) for level in self.pairing.levels]
-            shares = confidence_shares(logits)
-            shares = all_reduce_mean(shares)
-            self.share.copy_(torch.where(torch.isfinite(shares).all(), shares, self.share))
         rows = [gradient_norms(task, maps), *(per_level_gradient_norms(level_losses, maps) for level_losses in losses)]
         norms = all_reduce_mean(torch.stack(rows).square()).sqrt()
         self.balance.update(norms[0], norms[1:])
         self.update_measured()
+        if output.logits:
+            self._update_share(output)
         return norms
+
+    def _update_share(self, output: TeacherOutput) -> None:
+        """Add the shares of a batch to their running means, which cover as many measurements as those of the norms."""
+        logits = [self.select_teacher(output.logits[level.stride]) for level in self.pairing.levels]
+        new = all_reduce_mean(confidence_shares(logits))
+        mean = torch.lerp(self.share, new, self.balance.newest_weight)
+        self.share.copy_(torch.where(torch.isfinite(new).all(), mean, self.share))
 
     def update_measured(self) -> None:
         """Note whether each method has been measured at some level."""
@@ -111,7 +115,7 @@ class Stage(nn.Module):
     def level_weights(self) -> Tensor:
         """Return (L,) weights of sum 1, so that a gain means the same for either choice and any number of levels."""
         uniform = self.config.level_weights == "uniform" or not self.teacher.has_logits
-        return torch.full_like(self.share, 1 / len(self.share)) if uniform else self.share
+        return floored(self.share, 1.0 if uniform else self.config.level_floor, len(self.share))
 
     def levels(
         self,
@@ -190,13 +194,18 @@ class PerLevel(nn.ModuleList):
 
     def forward(self, levels: Sequence[Level]) -> list[Tensor]:
         """Return each level's unscaled loss."""
-        return [method(level) for method, level in zip(self, levels, strict=True)]
+        method: Any = type(self[0])
+        losses: list[Tensor] = method.losses(list(self), levels)
+        return losses
 
 
-def build_methods(configs: Sequence[MethodConfig], levels: Sequence[LevelShape], seed: int) -> nn.ModuleList:
+def build_methods(
+    configs: Sequence[MethodConfig], levels: Sequence[LevelShape], seed: int, adapter: AdapterKind = "conv"
+) -> nn.ModuleList:
     """Return a PerLevel for each method, initialized from a random generator of their own.
 
-    So a seed gives the student the same initial weights and augmentations with every method.
+    So a seed gives the student the same initial weights and augmentations with every method. All other parts of a
+    method begin with the same weights for either `adapter`.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -205,7 +214,10 @@ def build_methods(configs: Sequence[MethodConfig], levels: Sequence[LevelShape],
         ]
     for at_one_level in zip(*built, strict=True):
         _share_adapters(at_one_level)
-    return nn.ModuleList(built)
+    methods = nn.ModuleList(built)
+    if adapter == "identity_if_equal":
+        _drop_equal_adapters(methods)
+    return methods
 
 
 def _share_adapters(methods: Sequence[nn.Module]) -> None:
@@ -216,3 +228,12 @@ def _share_adapters(methods: Sequence[nn.Module]) -> None:
         name, adapter = next(adapters, ("", None))
         if adapter is not None:
             setattr(method, name, shared.setdefault(adapter.weight.shape, adapter))
+
+
+def _drop_equal_adapters(methods: nn.ModuleList) -> None:
+    """Replace adapters between equal channels by identities; methods that shared an adapter share its identity."""
+    identities: dict[nn.Module, nn.Identity] = {}
+    for module in list(methods.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Adapter) and child.in_channels == child.out_channels:
+                setattr(module, name, identities.setdefault(child, nn.Identity()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -17,7 +17,8 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # the weight of one
 class Method(nn.Module):
     """One distillation method at one pyramid level: it turns the maps of both models into a scalar loss.
 
-    yolokd builds one instance per level, so a method has no loop over levels. Trained parts, such as adapters, are
+    yolokd builds one instance per level, so a method has no loop over levels; one that has to see all levels of a batch
+    together overrides `losses`. Trained parts, such as adapters, are
     ordinary submodules. Constants are keyword-only arguments of `__init__`: `yolokd train NAME.constant=value` sets
     them, and pydantic checks the value against the annotation, for example `Annotated[float, Field(ge=0)]`. A method
     uses tensors only, nothing of Ultralytics, files or settings.
@@ -59,6 +60,11 @@ class Method(nn.Module):
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a scalar: a mean over batch, channels and positions, before any gain."""
         raise NotImplementedError
+
+    @classmethod
+    def losses(cls, methods: Sequence[Any], levels: Sequence[Level]) -> list[Tensor]:
+        """Return the loss of each of the L levels of a batch. methods: L instances of the class, one per level."""
+        return [method(level) for method, level in zip(methods, levels, strict=True)]
 
 
 _REGISTRY: dict[str, type[Method]] = {}

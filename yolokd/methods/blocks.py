@@ -23,7 +23,7 @@ class Adapter(nn.Conv2d):
     the same.
 
     Ours: a method has its adapter also where both models have the same channels. The released code of FGD, MGD and PKD
-    has none there.
+    has none there; with adapter=identity_if_equal, yolokd replaces the adapter by an `nn.Identity` there, too.
     """
 
     def __init__(self, shape: LevelShape) -> None:
@@ -54,17 +54,23 @@ def generator(channels: int, hidden: float = 1.0) -> nn.Sequential:
     )
 
 
-def generated(generate: nn.Sequential, adapt: Adapter, maps: Tensor, kept: Tensor | None = None) -> Tensor:
+def generated(generate: nn.Sequential, adapt: nn.Module, maps: Tensor, kept: Tensor | None = None) -> Tensor:
     """Return generate(kept · adapt(maps)), (B, C_T, H, W), of the student's maps, (B, C_S, H, W).
 
     kept: (B, 1, H, W), 0 or 1 at each position; None keeps all.
 
     The adapter and the generator's first convolution are linear. So they are one 3x3 convolution, whose weight is the
     product of theirs: it has C_S input channels instead of C_T, and costs that much less. The adapter's bias goes
-    through a convolution of its own, because `kept` and the padding take it away at some positions.
+    through a convolution of its own, because `kept` and the padding take it away at some positions. An identity in the
+    adapter's place leaves the generator alone.
     """
+    output: Tensor
+    if isinstance(adapt, nn.Identity):
+        output = generate(maps if kept is None else maps * kept)
+        return output
     first = generate[0]
     assert isinstance(first, nn.Conv2d)
+    assert isinstance(adapt, Adapter)
     weight = torch.einsum("othw,ts->oshw", first.weight, adapt.weight[:, :, 0, 0])
     bias = torch.einsum("othw,t->ohw", first.weight, adapt.bias)[:, None]
     if kept is None:
@@ -72,7 +78,7 @@ def generated(generate: nn.Sequential, adapt: Adapter, maps: Tensor, kept: Tenso
     else:
         maps = maps * kept
     hidden = F.conv2d(maps, weight, first.bias, padding=1) + F.conv2d(kept, bias, padding=1)
-    output: Tensor = generate[1:](hidden)
+    output = generate[1:](hidden)
     return output
 
 

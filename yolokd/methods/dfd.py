@@ -20,8 +20,17 @@ from yolokd.methods.blocks import (
 from yolokd.pyramid.squared_error import squared_error
 
 Regions = Literal["both", "high", "low"]
-Constraint = Literal["mixed", "plain", "transformed", "swapped"]
+Constraint = Literal["mixed", "plain", "transformed", "swapped", "low_both"]
 Width = Literal["student", "teacher"]
+
+# The errors that are added up in the regions of high and of low disparity: True for one through f_trans.
+ERRORS: dict[Constraint, tuple[tuple[bool, ...], tuple[bool, ...]]] = {
+    "mixed": ((True,), (False,)),
+    "plain": ((False,), (False,)),
+    "transformed": ((True,), (True,)),
+    "swapped": ((False,), (True,)),
+    "low_both": ((True,), (True, False)),
+}
 
 
 @register("dfd")
@@ -42,14 +51,20 @@ class DFD(Method):
     alpha, beta: the paper's α and β, the weights of the regions of high and of low disparity.
     regions: `both` (the method), `high` or `low`: the ablation of the paper's Table 1.
     constraint: which regions are compared through f_trans, the ablation of the paper's Table 5. `mixed`: the high ones
-    (the method). `plain`: none. `transformed`: both. `swapped`: the low ones.
+    (the method). `plain`: none. `transformed`: both. `swapped`: the low ones. `low_both`: both, and the low ones also
+    without it, the table's row "TF | TF+MSE".
     width: where f_trans works. `teacher`: after the adapter, at the teacher's width, like the generator of MGD.
     `student` (ours): before the adapter, at the student's width, which costs a small fraction of that.
     hidden: the channels between the convolutions of f_trans, as a fraction of those where it works, see `generator`.
 
+    With α = β = 1, `plain` is FitNet's loss: the split changes nothing then. To reproduce Table 1 (`regions`; α and β
+    apart, with `plain` and with `mixed`) and Table 5 (`constraint`), give balance=off and dfd.schedule=constant, as in
+    the paper. With balanced gains every variant pulls equally hard, and of α and β only the ratio counts.
+
     Ours, because the paper leaves it open and no code was released: A(F_S) is taken of the adapted map. P is the mean
     over each image by itself, not over the batch. f_trans is 3x3-ReLU-3x3, like MGD's generator; the paper's figure
-    gives no sizes. The student's map is adapted also where both models have the same channels.
+    gives no sizes. The row "TF | TF+MSE" is read as high | low regions, with the two errors of the low ones added up.
+    The student's map is adapted also where both models have the same channels.
     """
 
     paper = "DFD: distilling the feature disparity differently, Liu et al., ICML 2024"
@@ -68,18 +83,18 @@ class DFD(Method):
         super().__init__()
         self.alpha = alpha if regions != "low" else 0.0
         self.beta = beta if regions != "high" else 0.0
-        self.transform_high = constraint in ("mixed", "transformed")
-        self.transform_low = constraint in ("swapped", "transformed")
+        self.high, self.low = ERRORS[constraint]
         self.adapt = Adapter(shape)
         self.after_adapter = width == "teacher"
         channels = shape.teacher_channels if self.after_adapter else shape.student_channels
-        self.transform = generator(channels, hidden) if self.transform_high or self.transform_low else None
+        self.transform = generator(channels, hidden) if any(self.high + self.low) else None
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
         high = high_disparity(level.teacher, adapted(self.adapt, level))
         loss = level.teacher.new_zeros((), dtype=torch.float32)
-        terms = ((self.alpha, high, self.transform_high), (self.beta, ~high, self.transform_low))
+        terms = [(self.alpha, high, transform) for transform in self.high]
+        terms += [(self.beta, ~high, transform) for transform in self.low]
         for weight, region, transform in terms:
             if weight:
                 error = self._transformed_error(level) if transform else adapted_error(self.adapt, level)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from yolokd.methods.blocks import Adapter, adapted_error
 from yolokd.pyramid.boxes import iou
 
 Distance = Literal["l2", "euclidean", "l1", "kl"]
+Scope = Literal["level", "batch"]
 Weighting = Literal["soft", "uniform", "most25", "most50", "least25", "least50"]
 
 
@@ -28,29 +31,37 @@ class PDF(Method):
     F_T: the teacher's map. F_S: the adapted student map. P_T, P_S: class probabilities of teacher and student. F: the
     distance. C, H, W: channels, height and width of F_T. W_hw carries no gradient.
 
-    distance: F. `l2`: the squared difference, as in the last version of the authors' code. `euclidean`: the root of the
-    sum of squared differences, as in its release 1.1; positions that agree get more weight then. The paper's best is
-    "L2", which can mean either. `l1`: the absolute difference. `kl`: the KL divergence of Bernoulli distributions,
-    teacher first, since YOLO's classes are independent sigmoids.
+    distance: F. `l2`: the squared difference, as in the authors' code since July 2022. `euclidean`: the root of the sum
+    of squared differences, as in their release 1.1 (October 2021) and until then; positions that agree get more weight
+    with it. The paper's best is "L2", which can mean either. `l1`: the absolute difference. `kl`: the KL divergence of
+    Bernoulli distributions, teacher first, since YOLO's classes are independent sigmoids.
     weighting: `soft` is the method. The others are the ablation of the paper's Table 1: `uniform`, or D = 1 at the 25 %
-    or 50 % of positions that disagree most (`most25`, `most50`) or least (`least25`, `least50`), and 0 elsewhere. The
-    mean of W is 1 in each.
+    or 50 % of positions that disagree most (`most25`, `most50`) or least (`least25`, `least50`), and 0 elsewhere; the
+    authors' code ranks by `l1` there. The mean of W is 1 in each. To reproduce the table, give balance=off and
+    pdf.schedule=constant, as in the paper: balanced gains give every variant the same gradient.
+    scope: over what W has the mean 1. `level`: each image at each level, as in the equation. So an image on which the
+    models agree weighs as much as one on which they disagree. `batch`: all positions of the batch at all levels
+    together, as in the authors' code. An image or level then counts more, the more the models disagree there, and a
+    level also by its number of positions. With balanced gains, each level's gradient is brought to its target all the
+    same: what remains is how images of the batch and batches in a row count. Each process takes its own images.
     box: the weight of the disagreement of boxes (ours; the paper's §5 names it as future work). It adds
     box · max_c P_T · (1 − IoU) to D, with the IoU of the boxes that both models predict at the position. max_c P_T is
     there because neither box means anything where the teacher sees nothing.
 
-    Ours: W has the mean 1 in each image and level, as in the equation. Both versions of the authors' code normalize D
-    over the batch and all levels together, so that an image or level counts more, the more the models disagree there.
-    Their D is a mean over the anchors of a position; YOLO has one. Their adapter is a 3x3 convolution block and a 1x1
-    convolution, ours the latter alone. If both models agree exactly at all positions, `soft` is uniform, the limit of
-    equal disagreement.
+    Ours: The authors' D is a mean over the anchors of a position; YOLO has one. Their adapter is a 3x3 convolution
+    block and a 1x1 convolution, ours the latter alone. From December 2021 to June 2022 their code also had losses of
+    class scores and boxes. If both models agree exactly at all positions, `soft` is uniform, the limit of equal
+    disagreement.
     """
 
     paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"
     wants_logits = True
 
-    def __init__(self, shape: LevelShape, *, distance: Distance, weighting: Weighting, box: Weight) -> None:
+    def __init__(
+        self, shape: LevelShape, *, distance: Distance, weighting: Weighting, scope: Scope, box: Weight
+    ) -> None:
         super().__init__()
+        self.scope: Scope = scope
         self.box = box
         self.wants_boxes = box > 0
         self.distance: Distance = distance
@@ -58,13 +69,29 @@ class PDF(Method):
         self.adapt = Adapter(shape)
 
     def forward(self, level: Level) -> Tensor:
-        """Return the loss of one level, a float32 scalar."""
+        """Return the loss of one level, a float32 scalar, as if the batch had no other level."""
+        return self.losses([self], [level])[0]
+
+    @classmethod
+    def losses(cls, methods: Sequence[Any], levels: Sequence[Level]) -> list[Tensor]:
+        """Return the loss of each level, float32 scalars; with scope=batch they depend on each other."""
+        disagreements = [method.disagreement(level) for method, level in zip(methods, levels, strict=True)]
+        weighting, scope = methods[0].weighting, methods[0].scope
+        if scope == "batch":
+            weights = weights_over_levels(disagreements, weighting)
+        else:
+            weights = [position_weights(disagreement, weighting) for disagreement in disagreements]
+        return [
+            (w * adapted_error(method.adapt, level)).mean()
+            for w, method, level in zip(weights, methods, levels, strict=True)
+        ]
+
+    def disagreement(self, level: Level) -> Tensor:
+        """Return D, (B, H, W) float32, of classes and, if they count, of boxes; no gradient."""
         assert level.teacher_logits is not None
         assert level.student_logits is not None
         disagreement = class_disagreement(level.teacher_logits, level.student_logits.detach(), self.distance)
-        if self.wants_boxes:
-            disagreement = disagreement + self.box * box_disagreement(level)
-        return (position_weights(disagreement, self.weighting) * adapted_error(self.adapt, level)).mean()
+        return disagreement + self.box * box_disagreement(level) if self.wants_boxes else disagreement
 
 
 def class_disagreement(teacher: Tensor, student: Tensor, distance: Distance) -> Tensor:
@@ -104,3 +131,16 @@ def position_weights(disagreement: Tensor, weighting: Weighting) -> Tensor:
     count = max(round(fraction * h * w), 1)
     index = d.topk(count, dim=1, largest=weighting.startswith("most")).indices
     return d.new_zeros(d.shape).scatter(1, index, h * w / count).view(b, h, w)
+
+
+def weights_over_levels(disagreements: Sequence[Tensor], weighting: Weighting) -> list[Tensor]:
+    """Return W of L disagreements, (B, H, W) each of its own size, normalized over all of their positions together.
+
+    The mean over the levels of the mean of W·e is then the mean of W·e over all positions, where W has the mean 1: a
+    level's W is scaled by its number of positions, as a multiple of the levels' mean.
+    """
+    everywhere = torch.cat([d.flatten() for d in disagreements])
+    weights = position_weights(everywhere[None, None], weighting).flatten()
+    parts = torch.split(weights, [d.numel() for d in disagreements])
+    mean_count = len(everywhere) / len(disagreements)
+    return [part.view_as(d) * (d.numel() / mean_count) for part, d in zip(parts, disagreements, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from math import log2
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from yolokd.pyramid.boxes import Labels, inverse_areas
 from yolokd.pyramid.head import Head, HeadShape
+
+Share = TypeVar("Share", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,12 @@ def confidence_shares(logits: Sequence[Tensor]) -> Tensor:
     """
     sums = torch.stack([t.float().amax(1).sigmoid().sum() for t in logits])
     return sums / sums.sum()
+
+
+def floored(share: Share, floor: float, levels: int) -> Share:
+    """Return the weight of a level among `levels`, (1 − floor) · share + floor / levels, for one share or for several.
+
+    >>> [round(floored(share, 0.3, 3), 4) for share in (0.9999, 0.0001, 0.0)]
+    [0.7999, 0.1001, 0.1]
+    """
+    return (1 - floor) * share + floor / levels

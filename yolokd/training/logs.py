@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER, YAML
 
-from yolokd.pyramid.level import level_name
+from yolokd.pyramid.level import floored, level_name
 from yolokd.training.plan import TrainPlan
 
 MEASUREMENTS = ("level/", "clip/", "distill/")  # how the names of yolokd's columns of results.csv begin
@@ -56,38 +57,47 @@ def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) ->
     means: the measurements of an epoch by column name (`P3/pdf_ratio`, `P3/share`, …). clip: the mean factor by which
     the student's gradients were clipped.
     """
-    levels = [key.partition("/")[0] for key in means if key.endswith("/share")]
+    shares = {key.partition("/")[0]: v for key, v in means.items() if key.endswith("/share") and not isnan(v)}
     ratios = (
-        f"{method.name} " + ", ".join(f"{level} {means[f'{level}/{method.name}_ratio']:.3g}" for level in levels)
+        f"{method.name} " + ", ".join(f"{level} {means[f'{level}/{method.name}_ratio']:.3g}" for level in shares)
         for method in plan.config.method_configs
     )
-    confidence = ", ".join(f"{level} {means[f'{level}/share']:.2%}" for level in levels)
-    shares = {level: means[f"{level}/share"] for level in levels}
+    config = plan.config
+    floor = 1.0 if config.level_weights == "uniform" else config.level_floor
+    weights = {level: floored(share, floor, len(shares)) for level, share in shares.items()}
     return (
-        f"distillation: {taught_levels(shares, plan.config.level_weights)}. "
+        f"distillation: {taught_levels(shares, config.level_weights, config.level_floor)}. "
         f"Its gradient as a multiple of the YOLO loss's: {'; '.join(ratios)}. "
-        f"Teacher's confidence by level: {confidence}. Student's gradients were clipped to {clip:.3g} of their norm."
+        f"Teacher's confidence by level: {_percentages(shares)}; weights of the levels: {_percentages(weights)}. "
+        f"Student's gradients were clipped to {clip:.3g} of their norm."
     )
 
 
-def taught_levels(shares: Mapping[str, float], level_weights: str) -> str:
+def taught_levels(shares: Mapping[str, float], level_weights: str, level_floor: float = 0.0) -> str:
     """Return in words at which levels the teacher is confident, and what that means for the student.
 
-    shares: {name of a level: the teacher's share of confidence there}.
+    shares: {name of a level: the teacher's share of confidence there}. The other two are settings.
 
     >>> taught_levels({"P3": 0.995, "P4": 0.003, "P5": 0.002}, "confidence")
     'the teacher sees objects at P3 only: P4 and P5 are not taught'
     >>> taught_levels({"P3": 0.6, "P4": 0.396, "P5": 0.004}, "uniform")
     'the teacher sees objects at P3 and P4 only; level_weights=uniform teaches P5, too'
+    >>> taught_levels({"P3": 0.995, "P4": 0.003, "P5": 0.002}, "confidence", 0.3)
+    'the teacher sees objects at P3 only; level_floor=0.3 teaches P4 and P5, too'
     """
     seen = [level for level, share in shares.items() if share >= LEAST_SHARE]
     unseen = [level for level in shares if level not in seen]
     if not unseen or not seen:
         return "the teacher teaches at all levels"
     where = f"the teacher sees objects at {_and(seen)} only"
-    if level_weights == "uniform":
-        return f"{where}; level_weights=uniform teaches {_and(unseen)}, too"
+    if level_weights == "uniform" or level_floor / len(shares) >= LEAST_SHARE:
+        setting = "level_weights=uniform" if level_weights == "uniform" else f"level_floor={level_floor:g}"
+        return f"{where}; {setting} teaches {_and(unseen)}, too"
     return f"{where}: {_and(unseen)} {'is' if len(unseen) == 1 else 'are'} not taught"
+
+
+def _percentages(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2%}" for name, value in values.items())
 
 
 def _and(words: Sequence[str]) -> str:

@@ -22,6 +22,8 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
         "method": config.method,
         "balance": config.balance,
         "level_weights": config.level_weights,
+        "level_floor": config.level_floor,
+        "adapter": config.adapter,
         "gains": {method.name: method.gain for method in config.method_configs} if config.balance == "off" else {},
         "schedules": {method.name: method.schedule.model_dump() for method in config.method_configs},
         "stages": list(config.stages or ()),

@@ -179,7 +179,8 @@ def _check_scorable(keys: Mapping[str, Any]) -> None:
 def reported_defaults(config: DistillationConfig) -> dict[str, Any]:
     """Return settings that a row reports even if they are defaults, which may change in a later release."""
     schedules = {f"{method.name}.schedule": method.schedule.schedule for method in config.method_configs}
-    return {"balance": config.balance, "level_weights": config.level_weights, **schedules} if schedules else {}
+    common = {key: getattr(config, key) for key in ("balance", "level_weights", "level_floor", "adapter")}
+    return common | schedules if schedules else {}
 
 
 def _can_score_teacher(teacher: Detector, names: Mapping[int, str]) -> bool:
