@@ -39,7 +39,7 @@ def run_label(**keys: Any) -> Path:
     settings = check_label_settings(keys)
     device = check_device(settings.device)
     source = read_source(settings.source, settings.split, settings.trust)
-    folder = check_project(settings.project) / (settings.name or Path(settings.source).absolute().stem)
+    folder = check_project(settings.project) / (settings.name or _source_name(settings.source))
     images = [image for image in source.images if not image.is_relative_to(folder)]
     with safe_loading(settings.trust):
         teacher = LabellingTeacher(settings.teacher, settings.detection, device, settings.trust)
@@ -51,6 +51,12 @@ def run_label(**keys: Any) -> Path:
                 return _write(labelled, record, data, teacher, settings)
         except KeyboardInterrupt as e:
             raise KeyboardInterrupt("the same command goes on where it stopped") from e
+
+
+def _source_name(source: str) -> str:
+    """Return the name of a folder, or of a file without its ending."""
+    path = Path(source).absolute()
+    return path.name if path.is_dir() else path.stem
 
 
 def _write(
