@@ -141,6 +141,8 @@ BAD = {
     "predict model={teacher} source=nothere.jpg": "nothere.jpg",
     "predict model={teacher} method=dfd source=x.jpg": "method: unknown key",
     "val model={teacher} data=nothere.yaml": "nothere.yaml",
+    "label source=x": "teacher: is missing",
+    "label teacher={evil} source={data}": "could run code",
     "export": "model: is missing",
     "export model=nothere.pt": "nothere.pt",
     "export model={truncated}": "truncated.pt",

@@ -30,13 +30,14 @@ from ultralytics.utils import SETTINGS
 from yolokd.commands.compare import run_compare
 from yolokd.commands.compare.grounds import name_configurations
 from yolokd.commands.compare.identity import ComparisonRun
-from yolokd.commands.compare.ledger import VERSIONS, LedgerRow, append, read
+from yolokd.commands.compare.ledger import OLD_COLUMNS, VERSIONS, LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.report import report
 from yolokd.commands.compare.row import make_row
 from yolokd.commands.compare.show import draw_plot, markdown, summary_cells, terminal_table
 from yolokd.commands.compare.statistics import interval, ratio, summarize
 from yolokd.errors import UserError
+from yolokd.runtime.files import sha256
 from yolokd.runtime.lock import LOCK_FILE
 
 TEACHER_ROW = "teacher's"
@@ -258,6 +259,45 @@ def test_rows_read_from_a_ledger_equal_those_written(tmp_path: Path) -> None:
     assert list(read(tmp_path / "new" / "c.csv").values()) == rows
 
 
+def test_a_ledger_of_an_earlier_release_is_read_shown_as_then_and_appended_to(tmp_path: Path) -> None:
+    path, rows = tmp_path / "c.csv", [row("none", 0, 0.4), row("dfd", 0, 0.5)]
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, fieldnames=OLD_COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(r.model_dump() for r in rows)
+    assert list(read(path).values()) == rows
+    old = shown(tmp_path)["c-summary.csv"]
+    assert not any("d_pred" in line for line in old.values())
+    assert "D_pred" not in (tmp_path / "c-summary.md").read_text()
+    new = row("dfd", 1, 0.6, d_pred=0.002, d_pred_teacher="abc")
+    append(path, new)
+    assert list(read(path).values()) == [*rows, new]
+
+
+def test_d_pred_is_averaged_over_the_seeds_that_have_it(tmp_path: Path) -> None:
+    with_teacher = {"d_pred_teacher": "abc"}
+    rows = [row("dfd", seed, 0.5, d_pred=value, **with_teacher) for seed, value in enumerate((0.001, None, 0.004))]
+    rows.append(row("none", 0, 0.4, d_pred=0.01, teacher="", **with_teacher))
+    found = shown(tmp_path, *rows, teacher_row(0.6))["c-summary.csv"]
+    assert {name: line["d_pred"] for name, line in found.items()} == {
+        "dfd": "0.0025",
+        "none": "0.01",
+        "teacher t.pt": "",
+    }
+    lines = (tmp_path / "c-summary.md").read_text().splitlines()
+    assert [line.split("|")[-2].strip() for line in lines[2:]] == ["D_pred", "---", "2.50e-03", "1.00e-02", ""]
+
+
+def test_plain_trainings_d_pred_is_not_shown_beside_those_of_another_teacher(tmp_path: Path) -> None:
+    rows = [
+        row("none", 0, 0.4, teacher="", d_pred=0.01, d_pred_teacher="abc"),
+        row("dfd", 0, 0.5, d_pred=0.001, d_pred_teacher="abc"),
+        row("dfd", 0, 0.5, config="u", d_pred=0.002, d_pred_teacher="def"),
+    ]
+    found = shown(tmp_path, *rows)["c-summary.csv"]
+    assert [found[name]["d_pred"] for name in ("none", "dfd (dfd)", "dfd (u)")] == ["", "0.001", "0.002"]
+
+
 def test_a_row_can_be_appended_after_a_missing_newline(tmp_path: Path) -> None:
     """Some editors remove the last newline."""
     path, rows = tmp_path / "c.csv", [row("none", 0, 0.4), row("dfd", 0, 0.5)]
@@ -367,6 +407,9 @@ def test_runs_in_the_ledger_are_not_run_again(
     held = read(folder / "compare.csv")
     assert sorted(r.method for r in held.values()) == ["dfd", "native", "none", "teacher"]
     assert all(len(r.epochs) == 2 for r in held.values() if r.method != "teacher")
+    assert all((r.d_pred is None) == (r.method == "teacher") for r in held.values())
+    assert {r.d_pred_teacher for r in held.values()} == {"", sha256(keys["teacher"])[:12]}
+    assert "D_pred" in (folder / "compare-summary.md").read_text()
     (told,) = (r.settings.split() for r in held.values() if r.method == "dfd")
     defaults = {"balance=1.0", "dfd.schedule=cosine", "level_weights=confidence", "level_floor=0.0", "adapter=conv"}
     assert defaults <= {*told}
@@ -673,4 +716,4 @@ def test_a_split_without_images_is_refused_before_anything_is_written(keys: dict
 
 
 def test_markdown_has_a_cell_for_each_column() -> None:
-    assert markdown([("a",) * 11], "t").count("|") == 3 * 12
+    assert markdown([("a",) * 12], "t").count("|") == 3 * 13

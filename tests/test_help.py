@@ -18,6 +18,7 @@ from yolokd.commands.compare import DEFAULT_SEEDS, run_compare
 from yolokd.commands.compare.launchers import DEFAULT_CPUS
 from yolokd.commands.demo import run_demo
 from yolokd.commands.help import HELP
+from yolokd.commands.label.settings import KEYS as LABEL_KEYS
 from yolokd.config.arguments import as_list, parse_value
 from yolokd.config.defaults import defaults
 from yolokd.config.descriptions import ultralytics_keys, yolokd_keys
@@ -86,6 +87,13 @@ def test_the_help_of_a_command_shows_the_defaults_that_its_function_has(command:
     assert shown.keys() == functions.keys()
     for key, default in functions.items():
         assert [parse_value(str(v)) for v in as_list(shown[key])] == [parse_value(str(v)) for v in as_list(default)]
+
+
+def test_the_help_of_label_shows_the_defaults_of_its_settings() -> None:
+    fields = {key: "" if field.is_required() else field.default for key, field in LABEL_KEYS.items()}
+    shown = {key.name: key.default for key in HELP["label"].keys}
+    assert shown.keys() == fields.keys()
+    assert {key: parse_value(default) for key, default in shown.items()} == fields
 
 
 def test_the_keys_of_ultralytics_that_help_shows_are_described_by_ultralytics() -> None:

@@ -157,6 +157,13 @@ def export(keys: Keys) -> int:
     return 0 if run_export(keys.pop("model"), **keys).passed else 1
 
 
+def label(keys: Keys) -> None:
+    """Write a teacher's detections as a YOLO data set to train on."""
+    from yolokd.commands.label import run_label
+
+    run_label(**keys)
+
+
 def methods(keys: Keys) -> None:
     """List the methods, with their papers and constants."""
     from yolokd.commands.list_methods import list_methods
@@ -188,7 +195,7 @@ def demo(keys: Keys) -> None:
 
 
 COMMANDS: dict[str, Callable[[Keys], int | None]] = {
-    f.__name__: f for f in (train, check, val, predict, export, methods, bench, compare, demo)
+    f.__name__: f for f in (train, check, val, predict, label, export, methods, bench, compare, demo)
 }
 
 

@@ -81,6 +81,30 @@ HELP: Mapping[str, Help] = {
         ultralytics=("source", "imgsz", "conf", "iou", "device", "classes", "save_txt", "project", "name"),
         more_keys="Every key of `yolo predict` works.",
     ),
+    "label": Help(
+        (
+            "yolokd label teacher=runs/distill/teacher/weights/best.pt source=images/ conf=0.4",
+            "yolokd label teacher=t.pt source=d.yaml split=test val=d.yaml name=pseudo",
+        ),
+        (
+            Key("teacher", "", "required: the trained model that labels, a .pt file"),
+            Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml"),
+            Key("conf", "0.4", "the least score of a detection that becomes a label"),
+            Key("iou", "0.7", "of two boxes of a class that overlap by more, one is kept"),
+            Key("max_det", "300", "the largest number of labels in an image"),
+            Key("classes", "none", "label these classes only, by number: 0,2"),
+            Key("imgsz", "none", "the image size in pixels; none: the one that the teacher was trained with"),
+            Key("batch", "16", "images at a time"),
+            Key("device", "none", "where the teacher runs, such as 0 or cpu"),
+            Key("split", "none", "of a source that is a data set: train (none), val or test"),
+            Key("val", "none", "the .yaml whose validation images, with a person's labels, the data set gets"),
+            Key("copy", "False", "copy the images; otherwise the data set links to them"),
+            Key("project", "runs/label", "the folder in which the data set gets a folder"),
+            Key("name", "none", "the name of that folder; none: the source's"),
+            TRUST,
+        ),
+        more_keys="If it was interrupted, the same command goes on where it stopped.",
+    ),
     "export": Help(
         (
             "yolokd export model=runs/distill/train/weights/best.pt format=onnx dynamic=True",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -28,6 +28,7 @@ from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.safe_loading import safe_loading
 
 Image = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 EXPORT_IMAGES = 8  # ours: the number of validation images that an export is compared on
 PRECISION_IMAGES = 4  # ours: the number that a teacher's precision is chosen on
@@ -142,15 +143,22 @@ def split_images(paths: str | list[str]) -> Iterator[Path]:
     paths: folders, searched with their subfolders, or text files that list one image per line.
     """
     for path in map(Path, [paths] if isinstance(paths, str) else paths):
-        if not path.exists():
-            continue
-        if path.is_dir():
-            # glob follows links to folders, as Ultralytics does; Path.rglob does not.
-            files: Iterator[Path] = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*.*", recursive=True))
-        else:
-            lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
-            files = (path.parent / line if line.startswith("./") else Path(line) for line in lines)
-        yield from (file for file in files if file.suffix[1:].lower() in IMG_FORMATS and file.is_file())
+        if path.exists():
+            yield from (file for file in listed_images(path) if file.is_file())
+
+
+def listed_images(path: Path) -> Iterator[Path]:
+    """Yield the files in a folder and its subfolders, or in a list, whose endings are those of images.
+
+    A list may name files that do not exist.
+    """
+    if path.is_dir():
+        # glob follows links to folders, as Ultralytics does; Path.rglob does not.
+        files: Iterator[Path] = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*.*", recursive=True))
+    else:
+        lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+        files = (path.parent / line if line.startswith("./") else Path(line) for line in lines)
+    yield from (file for file in files if file.suffix[1:].lower() in IMG_FORMATS)
 
 
 def validation_images(data: str) -> list[Image]:
@@ -185,10 +193,29 @@ def as_batch(images: Sequence[Image], size: tuple[int, int]) -> Tensor:
 
 def _read_images(data: Mapping[str, Any], count: int) -> list[Image]:
     """Read up to `count` images, spread over the validation split; skip those of other channels or unreadable."""
-    channels = data["channels"]
-    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)  # as Ultralytics reads
-    files = sorted(split_images(data["val"]))
-    chosen = [files[i * len(files) // count] for i in range(count)] if len(files) > count else files
+    chosen = spread(sorted(split_images(data["val"])), count)
     with no_ghostscript():
-        images = [imread(file, flag) for file in chosen]
-    return [image for image in images if image is not None and image.shape[2:] == (channels,)]
+        images = [read_image(file, data["channels"]) for file in chosen]
+    return [image for image in images if image is not None]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return up to `count` items, evenly spread over all.
+
+    >>> spread("abcdefgh", 3)
+    ['a', 'c', 'f']
+    """
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else list(items)
+
+
+def read_image(file: Path, channels: int) -> Image | None:
+    """Return an image (height, width, channels) uint8, three channels as BGR, as Ultralytics reads it.
+
+    Returns None if it cannot be read or has other channels.
+    """
+    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
+    try:
+        image: Image | None = imread(file, flag)
+    except (cv2.error, MemoryError):  # of an image that claims to have more pixels than OpenCV reads
+        return None
+    return image if image is not None and image.shape[2:] == (channels,) else None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-TABLE_WIDTH = 210  # in characters, for output to a file or a pipe, which has no width of its own
+TABLE_WIDTH = 225  # in characters, for output to a file or a pipe, which has no width of its own
 MIN_WRAPPED = 8  # characters that a column of wrapping text keeps
 EDGES = 3  # characters that a table's borders and padding add to a column
 

@@ -24,6 +24,17 @@ def teachers_of(rows: Iterable[LedgerRow], ledger: Iterable[LedgerRow]) -> list[
     return [row for row in ledger if row.method == TEACHER and row.hash in hashes]
 
 
+def comparable_disagreements(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
+    """Return the rows; if their D_pred was measured with different teachers, plain training's rows go without.
+
+    A run with a teacher is compared with its own. Plain training has none: its D_pred is against the teacher of the
+    comparison that ran it, and says nothing beside that of another.
+    """
+    if len({row.d_pred_teacher for row in rows if row.d_pred is not None}) < 2:
+        return list(rows)
+    return [row if row.teacher else row.model_copy(update={"d_pred": None}) for row in rows]
+
+
 def mixed_versions(rows: Sequence[LedgerRow]) -> str:
     """Return which versions of yolokd, Ultralytics and torch differ between rows, as text; empty if none differs."""
     versions = {name: sorted({str(getattr(row, name)) for row in rows}) for name in VERSIONS}

@@ -35,7 +35,8 @@ class ComparisonRun:
     keys: those of `yolokd train`, without seed, device and save_dir. config: hash of all that shapes the training,
     except the seed. ground: hash of what runs must have in common to be compared (student, data, split, Ultralytics'
     settings). teacher_row: hash of the run that scores its teacher; empty if there is none. project: the folder that
-    holds the runs' folders.
+    holds the runs' folders. strongest_teacher: the comparison's, with whose predictions those of the student are
+    compared; empty if there is none. It is no part of the identity: a run without a teacher of its own has one, too.
     """
 
     method: str
@@ -46,6 +47,7 @@ class ComparisonRun:
     ground: str
     teacher_row: str
     project: Path
+    strongest_teacher: str = ""
 
     @property
     def folder(self) -> Path:

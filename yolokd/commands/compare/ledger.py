@@ -63,6 +63,8 @@ class LedgerRow(BaseModel):
     ultralytics: str
     torch: str
     curve: Curve
+    d_pred: Amount | None = None
+    d_pred_teacher: str = ""
 
     @property
     def epochs(self) -> list[float]:
@@ -71,6 +73,7 @@ class LedgerRow(BaseModel):
 
 
 COLUMNS = list(LedgerRow.model_fields)
+OLD_COLUMNS = [column for column in COLUMNS if column not in ("d_pred", "d_pred_teacher")]  # of earlier releases
 
 
 def read(path: Path) -> dict[str, LedgerRow]:
@@ -86,9 +89,9 @@ def read(path: Path) -> dict[str, LedgerRow]:
         with open(path, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             for line in reader:
-                row = LedgerRow.model_validate(_empty_ap_as_none(line))
+                row = LedgerRow.model_validate(_empty_numbers_as_none(line))
                 rows[row.hash] = row
-            if reader.fieldnames != COLUMNS:
+            if reader.fieldnames not in (COLUMNS, OLD_COLUMNS):
                 raise KeyError(reader.fieldnames)
     except ValidationError as e:
         first = e.errors()[0]
@@ -99,8 +102,8 @@ def read(path: Path) -> dict[str, LedgerRow]:
     return rows
 
 
-def _empty_ap_as_none(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if v == "" and k.startswith("ap_") else v for k, v in line.items()}
+def _empty_numbers_as_none(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if v == "" and (k.startswith("ap_") or k == "d_pred") else v for k, v in line.items()}
 
 
 def append(path: Path, row: LedgerRow) -> None:

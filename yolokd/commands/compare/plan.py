@@ -143,7 +143,8 @@ def _plan_trainings(
             content = read_shared_content(inputs.keys, plan, split)
         keys |= reported_defaults(plan.config)
         config, ground = training_hash(method, content, plan.config), ground_hash(content, split)
-        runs += [ComparisonRun(method, seed, split, keys, config, ground, "", project) for seed in seeds]
+        strongest = inputs.teachers[-1] if inputs.teachers else ""
+        runs += [ComparisonRun(method, seed, split, keys, config, ground, "", project, strongest) for seed in seeds]
     assert content is not None
     return Trainings(runs, images, plan.data["names"], content)
 

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from yolokd.commands.candidates import NATIVE, PLAIN
 from yolokd.commands.compare import show
-from yolokd.commands.compare.grounds import by_ground, mixed_versions, name_configurations, teachers_of
+from yolokd.commands.compare.grounds import (
+    by_ground,
+    comparable_disagreements,
+    mixed_versions,
+    name_configurations,
+    teachers_of,
+)
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.commands.compare.statistics import Summary, summarize
 from yolokd.runtime.console import CONSOLE, print_table, table_width
@@ -62,7 +68,7 @@ def _base_path(path: Path, number: int) -> Path:
 
 
 def _make_verdict(rows: Sequence[LedgerRow], ledger: Sequence[LedgerRow], methods: Sequence[str]) -> Verdict:
-    common, named = name_configurations(rows)
+    common, named = name_configurations(comparable_disagreements(rows))
     names: dict[str, list[str]] = {}  # method: the names of its configurations
     for row, named_row in zip(rows, named, strict=True):
         names.setdefault(row.method, []).append(named_row.method)

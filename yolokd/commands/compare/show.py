@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
-    "improved", "gap closed (95 % interval)", "verdict", "against native", "images/s of a run",
+    "improved", "gap closed (95 % interval)", "verdict", "against native", "images/s of a run", "D_pred",
 )  # fmt: skip
 # The columns that a narrow terminal may lack, the most important first; all of them are in the files.
 OPTIONAL = (
     "gap closed (95 % interval)", "against native", "seeds", "improved", "mAP50", "AP small / medium / large",
-    "images/s of a run",
+    "D_pred", "images/s of a run",
 )  # fmt: skip
 BASELINE_COLOR = "black"
 LEGEND_COLUMNS = 4
@@ -50,13 +50,14 @@ def summary_cells(summary: Summary) -> tuple[str, ...]:
         summary.verdict,
         str(summary.against_native or ""),
         f"{summary.images_per_second:.1f}",
+        "" if summary.d_pred is None else f"{summary.d_pred:.2e}",
     )
 
 
 def teacher_cells(teacher: LedgerRow) -> tuple[str, ...]:
     """Return a teacher's line of a table, in the order of HEADERS."""
     sizes = _sizes(teacher.ap_small, teacher.ap_medium, teacher.ap_large)
-    return (f"teacher {teacher.teacher}", "", _number(teacher.map), _number(teacher.map50), sizes, *[""] * 6)
+    return (f"teacher {teacher.teacher}", "", _number(teacher.map), _number(teacher.map50), sizes, *[""] * 7)
 
 
 def _sizes(*values: float | None) -> str:
@@ -77,13 +78,21 @@ def _percent(value: Interval | None) -> str:
 
 def terminal_table(lines: Sequence[tuple[str, ...]], width: int) -> Table:
     """Return lines in the order of HEADERS as a table for a terminal of `width` characters."""
-    return fit_table(HEADERS, lines, width, OPTIONAL, ("method", "verdict"), "the files below hold all columns")
+    headers, *shown = _measured([HEADERS, *lines])
+    optional = [header for header in OPTIONAL if header in headers]
+    return fit_table(headers, shown, width, optional, ("method", "verdict"), "the files below hold all columns")
+
+
+def _measured(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return lines, the first of headers; without D_pred, the last column, if no run has it, as in older ledgers."""
+    return list(lines) if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
 
 
 def markdown(lines: Sequence[tuple[str, ...]], title: str) -> str:
     """Return lines in the order of HEADERS as a Markdown table."""
     cells = (tuple(" ".join(cell.replace("|", "\\|").splitlines()) for cell in line) for line in lines)
-    rows = [HEADERS, tuple("---" for _ in HEADERS), *cells]
+    headers, *shown = _measured([HEADERS, *cells])
+    rows = [headers, tuple("---" for _ in headers), *shown]
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -110,6 +119,7 @@ def _csv_line(summary: Summary) -> dict[str, object]:
         "verdict": summary.verdict,
         **_bounds("against_native", summary.against_native),
         "images_per_second": summary.images_per_second,
+        **({} if summary.d_pred is None else {"d_pred": summary.d_pred}),
     }
 
 

@@ -101,6 +101,12 @@ class Summary:
         return stdev(row.map for row in self.rows) if len(self.rows) > 1 else None
 
     @property
+    def d_pred(self) -> float | None:
+        """Return the mean of D_pred over the rows that have it."""
+        values = [row.d_pred for row in self.rows if row.d_pred is not None]
+        return fmean(values) if values else None
+
+    @property
     def images_per_second(self) -> float:
         """Return the mean of the rows' images per second."""
         return fmean(row.images_per_second for row in self.rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 from zipfile import is_zipfile
@@ -18,11 +19,12 @@ from yolokd.data.dataset import load_data
 from yolokd.distiller import YoloDistiller
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector
+from yolokd.models.disagreement import mean_disagreement
 from yolokd.models.evaluate import aligned_copy, score
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.pyramid.pairing import pair_classes
-from yolokd.runtime.files import atomic_path
+from yolokd.runtime.files import atomic_path, sha256
 from yolokd.training.provenance import versions
 from yolokd.training.resume import is_trained, saved_epoch
 
@@ -42,9 +44,18 @@ def train_and_score(run: ComparisonRun, device: object) -> None:
             model = _trained_model(run)
         settings = {key: run.keys[key] for key in VALIDATION_KEYS if key in run.keys}
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
-        scores = score(model, settings, run.folder)
+        scores = asdict(score(model, settings, run.folder)) | _disagreement(run, model, settings)
     with atomic_path(run.scores_path) as path:
-        path.write_text(json.dumps({**asdict(scores), **versions()}), encoding="utf-8")
+        path.write_text(json.dumps({**scores, **versions()}), encoding="utf-8")
+
+
+def _disagreement(run: ComparisonRun, student: Detector, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ledger's columns on how much a student disagrees with the comparison's strongest teacher."""
+    if not run.strongest_teacher:
+        return {}
+    teacher = load_teacher(run.strongest_teacher, run.trusts_files)
+    value = mean_disagreement(teacher, student, settings, run.folder)
+    return {} if value is None else {"d_pred": value, "d_pred_teacher": sha256(run.strongest_teacher)[:12]}
 
 
 def _aligned_teacher(run: ComparisonRun) -> Detector:
