@@ -40,8 +40,12 @@ PROGRAM = Path(__file__).with_name("helpers") / "programs" / "killed_training.py
 
 
 def settings(data: str, teacher: str, student: str, folder: Path) -> dict[str, Any]:
-    """Return settings with much state: gradients accumulated across epochs, mosaic that ends, balanced gains."""
-    method = {"method": "dfd+mgd", "balance": 0.3} if student == YOLOV8N else {"method": "pdf"}
+    """Return settings with much state: gradients accumulated across epochs, mosaic that ends, balanced gains.
+
+    One of the students also sees unlabelled images: passes over the six of them begin in the midst of epochs.
+    """
+    unlabelled = {"unlabelled": str(Path(data).parent / "images" / "val"), "unlabelled_ratio": 0.75}
+    method = {"method": "dfd+mgd", "balance": 0.3, **unlabelled} if student == YOLOV8N else {"method": "pdf"}
     distillation = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "probe": 2}
     length = {"epochs": EPOCHS, "close_mosaic": 2, "nbs": 8, "warmup_epochs": 1.0, "deterministic": True}
     return {**TINY, **distillation, **method, **length, "data": data, "student": student, "save_dir": str(folder)}

@@ -41,6 +41,7 @@ class Method(nn.Module):
     wants_logits: ClassVar[bool] = False  # class logits of both models
     wants_mean_logits: ClassVar[bool] = False  # the mean of the class logits of the teacher's branches
     wants_boxes: bool = False  # predicted boxes of both models; an instance may set it, by its constants
+    needs_labels: ClassVar[bool] = False  # whether it is to see no images without labels, which it would misread
 
     @classmethod
     def wants_scores(cls) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import log2
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,12 @@ class Level:
         if key not in self._computed:
             self._computed[key] = compute()
         return self._computed[key]
+
+    def first(self, images: int) -> Level:
+        """Return the level of the first `images` images of the batch."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {k: value[:images] for k, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **cut)
 
     def inverse_areas(self) -> Tensor:
         """Return `boxes.inverse_areas` of the labels on this level's grid, (B, H, W) float32."""
