@@ -51,7 +51,7 @@ YOLOKD_KEYS = {
     "teacher", "stages", "method", "balance", "level_weights", "check_teacher", "teacher_precision", "teacher_imgsz",
     "teacher_compile", "probe", "unlabelled", "unlabelled_ratio",
     "trust", "force", "dfd.schedule", "dfd.warmup", "dfd.end", "dfd.alpha", "dfd.beta",
-    "dfd.regions", "dfd.constraint", "dfd.width", "pdf.schedule", "pdf.warmup", "pdf.end", "pdf.distance",
+    "dfd.regions", "dfd.constraint", "dfd.width", "dfd.hidden", "pdf.schedule", "pdf.warmup", "pdf.end", "pdf.distance",
     "pdf.weighting", "pdf.box",
 }  # fmt: skip
 MEASURED = {
