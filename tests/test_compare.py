@@ -543,6 +543,30 @@ def test_a_runs_hash_depends_on_the_content_of_pretrained_weights(keys: dict[str
         hashes(str(tmp_path / "gone.pt"))
 
 
+def test_unlabelled_images_count_by_their_content_and_for_methods_that_use_them(
+    keys: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def runs(*methods: str, **changes: Any) -> list[ComparisonRun]:
+        return plan_runs(methods, 0, "val", tmp_path, training(keys) | changes)[0][1:]
+
+    photos = [tmp_path / name for name in ("a", "b")]
+    for folder in photos:
+        shutil.copytree(Path(write_dataset(tmp_path / "photos", train=14)).parent / "images" / "train", folder)
+    without = runs("none", "native", "fitnet")
+    taken = runs("none", "native", "fitnet", unlabelled=str(photos[0]))
+    assert "not used by none and native" in capsys.readouterr().out
+    assert [run.hash for run in taken][:2] == [run.hash for run in without][:2]
+    assert "unlabelled" not in taken[0].keys | taken[1].keys
+    assert taken[2].ground == without[2].ground  # so that it is compared with training on the labelled images alone
+    assert taken[2].hash != without[2].hash
+    assert runs("fitnet", unlabelled=str(photos[1]))[0].hash == taken[2].hash
+    assert runs("fitnet", unlabelled=str(photos[1]), unlabelled_ratio=0.5)[0].hash != taken[2].hash
+    (photos[1] / "13.jpg").unlink()
+    assert runs("fitnet", unlabelled=str(photos[1]))[0].hash != taken[2].hash
+    with pytest.raises(UserError, match="unlabelled: is not for none and native"):
+        runs("none", "native", unlabelled=str(photos[0]))
+
+
 def test_methods_share_a_ground_and_other_data_or_settings_give_another(keys: dict[str, Any], tmp_path: Path) -> None:
     def grounds(split: str = "val", **changes: Any) -> set[str]:
         runs = plan_runs(["none", "native", "dfd"], (0, 1), split, tmp_path, training(keys) | changes)[0]

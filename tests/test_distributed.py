@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -44,11 +46,16 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def with_much_state(data: str, teacher: str, folder: Path) -> dict[str, Any]:
+    """Return the settings of a run with balanced gains and unlabelled images."""
+    return settings(data, teacher, folder, balance=0.3, unlabelled=str(Path(data).parent / "images" / "val"))
+
+
 @pytest.fixture(scope="module")
 def launched(data: str, teacher: str, batch: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder of a run with balanced gains that Ultralytics launched."""
+    """Return the folder of a run `with_much_state` that Ultralytics launched."""
     folder = tmp_path_factory.mktemp("launched") / "run"
-    output_of(launch(settings(data, teacher, folder, balance=0.3), LAUNCH="1"))
+    output_of(launch(with_much_state(data, teacher, folder), LAUNCH="1"))
     return folder
 
 
@@ -66,6 +73,13 @@ def test_a_run_launched_by_ultralytics_distils_and_writes_all_files(launched: Pa
 
 def test_adapters_and_gains_are_the_same_in_all_processes(launched: Path) -> None:
     assert_processes_agree(launched)
+
+
+def test_each_process_gets_its_share_of_the_unlabelled_images(launched: Path) -> None:
+    """Three epochs of three batches with two labelled images for each process, and so with two unlabelled ones."""
+    files = [(launched / f"unlabelled-{rank}.txt").read_text().split() for rank in (0, 1)]
+    assert [len(each) for each in files] == [18, 18]
+    assert [*Counter(files[0] + files[1]).values()] == [6] * 6  # six passes over the six images
 
 
 def test_two_processes_compute_the_gradient_of_the_whole_batch(
@@ -103,7 +117,7 @@ def test_a_killed_process_ends_the_launch_and_a_resume_ends_as_an_uninterrupted_
     kill: str, launched: Path, data: str, teacher: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    keys = settings(data, teacher, folder, balance=0.3)
+    keys = with_much_state(data, teacher, folder)
     output = output_of(launch(keys, LAUNCH="1", KILL=kill), status=2)
     assert "yolokd train resume=" in output
     assert processes_ended(folder)
@@ -164,7 +178,7 @@ def test_a_process_that_stops_for_good_ends_the_training_after_a_while(data: str
 
 @pytest.mark.slow
 def test_two_machines_train_as_two_processes_of_one(launched: Path, data: str, teacher: str, tmp_path: Path) -> None:
-    keys = settings(data, teacher, tmp_path / "run", balance=0.3)
+    keys = with_much_state(data, teacher, tmp_path / "run")
     machine = [
         *TORCHRUN,
         "--nnodes=2",

@@ -40,9 +40,14 @@ PROGRAM = Path(__file__).with_name("helpers") / "programs" / "killed_training.py
 
 
 def settings(data: str, teacher: str, student: str, folder: Path) -> dict[str, Any]:
-    """Return settings with much state: gradients accumulated across epochs, mosaic that ends, balanced gains."""
-    within = {"method": "pdf+crosskd", "crosskd.depth": 1}  # needs the student's own loss and layers of its head
-    method = {"method": "dfd+mgd", "balance": 0.3} if student == YOLOV8N else within
+    """Return settings with much state: gradients accumulated across epochs, mosaic that ends, balanced gains.
+
+    One of the students also sees unlabelled images: passes over the six of them begin in the midst of epochs.
+    The other one's method needs its own loss, and layers of its head.
+    """
+    unlabelled = {"unlabelled": str(Path(data).parent / "images" / "val"), "unlabelled_ratio": 0.75}
+    within = {"method": "pdf+crosskd", "crosskd.depth": 1}
+    method = {"method": "dfd+mgd", "balance": 0.3, **unlabelled} if student == YOLOV8N else within
     distillation = {"teacher": teacher, "teacher_precision": "fp32", "check_teacher": False, "probe": 2}
     length = {"epochs": EPOCHS, "close_mosaic": 2, "nbs": 8, "warmup_epochs": 1.0, "deterministic": True}
     return {**TINY, **distillation, **method, **length, "data": data, "student": student, "save_dir": str(folder)}

@@ -29,7 +29,7 @@ KEYS = {
     "criterion", "measured",
     "content", "threads",  # added later; a resume works without them
 }  # fmt: skip
-STREAMS = {"random", "sampler", "buffer", "images"}
+STREAMS = {"random", "sampler", "buffer", "images", "drawn"}  # the last added later, too
 RANDOM = {"python", "numpy", "torch", "cuda"}
 CRITERION = {
     "stages.0.share",
@@ -49,9 +49,10 @@ CRITERION = {
 }  # fmt: skip
 YOLOKD_KEYS = {
     "teacher", "stages", "method", "balance", "level_weights", "level_floor", "adapter", "check_teacher",
-    "teacher_precision", "teacher_imgsz", "teacher_compile", "probe", "trust", "force", "dfd.schedule", "dfd.warmup",
-    "dfd.end", "dfd.alpha", "dfd.beta", "dfd.regions", "dfd.constraint", "dfd.width", "dfd.hidden", "pdf.schedule",
-    "pdf.warmup", "pdf.end", "pdf.distance", "pdf.weighting", "pdf.scope", "pdf.box",
+    "teacher_precision", "teacher_imgsz", "teacher_compile", "probe", "unlabelled", "unlabelled_ratio", "trust",
+    "force", "dfd.schedule", "dfd.warmup", "dfd.end", "dfd.alpha", "dfd.beta", "dfd.regions", "dfd.constraint",
+    "dfd.width", "dfd.hidden", "pdf.schedule", "pdf.warmup", "pdf.end", "pdf.distance", "pdf.weighting",
+    "pdf.scope", "pdf.box",
 }  # fmt: skip
 MEASURED = {
     f"{level}/{value}"

@@ -249,6 +249,8 @@ def test_a_resume_with_another_method_is_refused(tiny: dict[str, Any], teacher: 
     train_and_stop(d, tiny)
     with pytest.raises(UserError, match="method: cannot change"):
         YoloDistiller(method="pdf").train(resume=str(d.trainer.save_dir))
+    with pytest.raises(UserError, match="unlabelled: cannot change"):
+        YoloDistiller().train(resume=str(d.trainer.save_dir), unlabelled=str(Path(tiny["data"]).parent))
 
 
 @pytest.mark.parametrize("student", SIMPLER_SLOW)

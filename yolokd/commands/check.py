@@ -21,8 +21,8 @@ from yolokd.pyramid.head import Head
 from yolokd.pyramid.level import Level, LevelShape, level_name
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training.plan import PairedTeacher, TrainPlan, check_data, make_plan, training_imgsz
-from yolokd.training.settings import training_keys
+from yolokd.training.plan import PairedTeacher, TrainPlan, check_data, make_plan, training_imgsz, with_unlabelled_images
+from yolokd.training.settings import images_per_batch, training_keys
 
 
 def print_check(keys: Mapping[str, Any]) -> None:
@@ -32,6 +32,7 @@ def print_check(keys: Mapping[str, Any]) -> None:
     """
     plan = make_plan(training_keys(keys))
     check_data(plan)
+    plan = with_unlabelled_images(plan)
     imgsz = training_imgsz(plan.args.imgsz, plan)
     print_table(_models_table(plan, imgsz))
     if not plan.teachers:
@@ -39,6 +40,10 @@ def print_check(keys: Mapping[str, Any]) -> None:
     else:
         _print_teachers(plan, imgsz)
         _print_methods(plan)
+    if plan.unlabelled:
+        labelled = int(plan.args.batch)
+        batch = f"{images_per_batch(plan.config, labelled) - labelled} join the {labelled} labelled ones of a batch"
+        CONSOLE.print(f"unlabelled images: {len(plan.unlabelled)}; {batch}")
     CONSOLE.print("ready to train: `yolokd train` accepts these settings; nothing was trained")
 
 
@@ -72,7 +77,7 @@ def _describe_precision(plan: TrainPlan, paired: PairedTeacher, images: Tensor) 
     images: (B, C, H, W), float in 0..1.
     """
     config = plan.config
-    batch = int(plan.args.batch) if config.teacher_compile else None
+    batch = images_per_batch(config, int(plan.args.batch)) if config.teacher_compile else None
     settings = config.teacher_precision, config.teacher_imgsz, batch, config.teacher_compile
     teacher, notes = choose_precision(paired.teacher.to(images.device), images, *settings)
     return [*notes, f"runs in {name_of(teacher.settings.dtype)} on {images.device}"]

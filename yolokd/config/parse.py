@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -54,6 +55,8 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
     values["teacher"] = normalize_teachers(values["teacher"])
     if values["balance"] is False:  # YAML reads a bare `off` so
         values["balance"] = "off"
+    if isinstance(values["unlabelled"], Path):
+        values["unlabelled"] = str(values["unlabelled"])
     if isinstance(values["stages"], int | float | list):
         values["stages"] = tuple(map(_as_float, as_list(values["stages"])))
     if "balance" not in given and any(key.endswith(".gain") for key in constants):
@@ -71,6 +74,7 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
     if config.level_weights == "uniform" and config.level_floor > 0:
         why = "has no effect: level_weights=uniform weights all levels evenly"
         raise UserError(f"level_floor={config.level_floor:g}", why, "drop it, or give level_weights=confidence")
+    _check_unlabelled(config)
     return config
 
 
@@ -98,6 +102,16 @@ def _check_stages(config: DistillationConfig) -> None:
             f"must be the rising epochs at which the teachers after the first of {len(config.teachers)} take over",
             "for example teacher=[weak.pt,strong.pt] stages=[20]",
         )
+
+
+def _check_unlabelled(config: DistillationConfig) -> None:
+    """Raise UserError for images without labels that no method of the run would use, and for a ratio without images."""
+    if config.unlabelled is None:
+        if config.unlabelled_ratio != defaults()["unlabelled_ratio"]:
+            raise UserError("unlabelled_ratio", "has no effect without images", "give unlabelled=, too, or drop it")
+    elif all(registered()[method.name].needs_labels for method in config.method_configs):
+        why = f"would not be used: method={config.method} learns from labelled images alone"
+        raise UserError(f"unlabelled={config.unlabelled}", why, "add a method such as fitnet, or drop it")
 
 
 def method_names(method: object) -> tuple[str, ...]:

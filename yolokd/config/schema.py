@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from yolokd.config.schedule import Schedule
 from yolokd.errors import UserError
 
+MAX_UNLABELLED_RATIO = 16  # ours: with more, a batch would hardly hold labelled images
+
 Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 AdapterKind: TypeAlias = Literal["conv", "identity_if_equal"]
 
@@ -50,6 +52,8 @@ class DistillationConfig(BaseModel):
     teacher_imgsz: Annotated[int, Field(ge=32)] | None
     teacher_compile: bool
     probe: Annotated[int, Field(ge=1)]
+    unlabelled: str | None
+    unlabelled_ratio: Annotated[float, Field(gt=0, le=MAX_UNLABELLED_RATIO)]
     trust: bool
     force: bool
     method_configs: tuple[MethodConfig, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -88,12 +88,18 @@ def check_images(data: dict[str, Any], args: Any, trust: bool = False) -> int:
     Raises UserError if no image is left to train on or to validate with, or if an image that passes the scan cannot be
     read.
     """
-    uncached = copy(args)
-    uncached.cache = False
+    args = uncached(args)
     with safe_loading(trust):
-        images = _scan(data, uncached, "train", "train")
-        _scan(data, uncached, "val", args.split)
+        images = _scan(data, args, "train", "train")
+        _scan(data, args, "val", args.split)
     return images
+
+
+def uncached(args: Any) -> Any:
+    """Return Ultralytics' settings for a scan: it caches no images."""
+    args = copy(args)
+    args.cache = False
+    return args
 
 
 def _scan(data: dict[str, Any], args: Any, mode: str, split: str) -> int:
@@ -102,7 +108,7 @@ def _scan(data: dict[str, Any], args: Any, mode: str, split: str) -> int:
     try:
         scanned = build_yolo_dataset(args, data[split], 1, dict(data), mode=mode)
         total = len(scanned.get_img_files(data[split]))
-        unreadable = _unreadable_images(scanned)
+        unreadable = undecodable_bitmaps(scanned.im_files, scanned.cv2_flag)
     except Exception as e:  # whatever its readers of images and labels raise
         raise UserError(argument, f"its {split} split: {_reason(e)}", "repair or remove what is broken") from e
     if mode == "train" and not any(len(label["cls"]) for label in scanned.labels):
@@ -129,36 +135,37 @@ def _reason(error: Exception) -> str:
     return " ".join(lines[:2]) if lines else type(error).__name__
 
 
-def _unreadable_images(scanned: Any) -> list[str]:
-    """Return the .bmp files that OpenCV cannot decode: the one common format whose damage the scan does not detect."""
-    bitmaps = [file for file in scanned.im_files if Path(file).suffix.lower() == ".bmp"]
+def undecodable_bitmaps(files: Iterable[str], flag: int) -> list[str]:
+    """Return the .bmp files that OpenCV cannot decode: the one common format whose damage the scan does not detect.
+
+    flag: with which OpenCV reads.
+    """
+    bitmaps = [file for file in files if Path(file).suffix.lower() == ".bmp"]
     with ThreadPool(NUM_THREADS) as pool:
-        images = pool.imap(lambda file: imread(file, scanned.cv2_flag), bitmaps)
+        images = pool.imap(lambda file: imread(file, flag), bitmaps)
         return [file for file, image in zip(bitmaps, images, strict=True) if image is None]
 
 
 def split_images(paths: str | list[str]) -> Iterator[Path]:
-    """Yield the image files of a split, as Ultralytics finds them.
+    """Yield the image files of a split, as Ultralytics finds them: those of `listed_images` that exist."""
+    return (file for file in listed_images(paths) if file.is_file())
+
+
+def listed_images(paths: str | list[str]) -> Iterator[Path]:
+    """Yield the images that folders hold or lists name; a file in a list may be missing.
 
     paths: folders, searched with their subfolders, or text files that list one image per line.
     """
     for path in map(Path, [paths] if isinstance(paths, str) else paths):
-        if path.exists():
-            yield from (file for file in listed_images(path) if file.is_file())
-
-
-def listed_images(path: Path) -> Iterator[Path]:
-    """Yield the files in a folder and its subfolders, or in a list, whose endings are those of images.
-
-    A list may name files that do not exist.
-    """
-    if path.is_dir():
-        # glob follows links to folders, as Ultralytics does; Path.rglob does not.
-        files: Iterator[Path] = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*.*", recursive=True))
-    else:
-        lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
-        files = (path.parent / line if line.startswith("./") else Path(line) for line in lines)
-    yield from (file for file in files if file.suffix[1:].lower() in IMG_FORMATS)
+        if not path.exists():
+            continue
+        if path.is_dir():
+            # glob follows links to folders, as Ultralytics does; Path.rglob does not.
+            files: Iterator[Path] = map(Path, glob.iglob(f"{glob.escape(str(path))}/**/*.*", recursive=True))
+        else:
+            lines = map(str.strip, path.read_text(encoding="utf-8-sig").splitlines())
+            files = (path.parent / line if line.startswith("./") else Path(line) for line in lines)
+        yield from (file for file in files if file.suffix[1:].lower() in IMG_FORMATS)
 
 
 def validation_images(data: str) -> list[Image]:
@@ -191,6 +198,11 @@ def as_batch(images: Sequence[Image], size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(batch.transpose(0, 3, 1, 2).copy()).float() / 255
 
 
+def read_flag(channels: int) -> int:
+    """Return the flag with which Ultralytics lets OpenCV read images of so many channels."""
+    return {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
+
+
 def _read_images(data: Mapping[str, Any], count: int) -> list[Image]:
     """Read up to `count` images, spread over the validation split; skip those of other channels or unreadable."""
     chosen = spread(sorted(split_images(data["val"])), count)
@@ -213,9 +225,8 @@ def read_image(file: Path, channels: int) -> Image | None:
 
     Returns None if it cannot be read or has other channels.
     """
-    flag = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR}.get(channels, cv2.IMREAD_UNCHANGED)
     try:
-        image: Image | None = imread(file, flag)
+        image: Image | None = imread(file, read_flag(channels))
     except (cv2.error, MemoryError):  # of an image that claims to have more pixels than OpenCV reads
         return None
     return image if image is not None and image.shape[2:] == (channels,) else None

@@ -42,7 +42,7 @@ def read_source(source: object, split: str | None = None, trust: bool = False) -
     if data is None and not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
         raise UserError(name, "is no folder, list or data set that exists", cure)
     try:
-        found = split_images(data[split or "train"]) if data else listed_images(path)
+        found = split_images(data[split or "train"]) if data else listed_images(str(path))
         images = sorted({Path(os.path.abspath(image)) for image in found if not image.is_dir()})
     except (OSError, ValueError) as e:  # ValueError: a list that is no text, or a name with a NUL in it
         raise UserError(name, f"cannot be read: {first_line(e)}", cure) from e

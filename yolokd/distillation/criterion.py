@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ultralytics.utils import RANK
 
 from yolokd.config.schema import DistillationConfig
+from yolokd.data.mixed import labelled_count
 from yolokd.distillation.gradients import GradientRecorder
 from yolokd.distillation.nonfinite import NonFiniteGuard
 from yolokd.distillation.observer import StepObserver
@@ -28,8 +29,8 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 class DistillationLosses:
     """The distillation losses of a batch, M methods at L levels.
 
-    losses: (M, L) unscaled, times batch size; carry gradient. gains: (M, L) in force, without gradient. weighted: (M,)
-    unscaled, summed over levels by their weights.
+    losses: (M, L) unscaled, times the number of labelled images; carry gradient. gains: (M, L) in force, without
+    gradient. weighted: (M,) unscaled, summed over levels by their weights.
     """
 
     losses: Tensor
@@ -147,15 +148,21 @@ class DistillationCriterion(nn.Module):
         return self._step % self.config.probe == 0 or not self.stage.measured
 
     def forward(self, preds: Any, batch: dict[str, Any]) -> Losses:
-        """Return (loss vector times batch size, detached items by name), as Ultralytics' criteria do."""
-        task, items = self.base(preds, batch)
+        """Return (loss vector times batch size, detached items by name), as Ultralytics' criteria do.
+
+        Of a batch with unlabelled images, the YOLO loss sees the labelled ones alone, and the batch size is their
+        number. The distillation losses are means over all images.
+        """
+        labelled = labelled_count(batch)
+        # Unlabelled images have no boxes in the batch, and so would teach the head that all of them is background.
+        task, items = self.base(_first_images(preds, labelled) if labelled < len(batch["img"]) else preds, batch)
         factors = self._factors()
         if any(factors):
             distilled = self._distil(task, factors, preds, batch)
             scaled = (distilled.gains * distilled.losses).sum(1)
             weighted = distilled.weighted
             in_force = torch.where(weighted > 0, scaled / weighted, distilled.gains.sum(1)).detach()
-            weighted = weighted.detach() / len(batch["img"])
+            weighted = weighted.detach() / labelled
         else:
             self.recorder.record_idle()
             scaled = weighted = in_force = task.new_zeros(len(factors))
@@ -171,7 +178,8 @@ class DistillationCriterion(nn.Module):
         observed = self.observer.take(len(batch["img"]))
         levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard, observed)
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
-        level_losses = [[loss * len(batch["img"]) for loss in of_method] for of_method in stage.losses(levels)]
+        labelled = labelled_count(batch)
+        level_losses = [[loss * labelled for loss in of_method] for of_method in stage.losses(levels, labelled)]
         losses = torch.stack([torch.stack(of_method) for of_method in level_losses])
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
             norms = stage.measure(task, level_losses, maps, output)
@@ -203,6 +211,15 @@ class DistillationCriterion(nn.Module):
                 value.copy_(state[key])
         for stage in self.stages:
             stage.update_measured()  # type: ignore[operator]
+
+
+def _first_images(preds: Any, count: int) -> Any:
+    """Return a head's predictions, tensors in dicts, lists and tuples, for the first `count` images of the batch."""
+    if isinstance(preds, dict):
+        return {key: _first_images(value, count) for key, value in preds.items()}
+    if isinstance(preds, list | tuple):
+        return [_first_images(value, count) for value in preds]
+    return preds[:count]
 
 
 def _ignore_missing_criterion_keys(_module: nn.Module, keys: Any) -> None:

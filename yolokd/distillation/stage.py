@@ -42,6 +42,7 @@ class Stage(nn.Module):
         if teacher.settings.channels_last:  # maps in two memory formats would be slow to compare
             self.methods.to(memory_format=torch.channels_last)
         methods = [module for module in self.methods.modules() if isinstance(module, Method)]
+        self._needs_labels = [registered()[method.name].needs_labels for method in config.method_configs]
         self.wants_logits = any(method.wants_logits or method.wants_boxes for method in methods)
         self.wants_mean_logits = any(method.wants_mean_logits for method in methods)
         self.wants_boxes = any(method.wants_boxes for method in methods)
@@ -62,15 +63,22 @@ class Stage(nn.Module):
         logits = self.wants_logits or (measuring and self.teacher.has_logits)
         return RequestedOutputs(logits, self.wants_mean_logits, self.wants_boxes, self.wants_box_logits)
 
-    def losses(self, levels: Sequence[Level]) -> list[list[Tensor]]:
+    def losses(self, levels: Sequence[Level], labelled: int) -> list[list[Tensor]]:
         """Return the loss of each method at each level.
+
+        labelled: how many images of the batch have labels, the first ones; some methods see these alone.
 
         Beside a teacher that runs in bfloat16 on a CPU, the convolutions of the methods multiply in bfloat16, too;
         their weights and all other arithmetic stay in float32. That changes the gradient at the student's maps by less
         than 1 %, or by 2 to 5 % (relative L2) for methods with a ReLU: values near 0 fall on its other side.
         """
+        needed = any(self._needs_labels) and labelled < len(levels[0].student)
+        with_labels = [level.first(labelled) for level in levels] if needed else levels
         with _methods_autocast(self.teacher, levels[0].student.device.type):
-            return [method(levels) for method in self.methods]
+            return [
+                method(with_labels if needs else levels)
+                for method, needs in zip(self.methods, self._needs_labels, strict=True)
+            ]
 
     def measure(
         self, task: Tensor, losses: Sequence[Sequence[Tensor]], maps: Sequence[Tensor], output: TeacherOutput

@@ -32,6 +32,8 @@ class DFMSD(Method):
     Several teachers work in stages, the weakest first. At stage k, counted from 0, M^S is also 0 at those positions
     inside labelled boxes that are among the fraction ρ_s·(1 + k·δ) of highest attention (masking enhancement).
 
+    An image without labels is masked as one without objects.
+
     rho_s, rho_c: ρ_s and ρ_c. delta: δ, the growth per stage. hidden: the channels between the convolutions of G_S and
     G_C, as a fraction of the teacher's, see `generator`.
 

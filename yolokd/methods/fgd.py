@@ -37,11 +37,14 @@ class FGD(Method):
     weights the positions' part H·W/C times as much, beside the channels' part, as ours does. The adapter is also there
     where both models have the same channels; the released code then has none.
 
+    Of a batch with unlabelled images it sees the labelled ones alone.
+
     A box covers the cells that it touches, as in the paper's equation, so that S over a box sums to 1. In the released
     code a box covers one column more at the right and one row more below. They count in its area even beyond the
     border, so that S over such a box sums to less than 1.
     """
 
+    needs_labels = True  # else all of an unlabelled image would count as background
     paper = "FGD: focal and global distillation, Yang et al., CVPR 2022"
 
     def __init__(

@@ -41,6 +41,7 @@ class LD(Method):
     paper = "LD: localization distillation, Zheng et al., CVPR 2022"
     wants_box_logits = True
     wants_assigned = True
+    needs_labels = True  # both regions lie at labelled objects
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import log2
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +78,13 @@ class Level:
         if key not in self._computed:
             self._computed[key] = compute()
         return self._computed[key]
+
+    def first(self, images: int) -> Level:
+        """Return the level of the first `images` images of the batch."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: dict[str, Any] = {k: value[:images] for k, value in values.items() if isinstance(value, Tensor)}
+        head_maps = {depth: (boxes[:images], classes[:images]) for depth, (boxes, classes) in self.head_maps.items()}
+        return replace(self, **cut, head_maps=head_maps)
 
     def inverse_areas(self) -> Tensor:
         """Return `boxes.inverse_areas` of the labels on this level's grid, (B, H, W) float32."""

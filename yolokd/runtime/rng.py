@@ -33,6 +33,19 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Let Python and NumPy draw from a seed inside the block, and afterwards go on as if they had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
 def preserve_random_state() -> Iterator[None]:
     """Restore the random states after the block: a run's augmentations must not depend on whether it has a teacher."""
     state = random_state()

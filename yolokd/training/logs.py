@@ -49,6 +49,9 @@ def log_pairing(plan: TrainPlan) -> None:
                 f"teacher {level.teacher_channels}"
             )
         LOGGER.info(f"{name}, {paired.pairing.classes.describe(plan.data['names'])}")
+    if plan.unlabelled:
+        ratio = plan.config.unlabelled_ratio
+        LOGGER.info(f"unlabelled images: {len(plan.unlabelled)}, of which a batch has {ratio:g} for each labelled one")
 
 
 def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import check_images, load_data, sample_batch
+from yolokd.data.unlabelled import unlabelled_images
 from yolokd.distillation.stage import build_methods
 from yolokd.errors import UserError
 from yolokd.methods import registered
@@ -47,7 +48,7 @@ class PairedTeacher:
 class TrainPlan:
     """A checked run: configuration, data, Ultralytics' settings, student, and teachers, weakest first.
 
-    With method=none there is no teacher.
+    With method=none there is no teacher. unlabelled: paths of the images without labels, once they are checked.
     """
 
     config: DistillationConfig
@@ -55,6 +56,7 @@ class TrainPlan:
     args: Any  # Ultralytics' settings
     student: Detector
     teachers: tuple[PairedTeacher, ...]
+    unlabelled: tuple[str, ...] = ()
 
 
 def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
@@ -127,6 +129,14 @@ def check_data(plan: TrainPlan) -> int:
     images = check_images(plan.data, plan.args, plan.config.trust)
     _check_last_batch(plan, images)
     return images
+
+
+def with_unlabelled_images(plan: TrainPlan) -> TrainPlan:
+    """Return the plan with the images of `unlabelled=`, if it is given, as `unlabelled_images` finds them."""
+    config = plan.config
+    if config.unlabelled is None:
+        return plan
+    return replace(plan, unlabelled=unlabelled_images(config.unlabelled, plan.data, plan.args, config.trust))
 
 
 def _check_last_batch(plan: TrainPlan, images: int) -> None:

@@ -26,11 +26,12 @@ from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import Detector
 from yolokd.runtime.distributed import IS_MAIN
 from yolokd.runtime.files import remove_temporary_files
-from yolokd.training.plan import TrainPlan, check_data, make_plan
+from yolokd.training.plan import TrainPlan, check_data, make_plan, with_unlabelled_images
 from yolokd.training.sidecar import State, load_sidecar, sidecar_error, sidecar_path, sidecars
 from yolokd.training.state import check_state, restore_state
 
-CHANGEABLE = frozenset({"teacher", "trust", "force"})  # yolokd's keys that a resumed run may be given anew
+# yolokd's keys that a resumed run may be given anew; the content of files is compared later.
+CHANGEABLE = frozenset({"teacher", "unlabelled", "trust", "force"})
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def _is_of_checkpoint(state: State, model: Detector) -> bool:
 
 def _check_unchanged(keys: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for key, value in split_keys(keys).distillation.items():
-        if key not in CHANGEABLE and saved.get(key) != value:
+        is_new = key == "unlabelled" and (value is None) != (saved.get(key) is None)
+        if is_new or (key not in CHANGEABLE and saved.get(key) != value):
             raise UserError(key, "cannot change in a resumed run", "start a new run, drop it, or give force=True")
 
 
@@ -147,7 +149,7 @@ def plan_run(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> T
         if saved_run is not None:
             check_same_run(plan, saved_run)
         check_data(plan)
-    return plan
+        return with_unlabelled_images(plan)
 
 
 def check_same_run(plan: TrainPlan, saved_run: SavedRun) -> None:
@@ -178,6 +180,15 @@ def optimizer_matches(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
         return False
     saved = [len(group["params"]) for group in (checkpoint.get("optimizer") or {}).get("param_groups", [])]
     return saved == [len(group["params"]) for group in trainer.optimizer.param_groups]
+
+
+def drop_unfit_optimizer(trainer: Any, checkpoint: dict[str, Any]) -> bool:
+    """Remove the optimizer from a checkpoint that has other adapters than the run; return whether it has."""
+    if optimizer_matches(trainer, checkpoint):
+        return False
+    LOGGER.warning("resume: the checkpoint has other adapters: adapters and optimizer start anew")
+    checkpoint["optimizer"] = None
+    return True
 
 
 @contextmanager

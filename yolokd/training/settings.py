@@ -17,6 +17,7 @@ from ultralytics.utils.torch_utils import parse_device, select_device
 from yolokd.config.defaults import defaults
 from yolokd.config.schema import DistillationConfig, normalize_teachers
 from yolokd.config.train_settings import check_types
+from yolokd.data.mixed import unlabelled_count
 from yolokd.errors import UserError, first_line
 from yolokd.models.checkpoint import check_path
 from yolokd.models.model_objects import as_paths
@@ -24,7 +25,7 @@ from yolokd.runtime.distributed import WORLD_SIZE
 from yolokd.runtime.files import check_output_folder
 
 BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
-PATH_KEYS = ("teacher", "student", "model", "data", "pretrained", "distill_model")
+PATH_KEYS = ("teacher", "student", "model", "data", "pretrained", "distill_model", "unlabelled")
 
 
 def with_absolute_paths(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,13 +37,16 @@ def with_absolute_paths(keys: Mapping[str, Any]) -> dict[str, Any]:
     paths = {key: keys[key] for key in PATH_KEYS if key in keys}
     if "teacher" in paths:
         paths["teacher"] = normalize_teachers(as_paths(paths["teacher"], "teacher"))
-    return dict(keys) | {key: _absolute(value) for key, value in paths.items()}
+    # No other key may name a folder: `shapes` is a data set, also where there is a folder of that name.
+    return dict(keys) | {key: _absolute(value, folders=key == "unlabelled") for key, value in paths.items()}
 
 
-def _absolute(value: Any) -> Any:
+def _absolute(value: Any, folders: bool) -> Any:
     if isinstance(value, tuple):
-        return [_absolute(item) for item in value]
-    return os.path.abspath(value) if isinstance(value, str | Path) and os.path.isfile(value) else value
+        return [_absolute(item, folders) for item in value]
+    if not isinstance(value, str | Path):
+        return value
+    return os.path.abspath(value) if os.path.isfile(value) or (folders and os.path.isdir(value)) else value
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +92,8 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
     processes = max(WORLD_SIZE, len(devices.split(",")))
     if processes > 1 and args.batch < processes:
         raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
-    check_memory("imgsz", args.imgsz, args.batch, devices)
+    images = images_per_batch(config, args.batch)
+    check_memory("imgsz", args.imgsz, images, devices)
     if not config.method_configs:
         return args
     if args.distill_model:
@@ -102,16 +107,24 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
         raise UserError("teacher_compile=True", problem, "drop one of the two")
     if args.batch < 1:
         raise UserError(f"batch={args.batch}", "AutoBatch does not count the teacher's memory", "give batch=16, say")
+    if config.unlabelled and args.rect:
+        problem = "gives each batch the shape of its labelled images, which unlabelled ones do not have"
+        raise UserError("rect=True", problem, "drop rect, or unlabelled")
     if config.teacher_imgsz is not None:
-        check_memory("teacher_imgsz", config.teacher_imgsz, args.batch, devices)
+        check_memory("teacher_imgsz", config.teacher_imgsz, images, devices)
     return args
+
+
+def images_per_batch(config: DistillationConfig, labelled: int) -> int:
+    """Return how many images a batch with `labelled` labelled ones holds."""
+    return labelled + (unlabelled_count(labelled, config.unlabelled_ratio) if config.unlabelled else 0)
 
 
 def check_memory(key: str, imgsz: int, batch: float, devices: str) -> None:
     """Raise UserError if the feature maps of a batch of square images cannot fit into the device's memory.
 
-    key: the setting that gives `imgsz`, in pixels. batch: below 1, Ultralytics chooses it. devices: as `check_device`
-    returns them.
+    key: the setting that gives `imgsz`, in pixels. batch: of images; below 1, Ultralytics chooses it. devices: as
+    `check_device` returns them.
     """
     first = devices.split(",")[0]
     if first.isdigit():
@@ -120,7 +133,9 @@ def check_memory(key: str, imgsz: int, batch: float, devices: str) -> None:
         memory = psutil.virtual_memory().total
     needed = max(int(batch), 1) * imgsz**2 * BYTES_PER_PIXEL
     if needed > memory:
+        images = max(int(batch), 1)
         problem = (
-            f"takes more than {needed / 2**30:,.0f} GiB of memory with batch={batch}; there are {memory / 2**30:.0f}"
+            f"takes more than {needed / 2**30:,.0f} GiB of memory with {images} images in a batch; "
+            f"there are {memory / 2**30:.0f}"
         )
         raise UserError(f"{key}={imgsz}", problem, "give a smaller image size or a smaller batch")

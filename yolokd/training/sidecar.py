@@ -88,11 +88,15 @@ class StopperState(BaseModel):
 
 
 class Streams(BaseModel):
-    """The random state of one process, of its sampler, and the indices of the images in its mosaic's buffer."""
+    """The random state of one process, of its samplers, and the indices of the images in its mosaic's buffers.
+
+    drawn: the number of unlabelled images that it has drawn; sidecars of earlier versions do not hold it.
+    """
 
     random: Annotated[State, AfterValidator(_check_random_state)]
     sampler: Annotated[InstanceOf[Tensor], AfterValidator(_check_sampler_state)] | None
     buffer: list[NonNegativeInt]
+    drawn: NonNegativeInt = 0
     images: str
 
 

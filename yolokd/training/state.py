@@ -14,6 +14,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.config.parse import split_keys
 from yolokd.data.fingerprint import image_names_hash
+from yolokd.data.mixed import MixedDataset
 from yolokd.models.precision import name_of
 from yolokd.runtime.distributed import IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import atomic_path
@@ -63,11 +64,12 @@ def _training_state(trainer: Any) -> State:
 
 
 def capture_streams(loader: Any) -> State:
-    """Return this process's random state, its sampler's, and the indices of the images in the mosaic's buffer."""
+    """Return this process's random state, its samplers', and the indices of the images in the mosaic's buffers."""
     return {
         "random": random_state(),
         "sampler": loader.generator.get_state() if loader.generator is not None else None,
         "buffer": list(getattr(loader.dataset, "buffer", [])),
+        "drawn": loader.dataset.draws.drawn if isinstance(loader.dataset, MixedDataset) else 0,
         "images": image_names_hash(loader.dataset),  # the buffer and the sampler refer to images by index
     }
 
@@ -85,7 +87,7 @@ def check_state(trainer: Any, state: State) -> None:
     dataset = trainer.train_loader.dataset
     for streams in state["streams"]:
         last = max(streams["buffer"], default=-1)
-        if streams["images"] == image_names_hash(dataset) and last >= len(dataset):
+        if streams["images"] == image_names_hash(dataset) and last >= len(dataset.im_files):
             raise ValueError(f"its streams.buffer: there is no image {last}")
 
 
@@ -170,6 +172,8 @@ def restore_streams(trainer: Any, state: State) -> None:
     loader.iterator = loader._get_iterator()
     for _ in range(0 if loader.num_workers else len(loader)):
         loader.iterator._next_index()  # an exhausted iterator draws once more, when the next epoch begins
+    if isinstance(loader.dataset, MixedDataset):
+        loader.dataset.draws.drawn = saved.get("drawn", 0)
     if saved["sampler"] is not None:
         loader.generator.set_state(saved["sampler"])
     set_random_state(saved["random"])

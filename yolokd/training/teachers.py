@@ -1,4 +1,4 @@
-"""Set-up of the teachers of a run: the precision that each runs in, and their scores."""
+"""Set-up of the teachers of a run: the precision that each runs in, the student's criterion, and their scores."""
 
 from __future__ import annotations
 
@@ -11,12 +11,32 @@ import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER
 
+from yolokd.data.dataset import sample_batch
+from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.evaluate import check_teacher
 from yolokd.models.precision import choose_precision, name_of
-from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, broadcast
-from yolokd.training.plan import PairedTeacher, TrainPlan
+from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
+from yolokd.runtime.threads import use_all_cores
+from yolokd.training.plan import PairedTeacher, TrainPlan, training_imgsz
+from yolokd.training.provenance import provenance
+from yolokd.training.resume import teacher_precisions
+from yolokd.training.settings import images_per_batch
 
 SCORING_SETTINGS = ("data", "imgsz", "device", "workers", "split", "single_cls", "classes")
+
+
+def attach_criterion(trainer: Any) -> None:
+    """Prepare the teachers of a trainer's plan, and give its student the criterion that learns from them."""
+    use_all_cores(trainer.device)  # precisions are compared with the threads that the training will use
+    plan: TrainPlan = trainer.plan
+    images = sample_batch(trainer.data, training_imgsz(trainer.args.imgsz, plan)).to(trainer.device)
+    precisions = teacher_precisions(trainer.saved_run, plan, trainer.device)
+    batch = images_per_batch(plan.config, trainer.batch_size // WORLD_SIZE)
+    trainer.plan = plan = replace(plan, teachers=optimize_teachers(plan, precisions, images, batch))
+    trainer.model.yolokd = provenance(plan)
+    pairs = [(paired.teacher, paired.pairing) for paired in plan.teachers]
+    criterion = DistillationCriterion(trainer.model, pairs, plan.config, trainer.args.seed)
+    trainer.model.criterion = criterion.to(trainer.device)
 
 
 def optimize_teachers(

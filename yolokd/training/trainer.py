@@ -16,7 +16,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.config.parse import split_keys
-from yolokd.data.dataset import sample_batch
+from yolokd.data.mixed import MixedDataset, mix_batches
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.checkpoint import load_model
 from yolokd.patches.patched import patched
@@ -32,13 +32,12 @@ from yolokd.runtime.threads import use_all_cores
 from yolokd.training import logs, resume
 from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
 from yolokd.training.optimizer import EveryBatch, OptimizerSteps
-from yolokd.training.plan import TrainPlan, training_imgsz
-from yolokd.training.provenance import provenance
+from yolokd.training.plan import TrainPlan
 from yolokd.training.settings import with_absolute_paths
 from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.state import capture_state, capture_streams, restore_streams
 from yolokd.training.summary import run_summary, teacher_sizes
-from yolokd.training.teachers import optimize_teachers, score_teachers
+from yolokd.training.teachers import attach_criterion, score_teachers
 
 
 class DistillationTrainer(DetectionTrainer):
@@ -150,17 +149,21 @@ class DistillationTrainer(DetectionTrainer):
     def set_model_attributes(self) -> None:
         """Attach the criterion: after Ultralytics sets `model.args`, before it builds optimizer, DDP and EMA."""
         super().set_model_attributes()
-        if not self.plan.teachers:
-            return
-        use_all_cores(self.device)  # precisions are compared with the threads that the training will use
-        images = sample_batch(self.data, training_imgsz(self.args.imgsz, self.plan)).to(self.device)
-        precisions = resume.teacher_precisions(self.saved_run, self.plan, self.device)
-        teachers = optimize_teachers(self.plan, precisions, images, self.batch_size // WORLD_SIZE)
-        self.plan = replace(self.plan, teachers=teachers)
-        self.model.yolokd = provenance(self.plan)
-        pairs = [(paired.teacher, paired.pairing) for paired in self.plan.teachers]
-        criterion = DistillationCriterion(self.model, pairs, self.plan.config, self.args.seed)
-        self.model.criterion = criterion.to(self.device)
+        if self.plan.teachers:
+            attach_criterion(self)
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        """Build Ultralytics' data set; that of the training gets the unlabelled images, too."""
+        dataset = super().build_dataset(img_path, mode, batch)
+        files, ratio = self.plan.unlabelled, self.plan.config.unlabelled_ratio
+        return MixedDataset(dataset, files, self.args, ratio) if files and mode == "train" else dataset
+
+    def get_dataloader(self, dataset_path: str, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
+        """Build Ultralytics' loader; its batches hold labelled images first, then unlabelled ones if there are any."""
+        loader = super().get_dataloader(dataset_path, batch_size, rank, mode)
+        if isinstance(loader.dataset, MixedDataset):
+            mix_batches(loader)
+        return loader
 
     def _setup_train(self) -> None:
         on_cpu = self.device.type == "cpu"
@@ -266,10 +269,8 @@ class DistillationTrainer(DetectionTrainer):
         """Resume with yolokd's criterion set aside: Ultralytics assigns its own on end-to-end heads."""
         if self.saved_run is not None and self.saved_run.trained:
             return
-        self.adapters_changed = ckpt is not None and bool(self.resume) and not resume.optimizer_matches(self, ckpt)
-        if ckpt is not None and self.adapters_changed:
-            LOGGER.warning("resume: the checkpoint has other adapters: adapters and optimizer start anew")
-            ckpt["optimizer"] = None
+        if self.resume and ckpt is not None:
+            self.adapters_changed = resume.drop_unfit_optimizer(self, ckpt)
         with resume.criterion_set_aside(unwrap_model(self.model)):
             super().resume_training(ckpt)
         if self.resume:

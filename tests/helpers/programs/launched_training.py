@@ -7,8 +7,8 @@ KILL=RANK:end, after its last epoch. STOP=RANK:BATCH: this process stops for goo
 batch. INTERRUPT=RANK:BATCH: this process alone gets Ctrl-C after that batch. NAN=RANK:BATCH: this process gets a loss
 that is not finite.
 DATA_OF_RANK_1=FILE: the second process reads this data set.
-Each process writes its student's and its criterion's tensors into the run's folder at the end of each epoch, and the
-number of its batches when it stops.
+Each process writes its student's and its criterion's tensors into the run's folder at the end of each epoch, the
+names of the unlabelled images in each batch, and the number of its batches when it stops.
 """
 
 from __future__ import annotations
@@ -74,6 +74,20 @@ def on_train_start(trainer: Any) -> None:
     torch.save(gradients(trainer, batches), Path(trainer.save_dir) / f"gradient-{rank()}.pt")
 
 
+def note_unlabelled(trainer: Any) -> None:
+    """Write down which unlabelled images each batch holds."""
+    path = Path(trainer.save_dir) / f"unlabelled-{rank()}.txt"
+
+    def note(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        batch = inputs[1]
+        known = batch.get("labelled", ())
+        files = [file for file, is_labelled in zip(batch.get("im_file", ()), known, strict=False) if not is_labelled]
+        with open(path, "a") as f:
+            f.writelines(f"{Path(file).name}\n" for file in files)
+
+    trainer.criterion.register_forward_pre_hook(note)
+
+
 def is_due(variable: str, moment: object) -> bool:
     """Return whether an environment variable is RANK:MOMENT for this process and this moment."""
     return os.environ.get(variable) == f"{rank()}:{moment}"
@@ -118,6 +132,7 @@ def main() -> int:
     trainer = DistillationTrainer(overrides=keys)
     if "BATCH" in os.environ:
         trainer.add_callback("on_train_start", on_train_start)
+    trainer.add_callback("on_pretrain_routine_end", note_unlabelled)
     for callback in (on_train_batch_start, on_train_batch_end, on_train_epoch_end, on_fit_epoch_end):
         trainer.add_callback(callback.__name__, callback)
     if os.environ.get("LAUNCH"):  # what Ultralytics sets for device=0,1, which needs GPUs

@@ -62,6 +62,9 @@ def run_bench(
     """
     on_cuda = select_device(check_device(other_keys.get("device")), verbose=False).type == "cuda"
     rounds = (40 if on_cuda else 7) if rounds is None else rounds
+    for key in ("unlabelled", "unlabelled_ratio"):
+        if key in other_keys:
+            raise UserError(key, "is not measured by bench: its batches hold labelled images alone", "drop it")
     validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
     check_project(project)
     # Plain training is always measured, first: the others are compared with it.

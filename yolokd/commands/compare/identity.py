@@ -17,6 +17,7 @@ from yolokd.commands.compare.ledger import TEACHER
 from yolokd.config.parse import split_keys
 from yolokd.config.schema import DistillationConfig, teacher_files
 from yolokd.data.dataset import split_images
+from yolokd.data.unlabelled import unlabelled_images
 from yolokd.runtime.files import sha256
 from yolokd.training.plan import TrainPlan
 
@@ -92,7 +93,8 @@ class SharedContent:
     settings: Ultralytics' settings as the user gave them, without files and score-neutral keys. Defaults are left out:
     they are those of the Ultralytics version, which a ledger's row names. data: hash of the training and validation
     images. scored: hash of the images of the split that scores. student: the file's hash, a packaged model's name, or
-    the content of a model's .yaml. teachers: hashes of the files, weakest first.
+    the content of a model's .yaml. teachers: hashes of the files, weakest first. unlabelled: hash of the images without
+    labels; empty if there are none.
     """
 
     settings: Mapping[str, Any]
@@ -100,6 +102,7 @@ class SharedContent:
     scored: str
     student: object
     teachers: tuple[str, ...]
+    unlabelled: str
 
 
 def read_shared_content(keys: Mapping[str, Any], plan: TrainPlan, split: str) -> SharedContent:
@@ -116,6 +119,7 @@ def read_shared_content(keys: Mapping[str, Any], plan: TrainPlan, split: str) ->
         fingerprint(plan.data, split),
         _student_content(str(keys["student"]), plan),
         tuple(sha256(file) for file in teacher_files(keys.get("teacher"))),
+        _unlabelled_content(keys, plan),
     )
 
 
@@ -130,7 +134,11 @@ def training_hash(method: str, content: SharedContent, config: DistillationConfi
     if method != PLAIN:
         identity["teacher"] = content.teachers[-1:] if method == NATIVE else content.teachers
     if method not in (PLAIN, NATIVE):
-        uncounted = SCORE_NEUTRAL_KEYS | {"teacher"}  # a teacher counts by its content
+        uncounted = SCORE_NEUTRAL_KEYS | {"teacher", "unlabelled"}  # these count by their content
+        if config.unlabelled:
+            identity["unlabelled"] = content.unlabelled
+        else:  # its ratio then has no effect, and earlier versions did not have it
+            uncounted |= {"unlabelled_ratio"}
         identity["distillation"] = {k: v for k, v in config.flat().items() if k not in uncounted}
     return digest(identity)
 
@@ -164,6 +172,14 @@ def fingerprint(data: Mapping[str, Any], *splits: str) -> str:
             label = Path(img2label_paths([str(image)])[0])
             content.update(label.read_bytes() if label.exists() else b"")
     return content.hexdigest()
+
+
+def _unlabelled_content(keys: Mapping[str, Any], plan: TrainPlan) -> str:
+    """Return the hash of the names and sizes of the images without labels; empty if there are none."""
+    if keys.get("unlabelled") is None:
+        return ""
+    images = unlabelled_images(str(keys["unlabelled"]), plan.data, plan.args, bool(keys.get("trust")))
+    return digest([(Path(image).name, Path(image).stat().st_size) for image in images])
 
 
 def _student_content(student: str, plan: TrainPlan) -> object:

@@ -92,6 +92,8 @@ def plan_runs(
     checked_seeds = validate("seeds", seeds, Seeds, problem, "for example seeds=0,1,2")
     if split not in SPLITS:
         raise UserError(f"split={split}", "is no split", f"one of: {', '.join(SPLITS)}")
+    if keys.get("unlabelled") is not None:
+        _check_unlabelled(methods)
     inputs = _resolve_files(keys)
     if not inputs.teachers and {*methods} != {PLAIN}:
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
@@ -110,6 +112,15 @@ def _check_comparison_keys(keys: Mapping[str, Any]) -> None:
     for key in keys:
         if key in REFUSED_KEYS:
             raise UserError(key, "is each run's own in a comparison", REFUSED_KEYS[key])
+
+
+def _check_unlabelled(methods: Sequence[str]) -> None:
+    """Print which methods train without the images of `unlabelled=`. Raises UserError if all do."""
+    without = [method for method in methods if method in (PLAIN, NATIVE)]
+    if len(without) == len(methods):
+        raise UserError("unlabelled", f"is not for {' and '.join(without)}", "add a method, such as fitnet+pdf")
+    if without:
+        CONSOLE.print(f"unlabelled: these images are not used by {' and '.join(without)}")
 
 
 def _resolve_files(keys: Mapping[str, Any]) -> Inputs:

@@ -21,6 +21,8 @@ def make_row(run: ComparisonRun, images: int) -> LedgerRow:
     curve, seconds = read_history(run.folder / "results.csv")
     keys = run.keys
     settings = {k: v for k, v in keys.items() if k not in FILES | SCORE_NEUTRAL_KEYS | {"method"}}
+    if settings.get("unlabelled"):
+        settings["unlabelled"] = Path(str(settings["unlabelled"])).name
     described: dict[str, Any] = {
         "hash": run.hash,
         "config": run.config,

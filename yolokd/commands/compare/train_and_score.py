@@ -114,7 +114,8 @@ def _train(run: ComparisonRun, device: object) -> None:
     if not (run.weights / "last.pt").exists():
         YoloDistiller().train(**{**run.keys, "save_dir": str(run.folder), "seed": run.seed, "device": device})
         return
-    moved = {key: run.keys[key] for key in ("teacher", "data") if key in run.keys}  # files may have moved since
+    may_have_moved = ("teacher", "data", "unlabelled")
+    moved = {key: run.keys[key] for key in may_have_moved if key in run.keys}
     YoloDistiller().train(resume=str(run.folder), trust=run.trusts_files, device=device, **moved)
 
 

@@ -18,7 +18,7 @@ from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE
 
 CHECK_SECONDS = 120.0  # ours: how long a node may take to start Python and to import yolokd
-PATH_KEYS = ("teacher", "student", "data", "pretrained")  # keys that may name files
+PATH_KEYS = ("teacher", "student", "data", "pretrained", "unlabelled")  # keys that may name files
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def check_nodes(runs: Sequence[ComparisonRun], needs: Needs) -> None:
 
 
 def _existing_files(value: object) -> list[str]:
-    """Return the absolute paths of files in a key's value; Ultralytics finds some models by names that are no files."""
+    """Return the absolute paths in a key's value; Ultralytics finds some models by names that are no files."""
     values = value if isinstance(value, list | tuple) else [value]
-    return [file for file in values if isinstance(file, str) and os.path.isabs(file) and os.path.isfile(file)]
+    return [file for file in values if isinstance(file, str) and os.path.isabs(file) and os.path.exists(file)]
 
 
 def check_files(files: Sequence[str], nodes: Sequence[Mapping[str, Any]]) -> None:
