@@ -105,9 +105,9 @@ def test_missing_and_broken_images_are_skipped_with_a_warning(data: str, photos:
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"unlabelled": "nowhere"}, "unlabelled=nowhere: does not exist"),
-        ({"unlabelled": "photos/0.png"}, "is no folder, no .txt and no .yaml"),
-        ({"unlabelled": "empty"}, "holds no images"),
+        ({"unlabelled": "nowhere"}, "unlabelled=nowhere: is no folder, list or data set that exists"),
+        ({"unlabelled": "photos/0.png"}, "is no folder, list or data set that exists"),
+        ({"unlabelled": "empty"}, "has no images"),
         ({"unlabelled": "broken"}, "none of its 1 images can be read"),
         ({"unlabelled": "nowhere.yaml"}, "unlabelled=nowhere.yaml: cannot be used"),
         ({"unlabelled": "labelled"}, "all of its images are labelled images"),

@@ -26,19 +26,22 @@ class ImageSource:
     data: Mapping[str, Any] | None
 
 
-def read_source(source: object, split: str | None = None, trust: bool = False) -> ImageSource:
+def read_source(key: str, source: object, split: str | None = None, trust: bool = False) -> ImageSource:
     """Return the images of a folder with its subfolders, of a .txt that lists one image per line, or of a data .yaml.
 
-    split: of a data set (`train` if None). trust: whether its download may run code.
-    Raises UserError if the source is none of these or has no image, and for a split of something that has none.
+    key: the argument that gives the source. split: of a data set (`train` if None). trust: whether its download may run
+    code. Raises UserError if the source is none of these or has no image, and for a split of something that has none.
     """
-    name, cure = f"source={source}", "give a folder, a .txt with one image per line, or a data set's .yaml"
+    name, cure = f"{key}={source}", "give a folder, a .txt with one image per line, or a data set's .yaml"
     path = Path(str(source))
     is_data = path.suffix in {".yaml", ".yml"} or str(source) == "shapes"
     if split is not None and (not is_data or split not in SPLITS):
         cure_split = f"one of: {', '.join(SPLITS)}" if is_data else "drop it"
         raise UserError(f"split={split}", "is no split of the source", cure_split)
-    data = load_data(str(source), trust=trust, split=split or "train") if is_data else None
+    try:
+        data = load_data(str(source), trust=trust, split=split or "train") if is_data else None
+    except UserError as e:
+        raise UserError(name, e.problem, cure) from e
     if data is None and not (path.is_dir() or (path.is_file() and path.suffix == ".txt")):
         raise UserError(name, "is no folder, list or data set that exists", cure)
     try:

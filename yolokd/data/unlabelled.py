@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import Any
 
 from ultralytics.data.build import build_yolo_dataset
 from ultralytics.data.utils import verify_image
 from ultralytics.utils import LOGGER, NUM_THREADS
 
-from yolokd.data.dataset import listed_images, load_data, read_flag, split_images, uncached, undecodable_bitmaps
-from yolokd.errors import UserError, first_line
+from yolokd.data.dataset import read_flag, split_images, uncached, undecodable_bitmaps
+from yolokd.data.sources import read_source
+from yolokd.errors import UserError
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.files import sha256
 
@@ -32,7 +32,8 @@ def unlabelled_images(source: str, data: dict[str, Any], args: Any, trust: bool 
     """
     argument = f"unlabelled={source}"
     with safe_loading(trust):
-        files = _readable(argument, _find(argument, source, trust), data["channels"])
+        found = [str(image) for image in read_source("unlabelled", source, trust=trust).images]
+        files = _readable(argument, found, data["channels"])
         labelled = build_yolo_dataset(uncached(args), data["train"], 1, dict(data), mode="train").im_files
     known = copies(files, labelled)
     if len(known) == len(files):
@@ -44,27 +45,6 @@ def unlabelled_images(source: str, data: dict[str, Any], args: Any, trust: bool 
         if leaked := copies(left, map(str, split_images(data.get(split) or []))):
             LOGGER.warning(f"unlabelled: {len(leaked)} of its images score models, too: they are in the {split} split")
     return tuple(left)
-
-
-def _find(argument: str, source: str, trust: bool) -> list[str]:
-    """Return the absolute paths of a source's images, each once; files that a list names may be missing."""
-    path, cure = Path(source), "give a folder of images, a list of images (.txt) or a data set (.yaml)"
-    if path.suffix in {".yaml", ".yml"}:
-        try:
-            paths = load_data(source, trust=trust)["train"]
-        except UserError as e:
-            raise UserError(argument, e.problem, cure) from e
-    elif path.is_dir() or (path.is_file() and path.suffix == ".txt"):
-        paths = source
-    else:
-        raise UserError(argument, "is no folder, no .txt and no .yaml" if path.exists() else "does not exist", cure)
-    try:
-        files = sorted({os.path.abspath(file) for file in listed_images(paths)})
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(argument, f"cannot be read: {first_line(e)}", cure) from e
-    if not files:
-        raise UserError(argument, "holds no images", cure)
-    return files
 
 
 def _readable(argument: str, files: Sequence[str], channels: int) -> list[str]:

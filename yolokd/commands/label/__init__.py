@@ -38,7 +38,7 @@ def run_label(**keys: Any) -> Path:
     """
     settings = check_label_settings(keys)
     device = check_device(settings.device)
-    source = read_source(settings.source, settings.split, settings.trust)
+    source = read_source("source", settings.source, settings.split, settings.trust)
     folder = check_project(settings.project) / (settings.name or _source_name(settings.source))
     images = [image for image in source.images if not image.is_relative_to(folder)]
     with safe_loading(settings.trust):
