@@ -25,8 +25,9 @@ class LD(Method):
     z_T, z_S: the logits of both heads over the bins of a side's distance. I_main: 1 at the positions that the YOLO loss
     of the step assigned to objects, 0 elsewhere. I_VLR: 1 in the valuable localization region, 0 elsewhere: where the
     DIoU of a position's anchor with a labelled box is between γ·α_pos and α_pos; see `pyramid.regions`. A position in
-    both regions counts twice. There is no adapter: the method trains the student's head and all below it. Both heads
-    must predict distributions, over the same number of bins: heads with reg_max=1, such as YOLO26's, are refused.
+    both regions gets both weights; images without labels have neither region. There is no adapter: the method trains
+    the student's head and all below it. Both heads must predict distributions, over the same number of bins: heads with
+    reg_max=1, such as YOLO26's, are refused.
 
     tau: the paper's τ. gamma: the paper's γ. main, valuable: the weights of the two regions.
 
@@ -34,8 +35,8 @@ class LD(Method):
     main region by the student's top class score and the valuable one by the anchor's IoU, divides the latter's loss by
     another 4, takes the mean of the KL divergence's terms over bins instead of their sum, and divides by the anchor's
     area in the DIoU. YOLO has no anchors; ours are those of that code, around each position. The paper's distillation
-    of class scores is left out.
-    Of an end-to-end student, the one-to-many head is taught, and that of an end-to-end teacher teaches: see FRS.
+    of class scores is left out. Of an end-to-end student, the one-to-many head is taught, and that of an end-to-end
+    teacher teaches: see FRS.
     """
 
     paper = "LD: localization distillation, Zheng et al., CVPR 2022"
