@@ -28,7 +28,7 @@ class Balance(nn.Module):
     come on top: in all, 1.0 to 1.4 times the target on blood cells with uniform weights.
 
     Means lag behind: where the YOLO loss's gradient falls, G_l is too large for a while, and with it the gain. After a
-    fall to a hundredth, arithmetic means would make the gain 67, 45, 30 and 20 times too large at the next four
+    fall to a hundredth, arithmetic means would make the gain 67, 45, 30 and 21 times too large at the next four
     measurements. Geometric means make it 22, 8, 4 and 2.5 times too large. On top of that, a measurement lowers G_l
     until the gain is at most CEILING times the gain of its own norms: 3, 2.1, 1.6 and 1.4 times.
 
