@@ -91,6 +91,10 @@ def test_flat_keys_parse_back_to_the_same_configuration() -> None:
         ({"method": "dfd", "teacher": "[a.pt, b.pt]", "stages": [3, 5]}, "stages=[3.0, 5.0]: must be"),
         ({"method": "dfd", "teacher": "[a.pt, b.pt, c.pt]", "stages": [5, 3]}, "must be the rising epochs"),
         ({"method": "dfd", "stages": 5}, "stages=[5.0]: must be"),
+        ({"method": "dfd", "classes_map": {}}, "classes_map={}: not a valid value"),
+        ({"method": "dfd", "classes_map": {"person": ""}}, "classes_map={'person': ''}: not a valid value"),
+        ({"method": "dfd", "classes_map": {"person": 1}}, "classes_map={'person': 1}: not a valid value"),
+        ({"method": "dfd", "classes_map": "{person: man"}, "classes_map={person: man: not a valid value"),
     ],
 )
 def test_invalid_settings_are_refused_with_one_line(keys: dict[str, Any], message: str) -> None:

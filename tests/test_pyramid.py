@@ -44,7 +44,7 @@ def test_classes_pair_by_name(teacher: dict[int, str], student: dict[int, str]) 
             pair_classes(teacher, student)
         return
     pairing = pair_classes(teacher, student)
-    for t, s in zip(pairing.teacher, pairing.student, strict=True):
+    for (t,), s in zip(pairing.teacher, pairing.student, strict=True):
         assert teacher[t].strip().lower() == student[s].strip().lower()
     shared = {n.strip().lower() for n in teacher.values()} & {n.strip().lower() for n in student.values()}
     assert {student[s].strip().lower() for s in pairing.student} == shared
@@ -154,7 +154,7 @@ def test_an_rtdetr_is_scored_on_the_classes_of_the_data_set() -> None:
         model.model[-1].dec_score_head[-1].weight.mul_(100)  # each class has the highest score somewhere
         images = torch.rand(1, 3, 64, 64)
         theirs = model(images)[0][0]
-        ours = aligned_copy(model, {0: "a", 1: "b"}, {0: 2, 1: 0})(images)[0][0]
+        ours = aligned_copy(model, {0: "a", 1: "b"}, {0: (2,), 1: (0,)})(images)[0][0]
     assert set(theirs[:, 5].tolist()) == {0, 1, 2}
     for before, after in zip(theirs.tolist(), ours.tolist(), strict=True):
         known = {2: 0, 0: 1}.get(int(before[5]))
@@ -163,6 +163,6 @@ def test_an_rtdetr_is_scored_on_the_classes_of_the_data_set() -> None:
 
 def test_long_lists_of_classes_are_shortened_in_the_log() -> None:
     names = {i: f"c{i}" for i in range(80)}
-    known = pair_classes({0: "c1"}, names).describe(names)
+    known = pair_classes({0: "c1"}, names).describe(names, {0: "c1"})
     assert known == "classes paired: 1 of 80 (c1); unknown to the teacher: c0, c2, c3, c4, c5, c6, c7, c8, c9, c10 …"
-    assert pair_classes({0: "c0"}, {0: "c0"}).describe({0: "c0"}) == "classes paired: 1 of 1 (c0)"
+    assert pair_classes({0: "c0"}, {0: "c0"}).describe({0: "c0"}, {0: "c0"}) == "classes paired: 1 of 1 (c0)"

@@ -98,12 +98,14 @@ def label_with(model: nn.Module, data: Path, size: int, path: Path) -> None:
 def attach_criterion(teacher: DetectionModel, student: DetectionModel, **keys: Any) -> DistillationCriterion:
     """Put a student into training mode; return its criterion. keys: yolokd's own, for example method=."""
     config = parse({"teacher": "t", "level_weights": "uniform", **keys})
-    return DistillationCriterion(student.train(), [(Teacher(teacher), pair(teacher, student))], config, seed=0)
+    return DistillationCriterion(
+        student.train(), [(Teacher(teacher), pair(teacher, student, config.classes_map))], config, seed=0
+    )
 
 
-def pair(teacher: DetectionModel, student: DetectionModel) -> Pairing:
+def pair(teacher: DetectionModel, student: DetectionModel, classes_map: dict[str, str] | None = None) -> Pairing:
     """Return the pairing of a teacher and a student with maps at the strides 8, 16 and 32."""
     frozen, pyramid = Teacher(teacher), read_pyramid(student)
     heads = ({s: head.shape for s, head in h.items()} for h in (frozen.heads, dense_heads(student.model[-1], pyramid)))
     shapes = pair_levels(frozen.pyramid, pyramid, *heads)
-    return Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names))
+    return Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names, classes_map))

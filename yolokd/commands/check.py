@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils.torch_utils import get_num_params, parse_device, select_device
 
-from yolokd.data.dataset import sample_batch
+from yolokd.data.dataset import boxes_per_class, sample_batch
 from yolokd.distillation.stage import build_methods
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.pyramid.boxes import Labels
@@ -52,6 +52,7 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
     use_all_cores(device)
     images = sample_batch(plan.data, imgsz).to(device)
     starts = plan.config.starts(plan.args.epochs)
+    boxes = boxes_per_class(plan.data, plan.args, plan.config.trust)
     for paired, start in zip(plan.teachers, starts, strict=True):
         name = Path(paired.file).name
         title = f"pyramid levels paired with teacher {name}, which teaches from epoch {start:g}"
@@ -60,7 +61,10 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
             CONSOLE.print(
                 f"level {level} of the student has no partner in teacher {name}: it learns from the labels alone"
             )
-        CONSOLE.print(paired.pairing.classes.describe(plan.data["names"]))
+        CONSOLE.print(paired.pairing.classes.describe(plan.data["names"], paired.teacher.names))
+        known = sum(boxes[i] for i in paired.pairing.classes.student)
+        share = f"{known} of {boxes.total()} ({known / boxes.total():.0%})"
+        CONSOLE.print(f"labelled training boxes of a class that teacher {name} knows: {share}")
         for line in _describe_precision(plan, paired, images):
             CONSOLE.print(f"teacher {name}: {line}")
 

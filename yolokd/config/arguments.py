@@ -7,12 +7,14 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
+
 
 def parse_value(text: str) -> Any:
     """Convert the text of a command line value to a Python value; return it unchanged if it is no literal.
 
-    >>> [parse_value(v) for v in ("0.5", "True", "none", "[0, 1]", "a b.pt")]
-    [0.5, True, None, [0, 1], 'a b.pt']
+    >>> [parse_value(v) for v in ("0.5", "True", "none", "[0, 1]", "a b.pt", "{person: man, sports car: car}")]
+    [0.5, True, None, [0, 1], 'a b.pt', {'person': 'man', 'sports car': 'car'}]
     """
     constants = {"none": None, "true": True, "false": False}
     if text.lower() in constants:
@@ -20,6 +22,16 @@ def parse_value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return _parse_mapping(text)
+
+
+def _parse_mapping(text: str) -> Any:
+    """Convert `{name: name, …}`, whose names need no quotes, as YAML does; return other text unchanged."""
+    if not (text.startswith("{") and text.endswith("}")):
+        return text
+    try:
+        return yaml.load(text, yaml.BaseLoader)  # which makes no numbers or booleans of names such as `no`
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

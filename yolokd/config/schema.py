@@ -15,6 +15,7 @@ Precision: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
 AdapterKind: TypeAlias = Literal["conv", "identity_if_equal"]
 
 
+ClassName = Annotated[str, Field(min_length=1)]
 Gain = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -54,6 +55,7 @@ class DistillationConfig(BaseModel):
     probe: Annotated[int, Field(ge=1)]
     unlabelled: str | None
     unlabelled_ratio: Annotated[float, Field(gt=0, le=MAX_UNLABELLED_RATIO)]
+    classes_map: Annotated[dict[ClassName, ClassName], Field(min_length=1)] | None
     trust: bool
     force: bool
     method_configs: tuple[MethodConfig, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from multiprocessing.pool import ThreadPool
@@ -93,6 +94,17 @@ def check_images(data: dict[str, Any], args: Any, trust: bool = False) -> int:
         images = _scan(data, args, "train", "train")
         _scan(data, args, "val", args.split)
     return images
+
+
+def boxes_per_class(data: dict[str, Any], args: Any, trust: bool = False) -> Counter[int]:
+    """Return how many labelled boxes of each class a training with Ultralytics' settings `args` has.
+
+    trust: whether a label cache may hold code.
+    """
+    args = uncached(args)
+    with safe_loading(trust):
+        scanned = build_yolo_dataset(args, data["train"], 1, dict(data), mode="train")
+    return Counter(int(cls) for label in scanned.labels for cls in label["cls"].flatten())
 
 
 def uncached(args: Any) -> Any:

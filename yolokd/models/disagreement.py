@@ -24,19 +24,23 @@ LOGITS = RequestedOutputs(logits=True)
 
 @torch.no_grad()
 def mean_disagreement(
-    teacher: Detector, student: Detector, settings: Mapping[str, Any], save_dir: Path
+    teacher: Detector,
+    student: Detector,
+    settings: Mapping[str, Any],
+    save_dir: Path,
+    classes_map: Mapping[str, str] | None = None,
 ) -> float | None:
     """Return D_pred, the mean over positions of D_hw = Σ_classes (p_T − p_S)²; the random states are left as they were.
 
     D_hw is that of PDF-Distil (Zhang et al., BMVC 2021), which reports its mean after training; p_T, p_S: the class
-    probabilities of teacher and student. The classes are those that both models name. The mean is over all positions
+    probabilities of teacher and student. The classes are those that both models know. The mean is over all positions
     of all levels at strides that both models have, in all images of the split; each position counts once. Of
     end-to-end models the one-to-many predictions count, as in a training. Both models run in float32.
 
-    settings: Ultralytics' for validation (data, imgsz, batch, device, split, …).
+    settings: Ultralytics' for validation (data, imgsz, batch, device, split, …). classes_map: as in `pair_classes`.
     Returns None if the models share no class or no stride, or if the teacher scores no classes at positions.
     """
-    classes = pair_classes(teacher.names, student.names)
+    classes = pair_classes(teacher.names, student.names, classes_map)
     pair = Teacher(teacher), Teacher(student, "student")
     strides = pair[0].pyramid.keys() & pair[1].pyramid.keys()
     if classes.objectness or not strides or not all(model.has_logits for model in pair):

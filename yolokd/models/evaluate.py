@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.nn.modules.head import RTDETRDecoder
@@ -88,28 +88,40 @@ def check_teacher(
     return scores.map
 
 
-def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, int]) -> Detector:
+def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, tuple[int, ...]]) -> Detector:
     """Return a copy of a teacher that scores the data set's classes `names`, and gives 0 to classes it does not know.
 
-    mapping: {the data set's class: the teacher's class}.
+    mapping: {the data set's class: the teacher's classes that mean it}; the highest of their scores counts.
     """
     copy = deepcopy(model).float().eval()
 
     def reorder(_module: nn.Module, _inputs: object, output: Any) -> Any:
         y = output[0]  # (B, 4 + classes, anchors)
         scores = y.new_zeros(y.shape[0], len(names), y.shape[2])
-        scores[:, list(mapping)] = y[:, [4 + teacher_class for teacher_class in mapping.values()]]
+        for data_class, group in mapping.items():
+            scores[:, data_class] = y[:, [4 + teacher_class for teacher_class in group]].amax(1)
         return torch.cat((y[:, :4], scores), 1), output[1]
 
     def relabel(head: Any, _inputs: object, output: Any) -> Any:
         boxes, scores, classes = output[0].split((4, 1, 1), -1)  # (B, n, 6): the decoder selects boxes by itself
         data_classes = classes.new_full((head.nc,), -1)
-        for data_class, teacher_class in mapping.items():
-            data_classes[teacher_class] = data_class
+        for data_class, group in mapping.items():
+            data_classes[list(group)] = data_class
         labels = data_classes[classes.long()]
-        return torch.cat((boxes, scores * (labels >= 0), labels.clamp(min=0)), -1), output[1]
+        counts = (labels >= 0) & ~_repeated(torch.cat((boxes, labels), -1))[..., None]
+        return torch.cat((boxes, scores * counts, labels.clamp(min=0)), -1), output[1]
 
     copy.end2end = False
     copy.model[-1].register_forward_hook(relabel if isinstance(copy.model[-1], RTDETRDecoder) else reorder)
     copy.names = dict(names)
     return copy
+
+
+def _repeated(detections: Tensor) -> Tensor:
+    """Return for each detection whether an earlier one, of a higher score, has the same box and label.
+
+    An RT-DETR gives a box once for each class that it may be of, and several of these can mean the same class.
+    detections: (B, n, 5), boxes and labels. Returns (B, n) booleans.
+    """
+    same = (detections[:, :, None] == detections[:, None]).all(-1)
+    return same.tril(-1).any(-1)

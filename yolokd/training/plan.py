@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ultralytics.utils.checks import check_imgsz
 
+from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
@@ -23,7 +24,7 @@ from yolokd.models.detector import Detector, check_detector, dense_heads, head_o
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.head import HeadShape
 from yolokd.pyramid.level import LevelShape
-from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
+from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels, unknown_names
 from yolokd.runtime.files import sha256
 from yolokd.training.settings import check_settings
 
@@ -82,6 +83,7 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     strides = check_detector(student, f"student={settings.get('model')}")
     if files:
         _check_stages(config, args.epochs)
+        _check_classes_map(config, models.values(), data)
     heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
     teachers = tuple(_pair_teacher(file, model, config, data, strides, heads) for file, model in models.items())
     return TrainPlan(config, data, args, student, teachers)
@@ -101,7 +103,7 @@ def _pair_teacher(
     _check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
     levels = tuple(pair_levels(teacher.pyramid, strides, teacher_heads, heads))
-    pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, data["names"]))
+    pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, data["names"], config.classes_map))
     _check_methods(config, levels)
     return PairedTeacher(file, sha256(model.pt_path), model, teacher, pairing)
 
@@ -113,6 +115,18 @@ def _check_stages(config: DistillationConfig, epochs: int) -> None:
             f"leaves no epoch of {epochs} to the last teacher",
             "begin it earlier",
         )
+
+
+def _check_classes_map(config: DistillationConfig, teachers: Iterable[Detector], data: Mapping[str, Any]) -> None:
+    """Raise UserError for names in `classes_map` that no teacher has, or that the data set does not have."""
+    classes_map = config.classes_map or {}
+    taught = [name for teacher in teachers for name in teacher.names.values()]
+    named = ("the teacher", classes_map, taught), ("the data set", classes_map.values(), data["names"].values())
+    for owner, asked, names in named:
+        if unknown := unknown_names(asked, names):
+            problem = f"{owner} has no class {' or '.join(map(repr, unknown))}"
+            hints = filter(None, (did_you_mean(name, names) for name in unknown))
+            raise UserError("classes_map", problem, " ".join(hints) or f"its classes: {', '.join(list(names)[:10])}")
 
 
 def training_imgsz(imgsz: object, plan: TrainPlan) -> int:

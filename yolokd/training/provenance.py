@@ -28,6 +28,7 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
         "schedules": {method.name: method.schedule.model_dump() for method in config.method_configs},
         "stages": list(config.stages or ()),
         "constants": {method.name: method.constants for method in config.method_configs},
+        "classes_map": dict(config.classes_map or {}),
         "unlabelled": {"images": len(plan.unlabelled), "ratio": config.unlabelled_ratio if plan.unlabelled else 0.0},
         "versions": versions(),
     }

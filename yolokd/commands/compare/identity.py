@@ -37,7 +37,8 @@ class ComparisonRun:
     except the seed. ground: hash of what runs must have in common to be compared (student, data, split, Ultralytics'
     settings). teacher_row: hash of the run that scores its teacher; empty if there is none. project: the folder that
     holds the runs' folders. strongest_teacher: the comparison's, with whose predictions those of the student are
-    compared; empty if there is none. It is no part of the identity: a run without a teacher of its own has one, too.
+    compared; empty if there is none. classes_map: the comparison's, for that teacher. Neither is part of the identity:
+    a run without a teacher of its own has both, too.
     """
 
     method: str
@@ -49,6 +50,7 @@ class ComparisonRun:
     teacher_row: str
     project: Path
     strongest_teacher: str = ""
+    classes_map: Mapping[str, str] | None = None
 
     @property
     def folder(self) -> Path:
@@ -139,6 +141,8 @@ def training_hash(method: str, content: SharedContent, config: DistillationConfi
             identity["unlabelled"] = content.unlabelled
         else:  # its ratio then has no effect, and earlier versions did not have it
             uncounted |= {"unlabelled_ratio"}
+        if config.classes_map is None:  # earlier versions did not have it
+            uncounted |= {"classes_map"}
         identity["distillation"] = {k: v for k, v in config.flat().items() if k not in uncounted}
     return digest(identity)
 
@@ -151,9 +155,11 @@ def ground_hash(content: SharedContent, split: str) -> str:
 def teacher_hashes(keys: Mapping[str, Any], content: SharedContent, split: str) -> tuple[str, str]:
     """Return the hashes `config` and `ground` of the run that scores the strongest teacher.
 
-    keys: Ultralytics' settings; only those that change a validation's scores count.
+    keys: the comparison's; only those that change a validation's scores count.
     """
     validation = {key: keys[key] for key in NMS_SETTINGS if key in keys}
+    if keys.get("classes_map") is not None:
+        validation["classes_map"] = keys["classes_map"]
     identity = {"teacher": content.teachers[-1], "imgsz": keys.get("imgsz", 640), **validation}
     return digest(identity), digest([split, content.scored])
 

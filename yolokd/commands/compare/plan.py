@@ -65,6 +65,11 @@ class Inputs:
     teachers: tuple[str, ...]
     strongest: Detector | None
 
+    @property
+    def classes_map(self) -> Mapping[str, str] | None:
+        """Return the user's map of the teachers' classes, which the check of a training has validated."""
+        return self.keys.get("classes_map")
+
 
 @dataclass(frozen=True)
 class Trainings:
@@ -94,12 +99,14 @@ def plan_runs(
         raise UserError(f"split={split}", "is no split", f"one of: {', '.join(SPLITS)}")
     if keys.get("unlabelled") is not None:
         _check_unlabelled(methods)
+    if keys.get("classes_map") is not None and {*methods} <= {PLAIN, NATIVE}:
+        raise UserError("classes_map", f"is not for {' and '.join(methods)}", "add a method, such as fitnet+pdf")
     inputs = _resolve_files(keys)
     if not inputs.teachers and {*methods} != {PLAIN}:
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
         raise UserError("teacher", "is missing", f"give teacher=yolov8l.pt, for example{or_drop}")
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
-    if inputs.strongest is None or not _can_score_teacher(inputs.strongest, trainings.names):
+    if not _can_score_teacher(inputs, trainings.names):
         return trainings.runs, trainings.images
     teacher_run = _plan_teacher(inputs, trainings.content, split, project)
     runs = [run if run.method == PLAIN else replace(run, teacher_row=teacher_run.hash) for run in trainings.runs]
@@ -144,6 +151,7 @@ def _plan_trainings(
 ) -> Trainings:
     """Check each method and return the runs that train it, one a seed."""
     runs: list[ComparisonRun] = []
+    shared = project, inputs.teachers[-1] if inputs.teachers else "", inputs.classes_map
     content: SharedContent | None = None
     for method in methods:
         keys = _method_keys(inputs, method) | QUIET
@@ -154,8 +162,7 @@ def _plan_trainings(
             content = read_shared_content(inputs.keys, plan, split)
         keys |= reported_defaults(plan.config)
         config, ground = training_hash(method, content, plan.config), ground_hash(content, split)
-        strongest = inputs.teachers[-1] if inputs.teachers else ""
-        runs += [ComparisonRun(method, seed, split, keys, config, ground, "", project, strongest) for seed in seeds]
+        runs += [ComparisonRun(method, seed, split, keys, config, ground, "", *shared) for seed in seeds]
     assert content is not None
     return Trainings(runs, images, plan.data["names"], content)
 
@@ -195,9 +202,12 @@ def reported_defaults(config: DistillationConfig) -> dict[str, Any]:
     return common | schedules if schedules else {}
 
 
-def _can_score_teacher(teacher: Detector, names: Mapping[int, str]) -> bool:
-    """Return whether a teacher can be scored on classes `names`; print why not."""
-    can_be_scored = only_detects(teacher) and bool(pair_classes(teacher.names, names).teacher)
+def _can_score_teacher(inputs: Inputs, names: Mapping[int, str]) -> bool:
+    """Return whether the strongest teacher can be scored on classes `names`; print why not."""
+    teacher = inputs.strongest
+    if teacher is None:
+        return False
+    can_be_scored = only_detects(teacher) and not pair_classes(teacher.names, names, inputs.classes_map).objectness
     if not can_be_scored:
         CONSOLE.print("teacher: does more than detect, or knows none of the data set's classes: it is not scored")
     return can_be_scored
@@ -207,4 +217,4 @@ def _plan_teacher(inputs: Inputs, content: SharedContent, split: str, project: P
     """Return the run that scores the strongest teacher."""
     keys = _method_keys(inputs, PLAIN) | {"method": TEACHER, "teacher": inputs.teachers[-1]}
     config, ground = teacher_hashes(inputs.keys, content, split)
-    return ComparisonRun(TEACHER, 0, split, keys, config, ground, "", project)
+    return ComparisonRun(TEACHER, 0, split, keys, config, ground, "", project, classes_map=inputs.classes_map)

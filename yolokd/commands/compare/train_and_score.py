@@ -12,7 +12,7 @@ from zipfile import is_zipfile
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolokd.commands.candidates import NATIVE
-from yolokd.commands.compare.identity import NMS_SETTINGS, ComparisonRun
+from yolokd.commands.compare.identity import NMS_SETTINGS, ComparisonRun, digest
 from yolokd.commands.compare.ledger import TEACHER
 from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
@@ -54,15 +54,18 @@ def _disagreement(run: ComparisonRun, student: Detector, settings: Mapping[str, 
     if not run.strongest_teacher:
         return {}
     teacher = load_teacher(run.strongest_teacher, run.trusts_files)
-    value = mean_disagreement(teacher, student, settings, run.folder)
-    return {} if value is None else {"d_pred": value, "d_pred_teacher": sha256(run.strongest_teacher)[:12]}
+    value = mean_disagreement(teacher, student, settings, run.folder, run.classes_map)
+    identity = sha256(run.strongest_teacher)
+    if run.classes_map is not None:  # which classes are compared depends on it
+        identity = digest([identity, run.classes_map])
+    return {} if value is None else {"d_pred": value, "d_pred_teacher": identity[:12]}
 
 
 def _aligned_teacher(run: ComparisonRun) -> Detector:
     """Return the teacher, its classes mapped to those of the data set."""
     model = load_teacher(run.keys["teacher"], run.trusts_files)
     names = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=run.trusts_files)["names"]
-    return aligned_copy(model, names, pair_classes(model.names, names).mapping)
+    return aligned_copy(model, names, pair_classes(model.names, names, run.classes_map).mapping)
 
 
 def _finish_training(run: ComparisonRun, device: object) -> None:
