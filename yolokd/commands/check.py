@@ -62,8 +62,8 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
                 f"level {level} of the student has no partner in teacher {name}: it learns from the labels alone"
             )
         CONSOLE.print(paired.pairing.classes.describe(plan.data["names"], paired.teacher.names))
-        known = sum(boxes[i] for i in paired.pairing.classes.student)
-        share = f"{known} of {boxes.total()} ({known / boxes.total():.0%})"
+        known, total = sum(boxes[i] for i in paired.pairing.classes.student), boxes.total()
+        share = f"{known} of {total} ({known / max(total, 1):.0%})"
         CONSOLE.print(f"labelled training boxes of a class that teacher {name} knows: {share}")
         for line in _describe_precision(plan, paired, images):
             CONSOLE.print(f"teacher {name}: {line}")
