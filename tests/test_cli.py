@@ -99,7 +99,7 @@ BAD = {
     f"{OK} compile=True": "compile=True",
     f"{OK} teacher_precision=int8": "teacher_precision=int8",
     f"{OK} teacher_imgsz=8": "teacher_imgsz=8",
-    f"{OK} unlabelled=nowhere": "unlabelled=nowhere: does not exist",
+    f"{OK} unlabelled=nowhere": "unlabelled=nowhere: is no folder, list or data set that exists",
     "bench rounds=0": "rounds=0",
     "bench teacher={evil} data={data}": "could run code",
     "bench method=dfx": "method=dfx",
