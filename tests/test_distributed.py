@@ -67,7 +67,7 @@ def test_a_run_launched_by_ultralytics_distils_and_writes_all_files(launched: Pa
     assert student.yolokd["teacher"]["file"] == Path(teacher).name
     assert student.yolokd["balance"] == 0.3
     assert "balance: 0.3" in (launched / "distill.yaml").read_text()
-    assert sorted(p.name for p in (launched / "weights").iterdir()) == ["best.pt", "last.pt"]
+    assert sorted(p.name for p in (launched / "weights").iterdir()) == ["MODEL_CARD.md", "best.pt", "last.pt"]
     assert processes_ended(launched)
 
 

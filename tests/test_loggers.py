@@ -12,9 +12,12 @@ from helpers.models import YOLOV8N
 from helpers.results import rows
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from yolokd.runtime.files import sha256
 
 PROGRAM = Path(__file__).parent / "helpers" / "programs" / "logged_training.py"
-OURS = ("level/", "clip/", "distill/")
+OURS = ("train/fitnet_", "level/", "clip/", "distill/")
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +44,32 @@ def columns(logged: Path) -> dict[str, list[float]]:
 
 
 def test_results_csv_holds_the_columns_that_loggers_must_get(columns: dict[str, list[float]]) -> None:
-    assert {"level/P3/fitnet_ratio", "level/P5/share", "clip/student", "distill/dropped"} <= columns.keys()
+    measurements = {"level/P3/fitnet_gain", "level/P3/fitnet_ratio", "level/P5/share"}
+    assert {"train/fitnet_loss", *measurements, "clip/student", "distill/dropped"} <= columns.keys()
 
 
-def test_a_run_with_a_teacher_reaches_tensorboard(logged: Path, columns: dict[str, list[float]]) -> None:
+def test_a_run_with_a_teacher_reaches_tensorboard(logged: Path, columns: dict[str, list[float]], teacher: str) -> None:
     events = EventAccumulator(str(logged / "logged"))
     events.Reload()
     for name, values in columns.items():
         by_epoch = {event.step: event.value for event in events.Scalars(name)}
         assert [by_epoch[epoch] for epoch in (1, 2)] == pytest.approx(values, rel=1e-4)
+    session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    parameters = HParamsPluginData.FromString(session).session_start_info.hparams
+    assert parameters["yolokd.teacher.file"].string_value == "teacher.pt"
+    assert parameters["yolokd.teacher.sha256"].string_value == sha256(teacher)
+    assert parameters["yolokd.level_floor"].number_value == 0.1
+    assert parameters["yolokd.method"].string_value == "fitnet"
 
 
 def test_a_run_with_a_teacher_reaches_mlflow(
-    logged: Path, columns: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+    logged: Path, columns: dict[str, list[float]], teacher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient((logged / "store").as_uri())
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    assert run.data.params["method"] == "fitnet"
+    settings = {"method": "fitnet", "level_floor": "0.1", "teacher": teacher, "yolokd.teacher.sha256": sha256(teacher)}
+    assert {key: run.data.params.get(key) for key in settings} == settings
     for name, values in columns.items():
         by_epoch = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
         assert [by_epoch[epoch] for epoch in (0, 1)] == pytest.approx(values, rel=1e-4)

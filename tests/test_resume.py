@@ -90,6 +90,7 @@ def check_kill(keys: dict[str, Any], at: tuple[str, int], uninterrupted: Path) -
     expected_rows, expected_weights = outcome(uninterrupted)
     assert resumed_rows == expected_rows
     assert all(states_equal(a, b) for a, b in zip(resumed_weights, expected_weights, strict=True))
+    assert (weights / "MODEL_CARD.md").read_text() == (uninterrupted / "weights" / "MODEL_CARD.md").read_text()
     assert not sidecars(weights / "last.pt")
     assert not list(weights.glob(".*.tmp"))
 
@@ -104,9 +105,9 @@ SLOW = [
 ]  # fmt: skip
 # Every operation on a file in the last epoch (each epoch is the best) and in the final evaluation.
 LAST = [
-    *((name, n) for name in ("renaming", "renamed") for n in range(13, 18)),
-    *((name, n) for name in ("written", "synced") for n in range(25, 35)),
-    *(("dropping", n) for n in range(17, 24)),
+    *((name, n) for name in ("renaming", "renamed") for n in range(13, 19)),
+    *((name, n) for name in ("written", "synced") for n in range(25, 37)),
+    *(("dropping", n) for n in range(17, 25)),
 ]
 RANDOM = [("batch", n) for n in random.Random(0).sample(range(4, 3 * EPOCHS), 4)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER, YAML
 
-from yolokd.pyramid.level import floored, level_name
+from yolokd.pyramid.level import floored
 from yolokd.training.plan import TrainPlan
 
 MEASUREMENTS = ("level/", "clip/", "distill/")  # how the names of yolokd's columns of results.csv begin
@@ -37,21 +37,6 @@ class MeanLosses:
 
     def __set__(self, trainer: Any, means: dict[str, Tensor] | None) -> None:
         vars(trainer)["tloss"] = None if means is None else LossMeans(means)
-
-
-def log_pairing(plan: TrainPlan) -> None:
-    """Log which levels and classes of each teacher are paired with the student's."""
-    for paired in plan.teachers:
-        name = f"distil from {Path(paired.file).name}"
-        for level in paired.pairing.levels:
-            LOGGER.info(
-                f"{name}, {level_name(level.stride)}: student {level.student_channels} channels, "
-                f"teacher {level.teacher_channels}"
-            )
-        LOGGER.info(f"{name}, {paired.pairing.classes.describe(plan.data['names'], paired.teacher.names)}")
-    if plan.unlabelled:
-        ratio = plan.config.unlabelled_ratio
-        LOGGER.info(f"unlabelled images: {len(plan.unlabelled)}, of which a batch has {ratio:g} for each labelled one")
 
 
 def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) -> str:

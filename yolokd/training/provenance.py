@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,21 @@ def versions() -> dict[str, str]:
         "ultralytics": ultralytics.__version__,
         "torch": str(torch.__version__),
     }
+
+
+def flattened(record: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries and lists as one dictionary; its values are texts, numbers and booleans.
+
+    >>> flattened({"method": "dfd", "constants": {"dfd": {"alpha": 0.1}}, "stages": [0, 10]})
+    {'method': 'dfd', 'constants.dfd.alpha': 0.1, 'stages.0': 0, 'stages.1': 10}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            flat |= flattened(dict(enumerate(value)), f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, str | int | float) else str(value)
+    return flat

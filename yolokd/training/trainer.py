@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
-from ultralytics.utils import DEFAULT_CFG, LOGGER
+from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.config.parse import split_keys
@@ -29,14 +29,14 @@ from yolokd.runtime.files import AtomicPath, os_errors_as_user_errors
 from yolokd.runtime.lock import FolderLock
 from yolokd.runtime.signals import handle_signals
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training import logs, resume
+from yolokd.training import announce, logs, resume
 from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
 from yolokd.training.optimizer import EveryBatch, OptimizerSteps
 from yolokd.training.plan import TrainPlan
+from yolokd.training.results import model_card, summary
 from yolokd.training.settings import with_absolute_paths
 from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.state import capture_state, capture_streams, restore_streams
-from yolokd.training.summary import run_summary, teacher_sizes
 from yolokd.training.teachers import attach_criterion, score_teachers
 
 
@@ -173,8 +173,8 @@ class DistillationTrainer(DetectionTrainer):
             model.to(memory_format=torch.channels_last)
         self.ema.ema._modules.pop("criterion", None)
         if IS_MAIN and self.plan.teachers:
-            logs.log_pairing(self.plan)
-            self._teacher_sizes = teacher_sizes(self)
+            announce.announce_teachers(self)
+            self._teacher_sizes = summary.teacher_sizes(self)
             if self.plan.config.check_teacher and not self.resume:
                 self.teacher_score = score_teachers(self.plan, self.args, self.device, self.batch_size, self.save_dir)
         # The whole teachers were needed for their scores only: free their memory.
@@ -289,12 +289,12 @@ class DistillationTrainer(DetectionTrainer):
         self.steps.restart(int(self.accumulate))
 
     def final_eval(self) -> None:
-        """Finish as Ultralytics does, and remove the sidecar: a finished run has nothing to resume."""
+        """Finish as Ultralytics does, write the model card, and remove the sidecar: nothing is left to resume."""
         if self.resume and self.best.exists():  # Ultralytics would skip a broken one with a warning
             load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
         if IS_MAIN:
+            model_card.write_model_card(self)
             drop_sidecars(self.last)
-        if IS_MAIN and self.plan.teachers:
-            LOGGER.info(run_summary(self, self._teacher_sizes))
+            summary.log_summary(self)
         self.finished = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
 from yolokd.models.detector import Detector
@@ -41,6 +42,12 @@ def teacher_sizes(trainer: Any) -> list[ModelSize]:
     return [
         model_size(paired.model, Path(paired.model.pt_path), trainer.args.imgsz) for paired in trainer.plan.teachers
     ]
+
+
+def log_summary(trainer: Any) -> None:
+    """Log the table of a finished run, if this process has trained it with a teacher."""
+    if trainer.plan.teachers:
+        LOGGER.info(run_summary(trainer, trainer._teacher_sizes))
 
 
 def run_summary(trainer: Any, teachers: Sequence[ModelSize]) -> str:
