@@ -11,7 +11,7 @@ import pytest
 import yaml
 from helpers.data import write_dataset
 from helpers.models import YOLOV8N
-from helpers.runs import TINY, distil, train_one_epoch
+from helpers.runs import TINY, distil
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from ultralytics.utils.metrics import DetMetrics
@@ -32,7 +32,7 @@ def trainer(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     data = write_dataset(folder / "my_cells", {0: NAMES[0], 1: NAMES[1]})
     data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "names": NAMES}))
     shutil.copy(teacher, folder / TEACHER)
-    settings = {**TINY, "data": str(data), "project": str(folder), "epochs": 2, "check_teacher": False}
+    settings = {**TINY, "data": str(data), "project": str(folder), "epochs": 1, "check_teacher": False}
     return distil(str(folder / TEACHER), YOLOV8N, settings, "fitnet", lr0=0.02, level_floor=0.25).trainer
 
 
@@ -118,7 +118,7 @@ def test_the_card_names_the_teacher_the_settings_and_the_data(
 ) -> None:
     rows = table_rows(tokens)
     assert [TEACHER, sha256(teacher), "fp32"] in rows
-    for setting in (["method", "fitnet"], ["level_floor", "0.25"], ["epochs", "2"], ["imgsz", "64"]):
+    for setting in (["method", "fitnet"], ["level_floor", "0.25"], ["epochs", "1"], ["imgsz", "64"]):
         assert setting in rows
     assert "12 images to train on, and 6 images with" in card
 
@@ -160,11 +160,6 @@ def test_a_run_without_a_teacher_has_a_card_that_says_so(tiny: dict[str, Any]) -
     card = (d.trainer.wdir / "MODEL_CARD.md").read_text()
     assert "without a teacher" in card
     assert "knowledge-distillation" not in front_matter(card)["tags"]
-
-
-def test_a_run_that_is_not_finished_has_no_card(tiny: dict[str, Any], teacher: str) -> None:
-    folder = train_one_epoch(tiny, teacher)
-    assert not (folder / "weights" / "MODEL_CARD.md").exists()
 
 
 def test_several_teachers_are_named_in_turn(trainer: Any) -> None:

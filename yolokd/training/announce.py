@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ultralytics.utils import LOGGER
+from ultralytics.utils import LOGGER, SETTINGS
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.errors import first_line
@@ -19,10 +19,13 @@ from yolokd.training.results.summary import SCORE
 def announce_teachers(trainer: Any) -> None:
     """Log what is paired with what, and give teachers, settings and versions to the loggers as parameters."""
     log_pairing(trainer.plan)
-    try:
-        _log_parameters(trainer, flattened({"yolokd": unwrap_model(trainer.model).yolokd}))
-    except Exception as e:  # whatever a logger raises, as when its server is gone: no reason not to train
-        LOGGER.warning(f"a logger did not take yolokd's settings: {first_line(e)}")
+    parameters = flattened({"yolokd": unwrap_model(trainer.model).yolokd})
+    for name, log_parameters in LOGGERS.items():
+        if SETTINGS[name] is True:
+            try:
+                log_parameters(trainer, parameters)
+            except Exception as e:  # whatever a logger raises, as when its server is gone: no reason not to train
+                LOGGER.warning(f"{name} did not take yolokd's settings: {first_line(e)}")
 
 
 def log_pairing(plan: TrainPlan) -> None:
@@ -40,16 +43,30 @@ def log_pairing(plan: TrainPlan) -> None:
         LOGGER.info(f"unlabelled images: {len(plan.unlabelled)}, of which a batch has {ratio:g} for each labelled one")
 
 
-def _log_parameters(trainer: Any, parameters: Mapping[str, Any]) -> None:
-    """Give parameters to those of TensorBoard, MLflow and Weights & Biases that Ultralytics has started."""
-    from ultralytics.utils.callbacks import mlflow, tensorboard, wb  # Ultralytics has imported them: they are slow
+# The loggers are slow to import. When a setting of Ultralytics turns one on, Ultralytics has imported it already.
 
-    if tensorboard.WRITER:
-        from torch.utils.tensorboard.summary import hparams
 
+def _to_tensorboard(_trainer: Any, parameters: Mapping[str, Any]) -> None:
+    from torch.utils.tensorboard.summary import hparams
+    from ultralytics.utils.callbacks import tensorboard
+
+    if tensorboard.SummaryWriter and tensorboard.WRITER:
         for summary in hparams(parameters, {SCORE: 0}):  # type: ignore[no-untyped-call]  # it heeds the name alone
             tensorboard.WRITER.file_writer.add_summary(summary)
+
+
+def _to_mlflow(trainer: Any, parameters: Mapping[str, Any]) -> None:
+    from ultralytics.utils.callbacks import mlflow
+
     if getattr(trainer, "_mlflow_active", False):
         mlflow.mlflow.log_params(parameters)
+
+
+def _to_wandb(_trainer: Any, parameters: Mapping[str, Any]) -> None:
+    from ultralytics.utils.callbacks import wb
+
     if wb.wb and wb.wb.run:
-        wb.wb.run.config.update(parameters)
+        wb.wb.run.config.update(parameters, allow_val_change=True)  # a resumed run may have other versions
+
+
+LOGGERS = {"tensorboard": _to_tensorboard, "mlflow": _to_mlflow, "wandb": _to_wandb}  # by Ultralytics' setting
