@@ -19,7 +19,9 @@ from yolokd.training.results.summary import SCORE
 def announce_teachers(trainer: Any) -> None:
     """Log what is paired with what, and give teachers, settings and versions to the loggers as parameters."""
     log_pairing(trainer.plan)
-    parameters = flattened({"yolokd": unwrap_model(trainer.model).yolokd})
+    record = unwrap_model(trainer.model).yolokd
+    # Names of parameters are limited in MLflow, and names of classes are not.
+    parameters = flattened({"yolokd": {**record, "classes_map": str(record["classes_map"])}})
     for name, log_parameters in LOGGERS.items():
         if SETTINGS[name] is True:
             try:
