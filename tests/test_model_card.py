@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers.data import write_dataset
 from helpers.models import YOLOV8N
@@ -167,3 +169,14 @@ def test_several_teachers_are_named_in_turn(trainer: Any) -> None:
     second = {"file": "second.pt", "sha256": "0" * 64, "precision": "fp32"}
     rows = table_rows(parsed(model_card({**content, "teachers": [*content["teachers"], second]})))
     assert [second["file"], second["sha256"], "fp32"] in rows
+
+
+@pytest.mark.parametrize("record", ["text", {"teacher": "text", "constants": 1}, {"teacher": [{"file": "a"}]}], ids=str)
+def test_a_checkpoint_with_an_odd_record_has_a_card(
+    record: object, trainer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    checkpoint = torch.load(trainer.best, weights_only=False)
+    checkpoint["model"].yolokd = record
+    torch.save(checkpoint, tmp_path / "best.pt")
+    monkeypatch.setattr(trainer, "best", tmp_path / "best.pt")
+    assert "without a teacher" in model_card(card_content(trainer))

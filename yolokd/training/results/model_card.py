@@ -61,10 +61,11 @@ def as_markdown(value: object) -> str:
 def card_content(trainer: Any) -> dict[str, Any]:
     """Return what the card says of a finished run, as plain data without folders of this machine."""
     student, _ = load_model(trainer.best, "best", trainer.plan.config.trust)
-    record: dict[str, Any] = getattr(student, "yolokd", {})
+    record = getattr(student, "yolokd", {})
+    record = record if isinstance(record, dict) else {}  # of a stranger's run that is resumed
     teachers = record.get("teacher", [])
-    teachers = teachers if isinstance(teachers, list) else [teachers]
-    name = Path(student.yaml.get("yaml_file", "YOLO detector")).stem
+    teachers = [teacher for teacher in (teachers if isinstance(teachers, list) else [teachers]) if _is_origin(teacher)]
+    name = PurePath(str(student.yaml.get("yaml_file") or "YOLO detector")).stem
     taught_by = f"taught by {', '.join(teacher['file'] for teacher in teachers)}" if teachers else "without a teacher"
     own = {key: value for key, value in record.items() if key not in ("teacher", "versions", "unlabelled")}
     settings = {"method": "none", **own, **{key: getattr(trainer.args, key) for key in TRAINING}}
@@ -89,8 +90,12 @@ def card_content(trainer: Any) -> dict[str, Any]:
         "by_class": by_class,
         "unmeasured": [name for name in trainer.data["names"].values() if name not in measured],
         "chosen": trainer.args.val and trainer.args.split == "val",
-        "versions": record.get("versions", versions()),
+        "versions": versions(),
     }
+
+
+def _is_origin(teacher: object) -> bool:
+    return isinstance(teacher, dict) and {"file", "sha256", "precision"} <= teacher.keys()
 
 
 def data_name(file: str, data: Mapping[str, Any]) -> str:
