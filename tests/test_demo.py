@@ -46,6 +46,7 @@ def interrupt_after_the_teacher(folder: Path, *arguments: str) -> str:
     return errors.decode().splitlines()[-1]
 
 
+@pytest.mark.slow  # .ci/run runs the short demo itself
 def test_the_short_demo_trains_compares_exports_and_draws_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     demo = ("demo", "short=True", "seed=1")
     last_line = interrupt_after_the_teacher(tmp_path, *demo)
