@@ -152,7 +152,7 @@ class MixedDataset(Dataset[dict[str, Any]]):
 
 
 class MixedBatches:
-    """What a MixedDataset's batches hold: indices of labelled images, and then draws of unlabelled ones.
+    """Yields what each batch of a MixedDataset holds: indices of labelled images, then draws of unlabelled ones.
 
     labelled: torch's sampler of batches of labelled images.
     """

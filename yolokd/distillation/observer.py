@@ -16,7 +16,7 @@ from yolokd.pyramid.head import Head
 
 @dataclass(frozen=True)
 class Observed:
-    """What was noted of one step.
+    """Holds what was noted of one step.
 
     assigned: (B, anchors) bool, the positions that the YOLO loss assigned to objects; None if no method wants them.
     box_maps, class_maps: {(stride, depth): the (B, C, H, W) map that entered the layer of that number in the branch of

@@ -19,7 +19,7 @@ def _as_optional_list(value: object) -> object:
 
 
 class DetectionSettings(BaseModel):
-    """What the teacher detects, besides its weights: Ultralytics' settings of a prediction.
+    """Holds what decides, besides the weights, what a teacher detects: Ultralytics' settings of a prediction.
 
     The default of `conf` is ours, the others are Ultralytics'. imgsz: None for the size that the teacher trained with.
     """
