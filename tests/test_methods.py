@@ -853,6 +853,27 @@ def test_the_squared_error_of_half_precision_maps_keeps_no_float32_map(dtype: to
                 torch.testing.assert_close(ours, theirs.to(ours.dtype))
 
 
+@pytest.mark.parametrize("name", ["cwd", "dfd", "dfmsd", "fgd", "fitnet", "frs", "mgd", "pdf", "pkd", "sl2"])
+def test_a_method_keeps_no_float32_map_of_maps_in_half_precision(name: str) -> None:
+    low = like(random_level(2, 16, 16), lambda t: t.bfloat16() if t.is_floating_point() else t)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    method = build(name).float()
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = method(replace(low, student=low.student.requires_grad_()))
+    assert not [t.shape for t in kept if t.dtype == torch.float32 and t.numel() >= low.teacher.numel()]
+    (gradient,) = torch.autograd.grad(loss, [low.student])
+    full = like(low, lambda t: t.detach().float() if t.is_floating_point() else t)
+    expected = method(replace(full, student=full.student.requires_grad_()))
+    (reference_gradient,) = torch.autograd.grad(expected, [full.student])
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.01)
+    assert (gradient.float() - reference_gradient).norm() < 0.1 * reference_gradient.norm()
+
+
 def test_every_process_masks_other_positions_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     criterion = attach_criterion(random_detector(), random_detector(seed=1), method="mgd")
     seeds = []

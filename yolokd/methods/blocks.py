@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from yolokd.pyramid.level import Level, LevelShape
-from yolokd.pyramid.squared_error import squared_error
+from yolokd.pyramid.squared_error import in_half_precision, squared_error
 
 Hidden = Annotated[float, Field(gt=0, le=1)]  # the width of a generator's hidden layer, see `generator`
 EPS = 1e-6  # ours: added to a variance, so that a constant channel is standardized to 0; see PKD
@@ -88,7 +90,7 @@ def spatial_attention(maps: Tensor, temperature: float = 1.0) -> Tensor:
     (B, C, H, W) -> (B, H, W) float32, of mean 1 in each image.
     """
     b, _, h, w = maps.shape
-    return ((maps.float().abs().mean(1) / temperature).flatten(1).softmax(1) * (h * w)).view(b, h, w)
+    return ((mean_magnitude(maps, 1) / temperature).flatten(1).softmax(1) * (h * w)).view(b, h, w)
 
 
 def channel_attention(maps: Tensor, temperature: float) -> Tensor:
@@ -96,7 +98,27 @@ def channel_attention(maps: Tensor, temperature: float) -> Tensor:
 
     (B, C, H, W) -> (B, C) float32, of mean 1 in each image.
     """
-    return (maps.float().abs().mean((2, 3)) / temperature).softmax(1) * maps.shape[1]
+    return (mean_magnitude(maps, (2, 3)) / temperature).softmax(1) * maps.shape[1]
+
+
+def mean_magnitude(maps: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Return the mean of |F| over dimensions of F, in float32; maps in half precision are not copied to float32."""
+    if in_half_precision(maps):
+        sums: Tensor = torch.linalg.vector_norm(maps, ord=1, dim=dims, dtype=torch.float32)
+        return sums * (sums.numel() / maps.numel())
+    return maps.float().abs().mean(dims)
+
+
+def recomputed(function: Callable[..., Tensor], *maps: Tensor) -> Tensor:
+    """Return function(*maps), which computes in float32.
+
+    For maps in half precision the backward pass computes the function once more, so that no map in float32 is kept
+    until then; for others it reads what the first computation kept.
+    """
+    if not in_half_precision(*maps):
+        return function(*maps)
+    output: Tensor = checkpoint(function, *maps, use_reentrant=False, preserve_rng_state=False)
+    return output
 
 
 def standardized(maps: Tensor) -> Tensor:
@@ -105,10 +127,9 @@ def standardized(maps: Tensor) -> Tensor:
     return (maps - maps.mean((0, 2, 3), keepdim=True)) / (maps.var((0, 2, 3), correction=0, keepdim=True) + EPS).sqrt()
 
 
-def standardized_error(maps: Tensor, level: Level) -> Tensor:
-    """Return half the mean squared error of the standardized (B, C_T, H, W) maps and teacher's map, a scalar.
+def standardized_error(maps: Tensor, teacher: Tensor) -> Tensor:
+    """Return half the mean squared error of the standardized (B, C, H, W) maps and teacher's map, a float32 scalar.
 
-    It equals 1 − Pearson's r, averaged over channels. The teacher's map is standardized once per step.
+    It equals 1 − Pearson's r, averaged over channels.
     """
-    teacher = level.compute_once("standardized teacher", lambda: standardized(level.teacher))
-    return F.mse_loss(standardized(maps), teacher) / 2
+    return recomputed(lambda s, t: F.mse_loss(standardized(s), standardized(t)) / 2, maps, teacher)

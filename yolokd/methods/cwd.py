@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, adapted
+from yolokd.methods.blocks import Adapter, adapted, recomputed
 
 
 @register("cwd")
@@ -38,8 +38,9 @@ class CWD(Method):
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
-        student, teacher = (
-            (maps.float() / self.tau).flatten(2).log_softmax(2) for maps in (adapted(self.adapt, level), level.teacher)
-        )
-        divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        return self.tau**2 * divergence / (teacher.shape[0] * teacher.shape[1])
+        return self.tau**2 * recomputed(self._divergence, adapted(self.adapt, level), level.teacher)
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        log_student, log_teacher = ((maps.float() / self.tau).flatten(2).log_softmax(2) for maps in (student, teacher))
+        divergence = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+        return divergence / (teacher.shape[0] * teacher.shape[1])

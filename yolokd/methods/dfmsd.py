@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, register
-from yolokd.methods.blocks import Adapter, Hidden, adapted, generated, generator, standardized_error
+from yolokd.methods.blocks import Adapter, Hidden, adapted, generated, generator, mean_magnitude, standardized_error
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 MAX_MASKED = 0.95  # ours: the largest fraction of positions that may be masked
@@ -69,17 +69,17 @@ class DFMSD(Method):
         weights = self.mix.softmax(0)
         by_position = generated(self.by_position, self.adapt, level.student, positions)
         rebuilt = weights[0] * by_position + weights[1] * self.by_channel(student * channels)
-        return standardized_error(rebuilt, level)
+        return standardized_error(rebuilt, level.teacher)
 
     def masks(self, level: Level) -> tuple[Tensor, Tensor]:
         """Return M^S, (B, 1, H, W), and M^C, (B, C, 1, 1), boolean: False where the student's map is zeroed."""
-        attention = level.teacher.float().abs()
-        position_ranks = rank(attention.mean(1).flatten(1)).view_as(attention[:, 0])
+        attention = mean_magnitude(level.teacher, 1)
+        position_ranks = rank(attention.flatten(1)).view_as(attention)
         count = position_ranks[0].numel()
         masked = position_ranks < round(self.rho_s * count)
         if self.rho_inside > self.rho_s:
             masked |= (position_ranks < round(self.rho_inside * count)) & (level.inverse_areas() > 0)
-        channel_ranks = rank(attention.mean((2, 3)))
+        channel_ranks = rank(mean_magnitude(level.teacher, (2, 3)))
         return ~masked[:, None], (channel_ranks >= round(self.rho_c * channel_ranks.shape[1]))[:, :, None, None]
 
 

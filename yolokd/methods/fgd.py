@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
-from yolokd.methods.blocks import Adapter, adapted, channel_attention, spatial_attention
+from yolokd.methods.blocks import Adapter, adapted, channel_attention, recomputed, spatial_attention
 from yolokd.pyramid.squared_error import mean_squared_error, squared_error
 
 
@@ -105,6 +105,6 @@ class GlobalContext(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """Return R(F) of F: (B, C, H, W) -> (B, C, H, W)."""
         attention = self.key(maps).float().flatten(2).softmax(2)
-        context = (maps.float().flatten(2) * attention).sum(2)[:, :, None, None]
+        context = recomputed(lambda m, a: (m.float().flatten(2) * a).sum(2), maps, attention)[:, :, None, None]
         output: Tensor = maps + self.transform(context.to(maps.dtype))
         return output

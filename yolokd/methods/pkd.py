@@ -35,4 +35,4 @@ class PKD(Method):
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
-        return standardized_error(adapted(self.adapt, level), level)
+        return standardized_error(adapted(self.adapt, level), level.teacher)
