@@ -97,6 +97,7 @@ BAD = {
     f"{OK} quantize=8": "quantize=8",
     f"{OK} batch=-1": "batch=-1",
     f"{OK} compile=True": "compile=True",
+    f"{OK} teacher_compile=True multi_scale=0.5": "compiles for one image size, and multi_scale=0.5 changes it",
     f"{OK} teacher_precision=int8": "teacher_precision=int8",
     f"{OK} teacher_imgsz=8": "teacher_imgsz=8",
     f"{OK} unlabelled=nowhere": "unlabelled=nowhere: is no folder, list or data set that exists",

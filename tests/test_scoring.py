@@ -10,9 +10,12 @@ import pytest
 import torch
 import yaml
 from helpers.data import write_dataset
-from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, calibrated_detector, label_with, random_detector
+from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, calibrated_detector, label_with, random_detector, save_checkpoint
+from helpers.results import rows
+from helpers.runs import TINY, captured_log
 from ultralytics import YOLO
 
+from yolokd import YoloDistiller
 from yolokd.models.disagreement import mean_disagreement
 from yolokd.training.plan import make_plan
 from yolokd.training.teachers import score_teachers
@@ -32,6 +35,22 @@ def test_the_teacher_is_scored_on_the_classes_that_are_trained(tmp_path: Path) -
         assert scores[-1] == pytest.approx(val.box.map, abs=1e-6)
     assert scores[0] != scores[1]
     assert min(scores) > 0
+
+
+def test_a_teacher_whose_score_needs_too_much_memory_is_not_scored_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    data = write_dataset(tmp_path / "d")
+    teacher = save_checkpoint(random_detector(YOLOV8S), tmp_path / "t.pt")
+    monkeypatch.setattr("yolokd.models.evaluate.score", run_out)
+    with captured_log() as lines:
+        d = YoloDistiller(teacher=str(teacher), student=YOLOV8N)
+        d.train(**TINY, data=str(data), epochs=1, val=False, project=str(tmp_path))
+    assert any("memory does not suffice to measure its score; check_teacher=False" in line for line in lines)
+    assert len(rows(d.trainer)) == 1
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ import torch
 from helpers.launches import TORCHRUN, assert_processes_agree, last_weights, launch, output_of, settings
 from helpers.models import YOLOV8N
 from helpers.results import repeatable_rows, rows, states_equal, weights
-from helpers.runs import train_plainly
+from helpers.runs import captured_log, train_one_epoch, train_plainly
 
 from yolokd import YoloDistiller
 from yolokd.methods import registered
 from yolokd.models.teacher import Teacher, TeacherOutput
+from yolokd.training.sidecar import sidecars
 
 pytestmark = pytest.mark.gpu
 METHODS = [name for name, method in registered().items() if method.__module__.startswith("yolokd.")]
@@ -136,6 +137,18 @@ def test_a_killed_run_that_resumes_ends_as_an_uninterrupted_one(data: str, teach
     output_of(launch({"resume": str(last), "save_dir": str(tmp_path / "killed")}, YOLO_OFFLINE="true"))
     assert repeatable_rows(tmp_path / "killed") == repeatable_rows(tmp_path / "whole")
     assert states_equal(last_weights(tmp_path / "killed"), last_weights(tmp_path / "whole"))
+
+
+def test_a_resume_with_another_number_of_gpus_says_that_it_is_not_exact(on_gpu: dict[str, Any]) -> None:
+    folder = train_one_epoch(on_gpu, None, "none")
+    (sidecar,) = sidecars(folder / "weights" / "last.pt")
+    state = torch.load(sidecar, weights_only=True)
+    state["streams"][0]["random"]["cuda"] *= 2
+    torch.save(state, sidecar)
+    with captured_log() as lines:
+        YoloDistiller().train(resume=str(folder))
+    count = torch.cuda.device_count()
+    assert any(f"the run began with {2 * count} CUDA devices and now has {count}" in line for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
