@@ -1,7 +1,8 @@
-"""TensorBoard and MLflow, by Ultralytics' own callbacks, in a real training."""
+"""TensorBoard, MLflow and Weights & Biases, by Ultralytics' own callbacks, in a real training."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.models import YOLOV8N
 from helpers.results import rows
+from helpers.wandb_file import records
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -27,7 +29,7 @@ def logged(teacher: str, data: str, tmp_path_factory: pytest.TempPathFactory) ->
     (folder / "settings").mkdir()
     environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # Ultralytics' loggers heed it
     environment |= {"YOLO_CONFIG_DIR": str(folder / "settings"), "MLFLOW_ALLOW_FILE_STORE": "true"}
-    environment |= {"MLFLOW_TRACKING_URI": (folder / "store").as_uri()}
+    environment |= {"MLFLOW_TRACKING_URI": (folder / "store").as_uri(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     command = [sys.executable, PROGRAM, teacher, YOLOV8N, data, folder]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -73,3 +75,20 @@ def test_a_run_with_a_teacher_reaches_mlflow(
     for name, values in columns.items():
         by_epoch = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
         assert [by_epoch[epoch] for epoch in (0, 1)] == pytest.approx(values, rel=1e-4)
+
+
+def test_a_run_with_a_teacher_reaches_weights_and_biases(
+    logged: Path, columns: dict[str, list[float]], teacher: str
+) -> None:
+    (path,) = (logged / "logged" / "wandb").glob("offline-run-*/run-*.wandb")
+    parameters, history = {}, []
+    for record in records(path):
+        parameters |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        parameters |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        step = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        history += [step] if step else []
+    settings = {"method": "fitnet", "level_floor": 0.1, "yolokd.teacher.sha256": sha256(teacher)}
+    assert {key: parameters.get(key) for key in settings} == settings
+    for name, values in columns.items():
+        by_epoch = {step["epoch"]: step[name] for step in history if name in step}
+        assert [by_epoch[epoch] for epoch in (1, 2)] == pytest.approx(values, rel=1e-4)
