@@ -7,13 +7,14 @@ from typing import Any
 
 from ultralytics.utils.torch_utils import select_device
 
+from yolokd.commands.candidates import PLAIN
 from yolokd.commands.compare.ledger import TEACHER, read
 from yolokd.commands.compare.report import Verdict, verdicts
 from yolokd.commands.compare.show import HEADERS, draw_plot
 from yolokd.commands.compare.statistics import Summary
 from yolokd.config.arguments import did_you_mean
 from yolokd.errors import UserError
-from yolokd.report.facts import Table
+from yolokd.report.facts import Table, percent
 from yolokd.report.page import render, write_page
 from yolokd.report.plots import Plot, as_svg
 from yolokd.report.run_report import write_report
@@ -84,11 +85,11 @@ def result_sentence(verdict: Verdict) -> str:
         return "There is nothing to compare yet: a baseline and a method with common seeds are needed."
     best = max(others, key=_mean_difference)
     seeds = f"{best.pairs} common seed{'s' if best.pairs != 1 else ''}"
-    text = (
-        f"{best.method} changes mAP50-95 by {best.difference} against {baseline.method}, over {seeds}: {best.verdict}"
-    )
+    against = "plain training" if baseline.method == PLAIN else baseline.method
+    difference = f"{best.difference} against {against}, over {seeds}"
+    text = f"{best.method} changes mAP50-95 by {difference}: {best.verdict}"
     if best.gap_closed is not None:
-        text += f"; it closes {best.gap_closed.mean:.0%} of the gap to the teacher"
+        text += f"; it closes {percent(best.gap_closed.mean)} of the gap to the teacher"
     return f"{text}."
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ultralytics.utils import LOGGER
 
 from yolokd.data.mixed import MixedDataset
-from yolokd.errors import first_line
+from yolokd.errors import UserError, first_line
 from yolokd.models.checkpoint import load_teacher
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.report.kept import Record, Skipped, read_kept, write_kept
@@ -81,4 +81,5 @@ def _failures_as_warnings(consequence: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        LOGGER.warning(f"report: {type(e).__name__}: {first_line(e)}; {consequence()}")
+        problem = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {first_line(e)}"
+        LOGGER.warning(f"report: {problem}; {consequence()}")
