@@ -183,9 +183,12 @@ def _value(value: object) -> str:
 
 
 def deploy_tables(folder: Path) -> list[Table]:
-    """Return each deploy.csv in a run's folder as a table with its own columns; one that is no CSV is left out."""
+    """Return each deploy.csv in a run's folder as a table with its own columns; one that is no CSV is left out.
+
+    So is a link, which could lead to a file elsewhere.
+    """
     tables = []
-    for path in sorted(folder.rglob(DEPLOY)):
+    for path in sorted(path for path in folder.rglob(DEPLOY) if not path.is_symlink()):
         try:
             with open(path, encoding="utf-8", newline="") as f:
                 headers, *rows = [row for row in csv.reader(f) if row][: MAX_ROWS + 1]

@@ -96,7 +96,7 @@ class Layer:
     @property
     def uri(self) -> str:
         """Return the map as the data URI of a PNG of H by W pixels."""
-        scaled = (np.nan_to_num(self.values.astype(np.float32)) - self.low) / max(self.high - self.low, 1e-12)
+        scaled = (self.values - self.low) / max(self.high - self.low, 1e-12)
         picture = Pillow.fromarray((np.clip(scaled, 0, 1) * 255).round().astype(np.uint8), mode="P")
         picture.putpalette(_palette(self.colors).tobytes())
         target = io.BytesIO()
@@ -137,7 +137,7 @@ def layers(group: MapGroup, maps: LevelMaps, before: LevelMaps, level: str, imag
     """
     moments = {"before": before.get(level, {}), "after": maps[level]}
     found = [
-        (name, heading, moments[moment][name][image])
+        (name, heading, np.nan_to_num(moments[moment][name][image].astype(np.float32)))
         for name, moment, heading in group.columns(bool(before))
         if name in moments[moment] and name in maps[level]
     ]
