@@ -387,7 +387,7 @@ def command(keys: dict[str, Any]) -> list[str]:
 
 @pytest.fixture
 def keys(data: str, teacher: str, tmp_path: Path) -> dict[str, Any]:
-    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs", "device")}
+    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs", "device", "report")}
     return {**settings, "data": data, "teacher": teacher, "epochs": 2, "project": tmp_path / "c", "seeds": 0}
 
 

@@ -36,7 +36,7 @@ Found = TypeVar("Found")
 @pytest.fixture
 def keys(data: str, tmp_path: Path) -> dict[str, Any]:
     """Return the keys of a comparison on a Ray cluster."""
-    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs", "device")}
+    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs", "device", "report")}
     settings |= {"data": data, "student": YOLOV8N}
     return {**settings, "project": tmp_path / "c", "method": "none", "seeds": 0, "launcher": "ray"}
 

@@ -60,7 +60,10 @@ def test_the_short_demo_trains_compares_exports_and_draws_and_goes_on_where_it_s
     assert scores(output).keys() == {"teacher", "student-alone", "student-distilled"}
     assert "pass" in output
     assert "FAIL" not in output
-    plots = output[output.index("images to open:") :].split()[3:]
+    images, _, report = output.partition("the report, to open in a browser:")
+    assert Path(report.strip()) == tmp_path / "runs/distill/demo/student-distilled/report.html"
+    assert Path(report.strip()).is_file()
+    plots = images[images.index("images to open:") :].split()[3:]
     assert len(plots) == 5
     assert all(cv2.imread(file) is not None for file in plots)
     weights = tmp_path / "runs/distill/demo/student-distilled/weights"

@@ -27,6 +27,7 @@ from helpers.runs import TINY, captured_log, train_and_stop, train_one_epoch
 from ultralytics import YOLO
 
 from yolokd import UserError, YoloDistiller
+from yolokd.config.parse import split_keys
 from yolokd.distiller import _resume_overrides
 from yolokd.runtime.files import AtomicPath, atomic_path
 from yolokd.runtime.lock import LOCK_FILE
@@ -184,7 +185,7 @@ def test_a_run_of_plain_ultralytics_resumes_with_a_warning(
     method: str | None, tiny: dict[str, Any], teacher: str
 ) -> None:
     model = YOLO(YOLOV8N)
-    train_and_stop(model, {k: v for k, v in tiny.items() if k != "check_teacher"} | {"name": "plain"})
+    train_and_stop(model, split_keys(tiny).ultralytics | {"name": "plain"})
     with captured_log() as lines:
         d = YoloDistiller(teacher=teacher, method=method)
         d.train(resume=str(model.trainer.last))

@@ -49,7 +49,7 @@ CRITERION = {
 }  # fmt: skip
 YOLOKD_KEYS = {
     "teacher", "stages", "method", "balance", "level_weights", "level_floor", "adapter", "check_teacher",
-    "teacher_precision", "teacher_imgsz", "teacher_compile", "probe", "unlabelled", "unlabelled_ratio",
+    "report", "teacher_precision", "teacher_imgsz", "teacher_compile", "probe", "unlabelled", "unlabelled_ratio",
     "classes_map", "trust", "force", "dfd.schedule", "dfd.warmup", "dfd.end", "dfd.alpha", "dfd.beta", "dfd.regions",
     "dfd.constraint", "dfd.width", "dfd.hidden", "pdf.schedule", "pdf.warmup", "pdf.end", "pdf.distance",
     "pdf.weighting", "pdf.scope", "pdf.box",

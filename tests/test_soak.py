@@ -58,7 +58,7 @@ def test_two_hundred_epochs_do_not_use_up_memory_handles_or_threads(tmp_path: Pa
         "teacher": str(teacher), "student": str(tiny_model(0.0625, tmp_path / "yolov8n-tiny.yaml")), "data": "shapes",
         "method": "dfd+pdf+fgd+mgd", "balance": 1.0, "epochs": EPOCHS, "patience": EPOCHS, "imgsz": 64, "batch": 16,
         "fraction": 0.1, "teacher_precision": "fp32", "save_dir": str(tmp_path / "run"),
-        "check_teacher": False, "plots": False, "verbose": False, "device": "cpu",
+        "check_teacher": False, "report": False, "plots": False, "verbose": False, "device": "cpu",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(keys)], capture_output=True, text=True, timeout=3000, check=False

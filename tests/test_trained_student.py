@@ -39,7 +39,8 @@ def learned(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def runs_of(student: Path, data: str, teacher: str, project: Path, **keys: Any) -> list[ComparisonRun]:
-    given = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs")} | {"data": data, "epochs": 1, **keys}
+    settings = {k: v for k, v in TINY.items() if k in ("imgsz", "batch", "nbs", "report")}
+    given = {**settings, "data": data, "epochs": 1, **keys}
     methods = ["none", "native", "fitnet+pdf"]
     return plan_runs(methods, 0, "val", project, {"student": str(student), "teacher": teacher, **given})[0]
 

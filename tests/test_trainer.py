@@ -26,6 +26,7 @@ from ultralytics.utils.torch_utils import get_num_params, model_info_for_loggers
 
 from yolokd import UserError, YoloDistiller, distillation_trainer, register
 from yolokd.commands.check import print_check
+from yolokd.config.parse import split_keys
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods import Method
 from yolokd.models import precision
@@ -39,7 +40,7 @@ SIMPLER_SLOW = (pytest.param(YOLOV8N, marks=pytest.mark.slow), YOLO26N)
 def _first_training(data: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Train once: in older Ultralytics, a process's first training draws other random numbers than later ones."""
     root = tmp_path_factory.mktemp("first")
-    YOLO(YOLOV8N).train(**TINY, data=data, epochs=1, project=str(root))
+    train_plainly(YOLOV8N, TINY, data=data, epochs=1, project=str(root))
 
 
 @pytest.fixture(scope="module")
@@ -299,9 +300,10 @@ def test_distill_yaml_repeats_the_run(tiny: dict[str, Any], teacher: str) -> Non
 def test_the_trainer_for_yolo_train_gives_the_same_weights_as_the_distiller(tiny: dict[str, Any], teacher: str) -> None:
     tiny |= {"epochs": 1}
     ours = distil(teacher, YOLOV8N, tiny, method="dfd")
-    trainer = distillation_trainer(teacher=teacher, method="dfd", check_teacher=False, teacher_precision="fp32")
+    keys = split_keys(tiny)
+    trainer = distillation_trainer(teacher=teacher, method="dfd", teacher_precision="fp32", **keys.distillation)
     model = YOLO(YOLOV8N)
-    model.train(**{k: v for k, v in tiny.items() if k != "check_teacher"}, trainer=trainer)
+    model.train(**keys.ultralytics, trainer=trainer)
     assert states_equal(weights(ours.trainer), weights(model.trainer))
 
 

@@ -187,6 +187,20 @@ def compare(keys: Keys) -> None:
     run_compare(**keys)
 
 
+def report(keys: Keys) -> None:
+    """Make the report of a run, or of a comparison, again: one HTML file to open in a browser."""
+    from yolokd.commands.report import run_report
+
+    run_report(**keys)
+
+
+def show(keys: Keys) -> None:
+    """Draw what teacher and student attend to, and where they disagree, in images."""
+    from yolokd.commands.show import run_show
+
+    run_show(**keys)
+
+
 def demo(keys: Keys) -> None:
     """Train, distil, export and detect on a small drawn data set: at most ten minutes on two cores."""
     from yolokd.commands.demo import run_demo
@@ -195,7 +209,7 @@ def demo(keys: Keys) -> None:
 
 
 COMMANDS: dict[str, Callable[[Keys], int | None]] = {
-    f.__name__: f for f in (train, check, val, predict, label, export, methods, bench, compare, demo)
+    f.__name__: f for f in (train, check, val, predict, label, export, methods, bench, compare, report, show, demo)
 }
 
 

@@ -15,11 +15,13 @@ from ultralytics.utils import LOGGER
 
 from helpers.models import YOLOV8N
 from yolokd import YoloDistiller
+from yolokd.config.parse import split_keys
 from yolokd.runtime.threads import training_threads
 
-# device: with a GPU, too, the tests are to test what they test without one.
+# device: with a GPU, too, the tests are to test what they test without one. report: it would take longer than the rest.
 TINY = {
     "imgsz": 64, "batch": 4, "nbs": 4, "plots": False, "verbose": False, "seed": 3, "patience": 50, "device": "cpu",
+    "report": False,
 }  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def train_plainly(student: str, settings: dict[str, Any], **more: Any) -> Any:
     """
     model = YOLO(student)
     model.add_callback("on_train_start", lambda _: torch.set_num_threads(training_threads()))
-    model.train(**{k: v for k, v in settings.items() if k != "check_teacher"}, name="plain", **more)
+    model.train(**split_keys(settings).ultralytics, name="plain", **more)
     return model.trainer
 
 

@@ -17,7 +17,6 @@ from pydantic import NonNegativeInt
 from rich.table import Table
 from ultralytics.utils.files import increment_path
 
-from yolokd.commands.run_folder import read_history
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import method_names
 from yolokd.config.validate import validate
@@ -25,6 +24,8 @@ from yolokd.data import shapes
 from yolokd.distiller import DEFAULT_PROJECT, YoloDistiller
 from yolokd.errors import UserError
 from yolokd.exporter.export_model import export
+from yolokd.report.history import MAP, read_history
+from yolokd.report.run_report import NAME as REPORT
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.files import atomic_path
 from yolokd.runtime.plots import new_plot
@@ -86,12 +87,12 @@ class DemoRun:
     @property
     def map_by_epoch(self) -> list[float]:
         """Return mAP50-95 on the validation set after each epoch."""
-        return read_history(self.folder / "results.csv")[0]
+        return read_history(self.folder).column(MAP)
 
     @property
     def seconds(self) -> float:
         """Return how long all epochs took."""
-        return read_history(self.folder / "results.csv")[1]
+        return read_history(self.folder).seconds
 
     @property
     def score(self) -> float:
@@ -152,6 +153,7 @@ def _run(recipe: Recipe, folder: Path, seed: int, method: str) -> None:
     CONSOLE.print(f"total time: {time.time() - started:.0f} s")
     CONSOLE.print("the distilled model:", best, report.path, sep="\n  ")
     CONSOLE.print("images to open:", folder / PLOT, *annotated, sep="\n  ")
+    CONSOLE.print("the report, to open in a browser:", runs[-1].folder / REPORT, sep="\n  ")
 
 
 def _train_all(recipe: Recipe, data: str, folder: Path, seed: int, method: str) -> list[DemoRun]:

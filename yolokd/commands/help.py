@@ -167,6 +167,41 @@ HELP: Mapping[str, Help] = {
         ultralytics=("epochs", "imgsz", "batch", "workers"),
         more_keys=ALSO_TRAIN,
     ),
+    "report": Help(
+        (
+            "yolokd report run=runs/distill/train",
+            "yolokd report csv=runs/compare/compare.csv",
+        ),
+        (
+            Key("run", "", "the folder of a finished run: writes report.html into it"),
+            Key("csv", "", "a comparison's compare.csv: writes compare.html beside it"),
+            Key("teacher", "the run's", "the teacher's file, if it has moved"),
+            Key("data", "the run's", "the data set's .yaml, if it has moved"),
+            Key("device", "none", "where the models look at the images, such as 0 or cpu"),
+            TRUST,
+        ),
+        more_keys="Give one of run= and csv=. Training writes a report by itself, unless report=False.",
+    ),
+    "show": Help(
+        (
+            "yolokd show teacher=t.pt student=s.pt source=images/ method=dfd,pdf",
+            "yolokd show teacher=t.pt student=yolov8n.yaml source=d.yaml split=val count=4",
+        ),
+        (
+            Key("teacher", "", "required: the large model, a .pt file"),
+            Key("student", "", "required: the small model; a .yaml has random weights"),
+            Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml"),
+            Key("method", "dfd,pdf,frs", "the methods whose maps are drawn, beside the attention of both models"),
+            Key("split", "none", "of a source that is a data set: train (none), val or test"),
+            Key("imgsz", "none", "the image size in pixels; none: the one that the student was trained with"),
+            Key("count", "16", "draw at most so many images, evenly spread"),
+            yolokd_keys()["classes_map"],
+            Key("device", "none", "where the models run, such as 0 or cpu"),
+            Key("project", "runs/distill", "the folder in which the pictures get a folder"),
+            Key("name", "show", "the name of that folder"),
+            TRUST,
+        ),
+    ),
     "demo": Help(
         ("yolokd demo", "yolokd demo short=True method=pdf"),
         (

@@ -1,12 +1,9 @@
-"""The folder of a run: whether it can be made, and its scores epoch by epoch."""
+"""The folder of a run: whether it can be made."""
 
 from __future__ import annotations
 
 import os
-from itertools import pairwise
 from pathlib import Path
-
-import polars as pl
 
 from yolokd.errors import UserError
 
@@ -28,16 +25,3 @@ def _is_writable(folder: Path) -> bool:
     except (OSError, ValueError):  # a file on the way, a name that is too long, a NUL in it
         return False
     return folder.is_dir() and os.access(folder, os.W_OK)
-
-
-def read_history(results: Path) -> tuple[list[float], float]:
-    """Return the mAP50-95 of each epoch in results.csv, and the seconds of all epochs; nothing if there is no file."""
-    if not results.exists():
-        return [], 0.0
-    table = pl.read_csv(results, infer_schema_length=None)
-    clock = [0.0, *table["time"].to_list()]
-    # Ultralytics' clock starts at 0 again in a resumed run.
-    seconds = sum(now - before if now >= before else now for before, now in pairwise(clock))
-    # An epoch that was interrupted before its checkpoint was written is there twice: the second one counts.
-    epochs = table.unique("epoch", keep="last", maintain_order=True)
-    return epochs["metrics/mAP50-95(B)"].to_list(), seconds

@@ -49,6 +49,7 @@ class DistillationConfig(BaseModel):
     level_floor: Annotated[float, Field(ge=0, le=1)]
     adapter: AdapterKind
     check_teacher: bool
+    report: bool
     teacher_precision: Precision
     teacher_imgsz: Annotated[int, Field(ge=32)] | None
     teacher_compile: bool

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import cv2
@@ -32,6 +32,7 @@ Image = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
 EXPORT_IMAGES = 8  # ours: the number of validation images that an export is compared on
+COMMON_STEMS = frozenset({"data", "dataset"})  # names of a .yaml that do not tell which data set it is
 PRECISION_IMAGES = 4  # ours: the number that a teacher's precision is chosen on
 
 
@@ -43,6 +44,16 @@ def data_file(data: object) -> str:
 def with_data_file(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys with the path of a .yaml as `data`, if they have it: Ultralytics does not know `data=shapes`."""
     return {**keys, **({"data": data_file(keys["data"])} if "data" in keys else {})}
+
+
+def data_name(file: str, data: Mapping[str, Any]) -> str:
+    """Return the name of a data set: that of its .yaml, or of its folder if all sets call the .yaml so.
+
+    >>> data_name("/sets/blood.yaml", {"path": "/sets"}), data_name("/sets/cells/data.yaml", {"path": "/sets/cells"})
+    ('blood', 'cells')
+    """
+    stem = PurePath(file).stem
+    return PurePath(data["path"]).name if stem in COMMON_STEMS and "path" in data else stem
 
 
 def load_data(

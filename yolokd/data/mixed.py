@@ -136,6 +136,11 @@ class MixedDataset(Dataset[dict[str, Any]]):
         return {**self._labelled[item], LABELLED: True}
 
     @property
+    def labelled(self) -> Any:
+        """Return Ultralytics' data set of the labelled images alone."""
+        return self._labelled
+
+    @property
     def buffer(self) -> list[int]:
         """Return the places in `im_files` of the images that both parts keep for mosaics, oldest first."""
         return [*self._labelled.buffer, *(len(self) + index for index in self._unlabelled.buffer)]

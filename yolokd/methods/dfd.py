@@ -116,7 +116,16 @@ class DFD(Method):
         return transformed
 
 
-def high_disparity(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return (B, H, W) boolean: True where the disparity D is at least its mean over the map; no gradient."""
-    disparity = (spatial_attention(teacher) - spatial_attention(student.detach())).abs()
+def disparity(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return D = |A(F_T) − A(F_S)| of two maps (B, C, H, W): (B, H, W) float32; no gradient."""
+    return (spatial_attention(teacher) - spatial_attention(student.detach())).abs()
+
+
+def above_mean(disparity: Tensor) -> Tensor:
+    """Return (B, H, W) boolean: True where the disparity D is at least P, its mean over the map."""
     return disparity >= disparity.mean((1, 2), keepdim=True)
+
+
+def high_disparity(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return the positions of high disparity of two maps (B, C, H, W): (B, H, W) boolean; no gradient."""
+    return above_mean(disparity(teacher, student))

@@ -47,7 +47,12 @@ class FRS(Method):
         assert level.teacher_logits is not None
         assert level.student_logits is not None
         probabilities = level.teacher_logits.float().sigmoid()
-        richness = probabilities.amax(1)
-        weights = richness / richness.sum().clamp(min=MIN_RICHNESS)
+        score = richness(probabilities)
+        weights = score / score.sum().clamp(min=MIN_RICHNESS)
         scores = F.binary_cross_entropy_with_logits(level.student_logits.float(), probabilities, reduction="none")
         return (weights * (self.alpha * adapted_error(self.adapt, level) + self.beta * scores.sum(1))).sum()
+
+
+def richness(probabilities: Tensor) -> Tensor:
+    """Return S = max_c p_T, (B, H, W), of the teacher's class probabilities, (B, K, H, W)."""
+    return probabilities.amax(1)

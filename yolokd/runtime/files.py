@@ -15,7 +15,7 @@ from yolokd.errors import UserError, first_line
 
 DISK_FULL_BYTES = 2**20  # ours: a disk with fewer free bytes counts as full
 # The endings of what a training or a comparison writes.
-WRITTEN = frozenset({".csv", ".jpg", ".json", ".lock", ".md", ".png", ".pt", ".txt", ".yaml"})
+WRITTEN = frozenset({".csv", ".html", ".jpg", ".json", ".lock", ".md", ".npz", ".png", ".pt", ".txt", ".yaml"})
 
 
 def sha256(path: str | Path) -> str:

@@ -31,7 +31,7 @@ from yolokd.training.sidecar import State, load_sidecar, sidecar_error, sidecar_
 from yolokd.training.state import check_state, restore_state
 
 # yolokd's keys that a resumed run may be given anew; the content of files is compared later.
-CHANGEABLE = frozenset({"teacher", "unlabelled", "trust", "force"})
+CHANGEABLE = frozenset({"teacher", "unlabelled", "report", "trust", "force"})
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,10 @@ from yolokd.runtime.files import AtomicPath, os_errors_as_user_errors
 from yolokd.runtime.lock import FolderLock
 from yolokd.runtime.signals import handle_signals
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training import announce, logs, resume
+from yolokd.training import announce, logs, results, resume
 from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
 from yolokd.training.optimizer import EveryBatch, OptimizerSteps
 from yolokd.training.plan import TrainPlan
-from yolokd.training.results import model_card, summary
 from yolokd.training.settings import with_absolute_paths
 from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.state import capture_state, capture_streams, restore_streams
@@ -97,7 +96,7 @@ class DistillationTrainer(DetectionTrainer):
     def _add_own_callbacks(self) -> None:
         for event, callback in (
             ("on_train_batch_end", stop_together),
-            ("on_train_start", DistillationTrainer._prepare_exact_resume),
+            ("on_train_start", DistillationTrainer._begin_training),
             ("on_train_epoch_start", DistillationTrainer._begin_epoch),
         ):
             if callback not in self.callbacks[event]:  # a launched process inherits those of the launching one
@@ -174,7 +173,7 @@ class DistillationTrainer(DetectionTrainer):
         self.ema.ema._modules.pop("criterion", None)
         if IS_MAIN and self.plan.teachers:
             announce.announce_teachers(self)
-            self._teacher_sizes = summary.teacher_sizes(self)
+            self._teacher_sizes = results.teacher_sizes(self)
             if self.plan.config.check_teacher and not self.resume:
                 self.teacher_score = score_teachers(self.plan, self.args, self.device, self.batch_size, self.save_dir)
         # The whole teachers were needed for their scores only: free their memory.
@@ -196,7 +195,8 @@ class DistillationTrainer(DetectionTrainer):
             self.criterion.begin_step(batch["img"])
         return batch
 
-    def _prepare_exact_resume(self) -> None:
+    def _begin_training(self) -> None:
+        results.keep_beginning(self)
         self.content_hash = same_content_hash(self.train_loader)
         self._streams_to_restore = self.saved_run.state if self.saved_run is not None else None
         if self._streams_to_restore is not None:
@@ -289,12 +289,10 @@ class DistillationTrainer(DetectionTrainer):
         self.steps.restart(int(self.accumulate))
 
     def final_eval(self) -> None:
-        """Finish as Ultralytics does, write the model card, and remove the sidecar: nothing is left to resume."""
+        """Finish as Ultralytics does, and write what a finished run leaves."""
         if self.resume and self.best.exists():  # Ultralytics would skip a broken one with a warning
             load_model(self.best, "resume", self.plan.config.trust)
         super().final_eval()
         if IS_MAIN:
-            model_card.write_model_card(self)
-            drop_sidecars(self.last)
-            summary.log_summary(self)
+            results.finish_run(self)
         self.finished = True

@@ -11,5 +11,5 @@ settings.update({name: name in ON for name in ("clearml", "comet", "dvc", "raytu
 teacher, student, data, folder = sys.argv[1:]
 YoloDistiller(teacher=teacher, student=student, method="fitnet", level_floor=0.1).train(
     data=data, project=folder, name="logged", epochs=2, imgsz=64, batch=4, nbs=4, plots=False, verbose=False,
-    device="cpu", check_teacher=False, teacher_precision="fp32", val=False,
+    device="cpu", check_teacher=False, report=False, teacher_precision="fp32", val=False,
 )  # fmt: skip

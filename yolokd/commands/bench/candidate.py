@@ -249,7 +249,8 @@ def build_yolokd_trainer(setting: BenchSetting, keys: Mapping[str, Any], method:
     """Build yolokd's trainer of a method, without the constants of other methods."""
     overrides = {k: v for k, v in keys.items() if constant_applies(k, method)}
     teacher = {"teacher": setting.teacher} if method != PLAIN else {}
-    return DistillationTrainer(overrides=overrides | teacher | {"method": method, "check_teacher": False})
+    quiet = {"check_teacher": False, "report": False}
+    return DistillationTrainer(overrides=overrides | teacher | {"method": method, **quiet})
 
 
 def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> DetectionTrainer:

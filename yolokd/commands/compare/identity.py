@@ -24,7 +24,8 @@ from yolokd.training.plan import TrainPlan
 FILES = frozenset({"teacher", "student", "data"})  # keys that name files; a run is identified by their content
 # Keys that are not meant to change a score: where and how fast a run runs, and what it shows.
 SCORE_NEUTRAL_KEYS = frozenset(
-    {"device", "workers", "channels_last", "plots", "verbose", "check_teacher", "trust", "force", "save_period"}
+    {"device", "workers", "channels_last", "plots", "verbose", "check_teacher", "report", "trust", "force"}
+    | {"save_period"}
 )
 NMS_SETTINGS = ("iou", "max_det", "agnostic_nms")  # which boxes count, in a training's validations as well
 

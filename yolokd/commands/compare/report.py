@@ -41,10 +41,14 @@ def report_all(ledger: Sequence[LedgerRow], path: Path) -> None:
 
     The baseline is `none`, or a ground's first method.
     """
-    for number, rows in enumerate(by_ground(ledger).values()):
-        verdict = _make_verdict(rows, ledger, [row.method for row in rows])
+    for number, verdict in enumerate(verdicts(ledger)):
         _print(verdict)
         _write(verdict, _base_path(path, number))
+
+
+def verdicts(ledger: Sequence[LedgerRow]) -> list[Verdict]:
+    """Return the verdict on each ground of a ledger; the baseline is `none`, or a ground's first method."""
+    return [_make_verdict(rows, ledger, [row.method for row in rows]) for rows in by_ground(ledger).values()]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from yolokd.commands.compare.identity import FILES, SCORE_NEUTRAL_KEYS, ComparisonRun
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
-from yolokd.commands.run_folder import read_history
 from yolokd.config.schema import teacher_files
 from yolokd.errors import UserError
+from yolokd.report.history import MAP, read_history
 
 
 def make_row(run: ComparisonRun, images: int) -> LedgerRow:
@@ -18,7 +18,8 @@ def make_row(run: ComparisonRun, images: int) -> LedgerRow:
 
     Raises UserError if the file with the scores is broken.
     """
-    curve, seconds = read_history(run.folder / "results.csv")
+    history = read_history(run.folder)
+    curve, seconds = history.column(MAP), history.seconds
     keys = run.keys
     settings = {k: v for k, v in keys.items() if k not in FILES | SCORE_NEUTRAL_KEYS | {"method"}}
     if settings.get("unlabelled"):

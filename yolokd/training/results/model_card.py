@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ultralytics.utils.torch_utils import get_num_params
 
+from yolokd.data.dataset import data_name
 from yolokd.models.checkpoint import load_model
 from yolokd.training.provenance import flattened, versions
 
@@ -18,7 +19,6 @@ NAME = "MODEL_CARD.md"
 TEMPLATE = "model_card.md.jinja"
 SCORES = ("precision", "recall", "mAP50", "mAP50-95")  # Ultralytics' names, in the order of the card's columns
 TRAINING = ("imgsz", "batch", "optimizer", "lr0", "seed")  # Ultralytics' settings that the card names
-COMMON_STEMS = frozenset({"data", "dataset"})  # names of a .yaml that do not tell which data set it is
 # What Markdown or HTML could read as markup, and what GitHub turns into links and mentions.
 MARKUP = re.compile(r"[\\`*_\[\]<>#|~$&:@]|(?<=www)\.", re.IGNORECASE)
 
@@ -96,16 +96,6 @@ def card_content(trainer: Any) -> dict[str, Any]:
 
 def _is_origin(teacher: object) -> bool:
     return isinstance(teacher, dict) and {"file", "sha256", "precision"} <= teacher.keys()
-
-
-def data_name(file: str, data: Mapping[str, Any]) -> str:
-    """Return the name of a data set: that of its .yaml, or of its folder if all sets call the .yaml so.
-
-    >>> data_name("/sets/blood.yaml", {"path": "/sets"}), data_name("/sets/cells/data.yaml", {"path": "/sets/cells"})
-    ('blood', 'cells')
-    """
-    stem = PurePath(file).stem
-    return PurePath(data["path"]).name if stem in COMMON_STEMS and "path" in data else stem
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

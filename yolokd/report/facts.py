@@ -1,0 +1,211 @@
+"""What a report says of a run in words and tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from ultralytics.utils import DEFAULT_CFG_DICT
+
+from yolokd.config.defaults import defaults, method_defaults
+from yolokd.data.dataset import data_name
+from yolokd.models.size import ModelSize, model_size
+from yolokd.pyramid.level import level_name
+from yolokd.pyramid.pairing import Pairing
+from yolokd.report.history import MAP, MAP50, History
+from yolokd.report.kept import Record
+from yolokd.report.run import Run
+from yolokd.runtime.files import sha256
+
+DEPLOY = "deploy.csv"
+MAX_ROWS = 200  # ours: of a table of deploy.csv that is shown
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: its title, headers, and rows of texts."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has reached. score, score50: mAP of best.pt, None if it was not measured. teacher_score: mAP50-95."""
+
+    student: str
+    data: str
+    epochs: int
+    score: float | None
+    score50: float | None
+    teacher: str | None
+    teacher_score: float | None
+    student_size: ModelSize
+    teacher_size: ModelSize | None
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """Return the result in one sentence."""
+        trained = f"After {self.epochs} epoch{'s' if self.epochs != 1 else ''} on {self.data}, {self.student}"
+        taught = f"taught by {self.teacher}" if self.teacher else "without a teacher"
+        if self.score is None:
+            return f"{trained}, {taught}, has not been scored."
+        reached = f"{trained} reaches mAP50-95 {self.score:.3f}"
+        if self.teacher_size is None:
+            return f"{reached}, {taught}."
+        size = f"{percent(self.student_size.parameters / self.teacher_size.parameters)} of its parameters"
+        if not self.teacher_score:
+            return f"{reached}, {taught}, with {size}."
+        share = f"{percent(self.score / self.teacher_score)} of what its teacher {self.teacher} reaches"
+        return f"{reached}: {share} ({self.teacher_score:.3f}), with {size}."
+
+    @property
+    def cards(self) -> list[tuple[str, str, str]]:
+        """Return (name, number, remark) of the numbers that matter most."""
+        small, large = self.student_size, self.teacher_size
+        cards = [("mAP50-95", _score(self.score), f"teacher {_score(self.teacher_score)}" if large else "")]
+        cards.append(("mAP50", _score(self.score50), "boxes that overlap by half"))
+        cards.append(("parameters", _short(small.parameters), f"teacher {_short(large.parameters)}" if large else ""))
+        cards.append(("GFLOPs", f"{small.gflops:.1f}", f"teacher {large.gflops:.1f}" if large else "an image"))
+        cards.append(("training time", duration(self.seconds), f"{self.epochs} epochs"))
+        return cards
+
+
+def result(run: Run, history: History, record: Record) -> Result:
+    """Return what a run has reached. record: what was kept of it."""
+    metrics = {**run.metrics, **record.scores}
+    best = history.best_epoch()
+    if MAP not in metrics and best is not None:
+        metrics = {name: history.column(name)[history.epochs.index(best)] for name in (MAP, MAP50)}
+    return Result(
+        student=PurePath(str(run.student.yaml.get("yaml_file") or "the student")).stem,
+        data=data_name(str(run.args.data), run.data),
+        epochs=len(history.epochs),
+        score=metrics.get(MAP),
+        score50=metrics.get(MAP50),
+        teacher=Path(run.teacher.pt_path).name if run.teacher is not None else None,
+        teacher_score=record.teacher_score,
+        student_size=model_size(run.student, run.best, run.imgsz),
+        teacher_size=model_size(run.teacher, Path(run.teacher.pt_path), run.imgsz) if run.teacher is not None else None,
+        seconds=history.seconds,
+    )
+
+
+def _score(score: float | None) -> str:
+    return "not measured" if score is None else f"{score:.3f}"
+
+
+def _short(number: float) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 1e5 else f"{number:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, as text.
+
+    >>> percent(0.274), percent(0.0001), percent(0.0)
+    ('27 %', 'under 1 %', '0 %')
+    """
+    return "under 1 %" if 0 < share < 0.01 else f"{share * 100:.0f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person would say it.
+
+    >>> [duration(seconds) for seconds in (42, 600, 9000)]
+    ['42 s', '10 min', '2.5 h']
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def models_table(found: Result) -> Table:
+    """Return what each model costs and scores."""
+    rows = []
+    if found.teacher_size is not None:
+        rows.append([f"teacher {found.teacher}", _score(found.teacher_score), *found.teacher_size.cells()])
+    rows.append([f"student {found.student_size.name}", _score(found.score), *found.student_size.cells()])
+    return Table("Models", ("model", "mAP50-95", "parameters", "GFLOPs", "file"), rows)
+
+
+def origin_table(run: Run, record: Record) -> Table:
+    """Return where a student comes from: its teachers with their hashes, the versions, and the data set."""
+    teachers = run.record.get("teacher") or []
+    teachers = [t for t in (teachers if isinstance(teachers, list) else [teachers]) if isinstance(t, dict)]
+    rows = [[f"teacher {t.get('file', '')}", f"SHA-256 {t.get('sha256', '')}"] for t in teachers]
+    if run.teacher is not None and sha256(run.teacher.pt_path) not in {t.get("sha256") for t in teachers}:
+        rows.append(["note", "the teacher's file is now another one than the training read"])
+    versions = run.record.get("versions")
+    for name, version in versions.items() if isinstance(versions, dict) else ():
+        rows.append([str(name), str(version)])
+    rows.append(["data set", f"{data_name(str(run.args.data), run.data)}, {len(run.data['names'])} classes"])
+    for split, skipped in record.skipped.items():
+        left_out = f"{skipped.images} skipped as broken" if skipped.images else "none skipped"
+        rows.append([f"{split} images", f"{skipped.total}, {left_out}"])
+    if not record.skipped:
+        rows.append(["images skipped", "not recorded"])
+    return Table("Origin", ("", ""), rows)
+
+
+def pairing_table(pairing: Pairing) -> Table:
+    """Return which levels of the two models were paired."""
+    rows = [
+        [level_name(shape.stride), str(shape.stride), str(shape.student_channels), str(shape.teacher_channels)]
+        for shape in pairing.levels
+    ]
+    return Table("Levels", ("level", "stride", "student's channels", "teacher's channels"), rows)
+
+
+def settings_tables(settings: Mapping[str, Any]) -> list[Table]:
+    """Return the settings that differ from their defaults, and all others; paths without their folders."""
+    known: dict[str, Any] = {**DEFAULT_CFG_DICT, **defaults()}
+    for method in {key.partition(".")[0] for key in settings if "." in key}:
+        values = {"schedule": "cosine", "warmup": 0.0, "end": None, **method_defaults(method)}
+        known |= {f"{method}.{key}": value for key, value in values.items()}
+    names = [key for key in settings if key not in ("save_dir", "project", "name", "trust", "force")]
+    changed = [key for key in names if key in ("method", "model") or settings[key] != known.get(key)]
+    tables = [("Settings that differ from the defaults", changed)]
+    tables.append(("All other settings", [key for key in names if key not in changed]))
+    return [Table(title, ("key", "value"), [[key, _value(settings[key])] for key in keys]) for title, keys in tables]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    if isinstance(value, str):
+        return PurePath(value).name if PurePath(value).is_absolute() else value
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def deploy_tables(folder: Path) -> list[Table]:
+    """Return each deploy.csv in a run's folder as a table with its own columns; one that is no CSV is left out.
+
+    So is a link, which could lead to a file elsewhere.
+    """
+    tables = []
+    for path in sorted(path for path in folder.rglob(DEPLOY) if not path.is_symlink()):
+        try:
+            with open(path, encoding="utf-8", newline="") as f:
+                headers, *rows = [row for row in csv.reader(f) if row][: MAX_ROWS + 1]
+        except (OSError, ValueError, csv.Error):  # ValueError: also an empty file, and one that is no text
+            continue
+        cells = [[_number(cell) for cell in row[: len(headers)]] + [""] * (len(headers) - len(row)) for row in rows]
+        tables.append(Table(str(path.relative_to(folder)), headers, cells))
+    return tables
+
+
+def _number(text: str) -> str:
+    """Return a number with at most four digits that count; other text as it is.
+
+    >>> [_number(text) for text in ("0.12345678", "12", "best.onnx", "")]
+    ['0.1235', '12', 'best.onnx', '']
+    """
+    try:
+        return f"{float(text):.4g}" if "." in text else text
+    except ValueError:
+        return text
