@@ -42,23 +42,24 @@ def chromium() -> str:
     """Return the path of the browser; fail where there is none: a check that is left out is no check."""
     found = next(filter(None, map(shutil.which, PROGRAMS)), None)
     if found is None:
-        pytest.fail("needs Chromium, to open reports: apt install chromium, or put another Chrome on the PATH")
+        pytest.fail("needs Chromium, to open pages: apt install chromium, or put another Chrome on the PATH")
     return found
 
 
 @contextmanager
-def opened(file: Path, width: int, scheme: Literal["light", "dark"] = "light") -> Iterator[Visit]:
-    """Open a file in a window of `width` pixels."""
+def opened(place: Path | str, width: int, scheme: Literal["light", "dark"] = "light") -> Iterator[Visit]:
+    """Open a file, or an address, in a window of `width` pixels; its camera shows a test picture."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        arguments += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
         browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
         page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
         visit = Visit(page)
         page.on("request", lambda request: visit.requests.append(request.url))
         page.on("console", lambda message: visit.complaints.append(message.text))
         page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-        page.goto(file.as_uri())
+        page.goto(place.as_uri() if isinstance(place, Path) else place)
         yield visit
         browser.close()
