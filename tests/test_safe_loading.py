@@ -12,6 +12,7 @@ import sys
 import tarfile
 import zipfile
 from collections import OrderedDict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,18 @@ def write_script(path: Path, target: Path) -> None:
     path.chmod(0o755)
 
 
+def hide_package(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a package seem not to be installed."""
+    version = metadata.version
+
+    def find_version(name: str) -> str:
+        if name == hidden:
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", find_version)
+
+
 def test_a_checkpoint_installs_no_package(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its key `modelopt` makes Ultralytics run `uv pip install`; here, a script stands for uv."""
     target, model = tmp_path / "target", tmp_path / "model.pt"
@@ -316,6 +329,7 @@ def test_a_checkpoint_installs_no_package(checkpoint: Path, tmp_path: Path, monk
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(checks, "AUTOINSTALL", True)
     monkeypatch.setattr(checks, "ONLINE", True)
+    hide_package("nvidia-modelopt", monkeypatch)  # it may be installed here
     torch.save(torch.load(checkpoint, weights_only=False) | {"modelopt": {"modelopt": {}, "ranges": {}}}, model)
     with pytest.raises(UserError, match="not a readable checkpoint"):
         load_model(model, "teacher")
