@@ -55,7 +55,8 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
     boxes = boxes_per_class(plan.data, plan.args, plan.config.trust)
     for paired, start in zip(plan.teachers, starts, strict=True):
         name = Path(paired.file).name
-        title = f"pyramid levels paired with teacher {name}, which teaches from epoch {start:g}"
+        when = "throughout, in an ensemble" if plan.config.teachers == "ensemble" else f"from epoch {start:g}"
+        title = f"pyramid levels paired with teacher {name}, which teaches {when}"
         print_table(_levels_table(paired.pairing.levels, imgsz, title))
         for level in _unpaired_levels(paired):
             CONSOLE.print(

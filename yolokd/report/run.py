@@ -67,7 +67,7 @@ def open_run(folder: Path, given: Mapping[str, Any]) -> Run:
     if best is None:
         raise UserError(f"run={folder}", "has no checkpoint in its folder weights", CURE)
     student, checkpoint = load_model(best, "run", config.trust)
-    files = config.teachers if config.method_configs else ()
+    files = config.teacher_files if config.method_configs else ()
     teacher = load_teacher(files[-1], config.trust) if files else None
     data = load_data(args.data, bool(args.single_cls), trust=config.trust, split=args.split)
     record, metrics = getattr(student, "yolokd", None), checkpoint.get("train_metrics")

@@ -70,7 +70,7 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     config = parse(keys)
     settings = split_keys(keys).ultralytics
     args = check_settings(settings, config)
-    files = config.teachers if config.method_configs else ()
+    files = config.teacher_files if config.method_configs else ()
     for file in files:
         _check_distinct(file, settings.get("model"))
     for key in ("pretrained", "distill_model"):

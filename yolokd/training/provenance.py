@@ -27,6 +27,7 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
         "adapter": config.adapter,
         "gains": {method.name: method.gain for method in config.method_configs} if config.balance == "off" else {},
         "schedules": {method.name: method.schedule.model_dump() for method in config.method_configs},
+        "teachers": config.teachers,
         "stages": list(config.stages or ()),
         "constants": {method.name: method.constants for method in config.method_configs},
         "classes_map": dict(config.classes_map or {}),

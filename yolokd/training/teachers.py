@@ -95,6 +95,6 @@ def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int,
         LOGGER.warning("teacher: the memory does not suffice to measure its score; check_teacher=False leaves that out")
         return None
     known = [score for score in scores if score is not None]
-    if known != sorted(known):
+    if plan.config.teachers == "stages" and known != sorted(known):
         LOGGER.warning("teacher: a later teacher scores lower than an earlier one; name the weakest teacher first")
     return scores[-1]

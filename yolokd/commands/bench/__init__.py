@@ -17,7 +17,7 @@ from ultralytics.utils.files import increment_path
 from ultralytics.utils.torch_utils import select_device
 
 from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer
-from yolokd.commands.bench.rounds import BenchRow, measure, run_rounds
+from yolokd.commands.bench.rounds import BenchRow, ensemble_costs, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
 from yolokd.commands.run_folder import check_project
@@ -54,6 +54,7 @@ def run_bench(
     The files are bench.csv and bench.png. In each round, every candidate runs one step.
     teacher (a .yaml gets random weights), imgsz, batch, method and amp may be lists, `a,b`. All methods and values of
     amp are measured with the first teacher, imgsz and batch, and then with each other value of one of these three.
+    With teachers=ensemble, all teachers together count as the first one, and each alone as another.
     The parts of a candidate's step: `data`, `teacher` and `methods` (the distillation losses) are measured in its own
     steps, `student` is the rest. On CUDA the teacher runs beside the student: `teacher` is the time that the student
     waits for it. There the first batches are used again and again, since data loading would hide the GPU's time.
@@ -76,10 +77,14 @@ def run_bench(
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only():
         source = data_file(data)
         trust = bool(other_keys.get("trust"))
-        checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in as_list(teacher)}
+        names = [str(t) for t in as_list(teacher)]
+        checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in names}
+        ensemble = other_keys.pop("teachers", None) == "ensemble"
+        teachers = [*([tuple(names)] if ensemble else []), *((t,) for t in names)]
+        shared = source, folder, tuple(other_keys.items())
         settings = [
-            (str(t), BenchSetting(checkpoints[t], str(student), size, count, source, folder, tuple(other_keys.items())))
-            for t, size, count in _combinations(as_list(teacher), _integers("imgsz", imgsz), _integers("batch", batch))
+            ("+".join(group), BenchSetting(tuple(checkpoints[t] for t in group), str(student), size, count, *shared))
+            for group, size, count in _combinations(teachers, _integers("imgsz", imgsz), _integers("batch", batch))
         ]
         for title, setting in settings:
             new_rows = measure(setting, title, methods, amps, rounds, memory)
@@ -91,6 +96,8 @@ def run_bench(
             save_plot(rows, out / "bench.png")
         assert out is not None
         CONSOLE.print(out / "bench.csv", out / "bench.png", sep="\n")
+        if ensemble:
+            CONSOLE.print(*ensemble_costs(rows, names), sep="\n")
         # The composition of most methods, in the first setting: there, measuring gradients costs most.
         checked = max(rows, key=lambda row: row.contender.count("+") if row.contender in distilled else -1)
         agrees, comparison = _compare_with_real_epoch(checked, settings[0][1])

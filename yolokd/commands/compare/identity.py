@@ -144,6 +144,8 @@ def training_hash(method: str, content: SharedContent, config: DistillationConfi
             uncounted |= {"unlabelled_ratio"}
         if config.classes_map is None:  # earlier versions did not have it
             uncounted |= {"classes_map"}
+        if config.teachers == "stages":  # nor this
+            uncounted |= {"teachers"}
         identity["distillation"] = {k: v for k, v in config.flat().items() if k not in uncounted}
     return digest(identity)
 
