@@ -25,6 +25,7 @@ from yolokd.config.parse import parse
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.distillation.predictions import Predictions, average_predictions
 from yolokd.models.checkpoint import load_model
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import Teacher
 from yolokd.pyramid.boxes import decode_distances
 
@@ -107,7 +108,7 @@ def first_losses(teachers: list[Any], method: str) -> Tensor:
     together = {"teachers": "ensemble"} if len(teachers) > 1 else {}
     names = [f"{i}.pt" for i in range(len(teachers))]
     config = parse({"teacher": names, "method": method, "balance": "off", "level_weights": "uniform", **together})
-    pairs = [(Teacher(model), pair(model, student)) for model in teachers]
+    pairs = [(detector_teacher(model), pair(model, student)) for model in teachers]
     runs: list[Teacher] = []
     for frozen, _ in pairs:
         vars(frozen)["_run"] = lambda *args, t=frozen, run=frozen._run: runs.append(t) or run(*args)

@@ -26,6 +26,7 @@ from yolokd.config.defaults import defaults
 from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, load_data, split_images
 from yolokd.errors import UserError
+from yolokd.models.backbone import is_backbone, load_backbone
 from yolokd.models.checkpoint import load_student, load_teacher
 from yolokd.models.detector import check_detector
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
@@ -71,6 +72,8 @@ def run_bench(
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
     distilled = [m for m in methods if m not in (PLAIN, NATIVE)]
+    if NATIVE in methods and any(map(is_backbone, as_list(teacher))):
+        raise UserError("method=native", "takes no timm backbone as a teacher", "give method=none,fitnet, say")
     amps = [on_cuda] if amp is None else [parse_value(str(a)) for a in as_list(amp)]
     rows: list[BenchRow] = []
     out: Path | None = None
@@ -132,6 +135,9 @@ def _teacher_checkpoint(teacher: object, data: str, folder: Path, trust: bool) -
 
     Raises UserError if the teacher is neither a checkpoint nor a .yaml of a YOLO detector.
     """
+    if is_backbone(teacher):
+        load_backbone(str(teacher))
+        return str(teacher)
     if not str(teacher).endswith((".yaml", ".yml")):
         check_detector(load_teacher(str(teacher), trust), f"teacher={teacher}")
         return str(teacher)
