@@ -25,6 +25,7 @@ from yolokd.config.schedule import Schedule
 from yolokd.distillation.balance import CEILING, WINDOW, Balance
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods.fitnet import FitNet
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.level import confidence_shares
 from yolokd.training.logs import balance_summary
@@ -136,7 +137,7 @@ def test_each_teacher_gets_a_whole_schedule() -> None:
     student = random_detector(seed=2)
     teachers = [random_detector(), random_detector(seed=1)]
     pairing = pair(teachers[0], student)
-    pairs = [(Teacher(teacher), pairing) for teacher in teachers]
+    pairs = [(detector_teacher(teacher), pairing) for teacher in teachers]
     criterion = DistillationCriterion(student.train(), pairs, config, seed=0)
     factors, taught_by = [], []
     for epoch in range(10):
@@ -266,7 +267,7 @@ def test_shares_are_running_means_over_as_many_measurements_as_the_norms() -> No
     stage, expected = criterion.stage, torch.zeros(3)
     for step in range(2 * WINDOW + 3):
         batch, share_before = two_images(), stage.share.clone()
-        stage.teacher._tap.one2many[0][-1].bias.add_(1)  # more confidence at P3 in each step
+        stage.teacher._model.branches.one2many[0][-1].bias.add_(1)  # more confidence at P3 in each step
         criterion(student(batch["img"]), batch)
         if step % 2:
             assert torch.equal(stage.share, share_before)

@@ -102,7 +102,7 @@ def slow_down(module: torch.nn.Module) -> None:
 def test_the_losses_of_a_step_and_their_backward_count_to_its_methods(
     method: str, data: str, teacher: str, tmp_path: Path
 ) -> None:
-    candidate = Candidate(BenchSetting(teacher, YOLOV8N, 32, 2, data, str(tmp_path), CPU), method, amp=False)
+    candidate = Candidate(BenchSetting((teacher,), YOLOV8N, 32, 2, data, str(tmp_path), CPU), method, amp=False)
     model = candidate.trainer.model
     student = model.student_model if method == "native" else model
     slow_down(student.model[0])
@@ -142,7 +142,7 @@ def test_peak_memory_is_measured_in_a_new_process(data: str, tmp_path: Path) -> 
 
 def test_a_process_that_dies_has_no_peak_memory(data: str, teacher: str, tmp_path: Path) -> None:
     file = Path(shutil.copy(teacher, tmp_path / "t.pt"))
-    setting = BenchSetting(str(file), YOLOV8N, imgsz=32, batch=2, data=data, folder=str(tmp_path), other_keys=CPU)
+    setting = BenchSetting((str(file),), YOLOV8N, imgsz=32, batch=2, data=data, folder=str(tmp_path), other_keys=CPU)
     candidate = Candidate(setting, "fitnet", amp=False)
     file.unlink()
     assert peak_mib(setting, candidate) is None
@@ -150,7 +150,7 @@ def test_a_process_that_dies_has_no_peak_memory(data: str, teacher: str, tmp_pat
 
 def test_the_teacher_also_runs_in_steps_beyond_the_last_epoch(data: str, teacher: str, tmp_path: Path) -> None:
     setting = BenchSetting(
-        teacher, YOLOV8N, imgsz=32, batch=12, data=data, folder=str(tmp_path), other_keys=CPU
+        (teacher,), YOLOV8N, imgsz=32, batch=12, data=data, folder=str(tmp_path), other_keys=CPU
     )  # one step an epoch
     candidate = Candidate(setting, "dfd", amp=False)
     assert all(candidate.step().teacher > 0 for _ in range(4))

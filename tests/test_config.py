@@ -141,7 +141,7 @@ def test_any_command_line_parses_or_is_a_user_error(words: list[str]) -> None:
 @pytest.mark.parametrize("teachers", ["[a b.pt, 'c.pt']", ["a b.pt", "c.pt"]])
 def test_stages_of_several_teachers_start_at_equal_distances_or_as_given(teachers: Any) -> None:
     config = parse({"method": "dfd", "teacher": teachers})
-    assert config.teachers == ("a b.pt", "c.pt")
+    assert config.teacher_files == ("a b.pt", "c.pt")
     assert config.starts(40) == (0, 20)
     assert parse({"method": "dfd", "teacher": teachers, "stages": 7}).starts(40) == (0, 7)
     assert parse(config.flat()) == config

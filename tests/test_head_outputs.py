@@ -15,7 +15,8 @@ from yolokd import register
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.distillation.observer import StepObserver
 from yolokd.methods import Method
-from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
+from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teacher import InferenceSettings, RequestedOutputs
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.level import Level, LevelShape
 
@@ -113,7 +114,7 @@ def test_a_gradient_that_is_not_finite_stops_at_the_raw_box_outputs() -> None:
 @pytest.mark.parametrize("settings", [InferenceSettings(), InferenceSettings(torch.bfloat16, channels_last=True)])
 def test_a_teachers_head_gives_the_teachers_predictions_of_its_own_maps(name: str, settings: InferenceSettings) -> None:
     """In float32, also beside a teacher that runs in bfloat16: small gradients would be lost otherwise."""
-    plain = Teacher(random_detector(name))
+    plain = detector_teacher(random_detector(name))
     output = plain(two_images()["img"], RequestedOutputs(logits=True, box_logits=True))
     heads = plain.with_settings(settings).heads
     assert len(heads) == 3
@@ -129,7 +130,7 @@ def test_a_teachers_head_gives_the_teachers_predictions_of_its_own_maps(name: st
 
 
 def test_the_shape_of_a_head_counts_the_channels_that_enter_its_layers() -> None:
-    head = Teacher(random_detector(YOLOV8S)).heads[16]
+    head = detector_teacher(random_detector(YOLOV8S)).heads[16]
     maps = torch.rand(1, head.shape.box_channels[0], 4, 4)
     for layers, channels in (
         (head.box_layers, head.shape.box_channels),

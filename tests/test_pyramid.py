@@ -17,7 +17,8 @@ from yolokd import UserError
 from yolokd.models.checkpoint import load_student
 from yolokd.models.detector import read_pyramid
 from yolokd.models.evaluate import aligned_copy
-from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teacher import RequestedOutputs
 from yolokd.pyramid.level import confidence_shares, resize_to, split_levels
 from yolokd.pyramid.pairing import ClassSelection, pair_classes, pair_levels
 
@@ -104,7 +105,7 @@ def test_a_teacher_gives_the_maps_and_logits_of_its_model() -> None:
             raw = model(images)
         raw = raw.get("one2many", raw)
         head.training = False
-        output = Teacher(model)(images, RequestedOutputs(logits=True))
+        output = detector_teacher(model)(images, RequestedOutputs(logits=True))
         logits = split_levels(raw["scores"], raw["feats"])
         for stride, expected, logit in zip([8, 16, 32], raw["feats"], logits, strict=True):
             assert torch.allclose(output.maps[stride], expected, rtol=1e-3, atol=1e-3)
@@ -113,7 +114,7 @@ def test_a_teacher_gives_the_maps_and_logits_of_its_model() -> None:
 
 def test_an_rtdetr_teacher_gives_maps_and_no_logits() -> None:
     torch.manual_seed(0)
-    teacher = Teacher(RTDETRDetectionModel("rtdetr-l.yaml", nc=2, verbose=False))
+    teacher = detector_teacher(RTDETRDetectionModel("rtdetr-l.yaml", nc=2, verbose=False))
     output = teacher(torch.rand(1, 3, 64, 64), RequestedOutputs(logits=True))
     assert {k: v.shape for k, v in output.maps.items()} == {s: (1, 256, 64 // s, 64 // s) for s in (8, 16, 32)}
     assert not teacher.has_logits
@@ -130,7 +131,7 @@ PROMPTED_HEADS = [
 @pytest.mark.parametrize(("family", "cfg"), PROMPTED_HEADS)
 def test_prompted_teachers_give_maps_and_no_logits(family: Any, cfg: str) -> None:
     """YOLO-World and YOLOE pass embeddings of the classes to their heads together with the maps."""
-    teacher = Teacher(family(cfg, nc=2, verbose=False))
+    teacher = detector_teacher(family(cfg, nc=2, verbose=False))
     assert teacher.pyramid == {8: 128, 16: 256, 32: 512}
     assert not teacher.has_logits
     for count in (1, 2):

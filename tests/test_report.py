@@ -26,7 +26,8 @@ from helpers.runs import TINY, captured_log, distil, train_and_stop
 
 from yolokd import UserError, YoloDistiller
 from yolokd.commands.report import run_report
-from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teacher import RequestedOutputs
 from yolokd.report.history import read_history
 from yolokd.report.kept import NAME, Record, read_kept, write_kept
 from yolokd.report.page import MAX_BYTES
@@ -185,7 +186,7 @@ def test_a_report_changes_nothing_of_the_training(failed: Failed, made: Reported
 def test_the_maps_before_the_training_are_those_of_the_equations(failed: Failed, made: Reported) -> None:
     (sample, *_) = validation_samples(failed.trainer.data, failed.trainer.args)
     models = torch.load(made.teacher, weights_only=False)["model"].float(), failed.initial
-    outputs = [Teacher(model)(as_images(sample, 64), RequestedOutputs(logits=True)) for model in models]
+    outputs = [detector_teacher(model)(as_images(sample, 64), RequestedOutputs(logits=True)) for model in models]
     teacher, student = (output.maps[16][0].double().numpy() for output in outputs)
     logits = [output.logits[16][0].double().numpy() for output in outputs]
     before = {name: maps[0] for name, maps in read_kept(failed.folder).before["P4"].items()}

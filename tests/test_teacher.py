@@ -25,13 +25,14 @@ from yolokd.methods import registered
 from yolokd.models import precision
 from yolokd.models.detector import read_pyramid
 from yolokd.models.precision import MAX_ERROR, choose_precision, fast_precisions, measure_precision
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
 
 @pytest.fixture
 def teacher() -> Teacher:
-    return Teacher(random_detector())
+    return detector_teacher(random_detector())
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_every_inference_setting_gives_nearly_the_maps_of_float32(
 @pytest.mark.parametrize("name", [YOLOV8N, YOLO26N])
 def test_boxes_equal_those_that_ultralytics_decodes(name: str, images: Tensor) -> None:
     model = random_detector(name)
-    distances_by_stride = Teacher(model)(images, RequestedOutputs(boxes=True)).boxes
+    distances_by_stride = detector_teacher(model)(images, RequestedOutputs(boxes=True)).boxes
     model.end2end = False  # it then decodes the branch that is distilled
     with torch.no_grad():
         theirs = model.eval()(images)[0][:, :4]  # centers and sizes in pixels
@@ -133,7 +134,7 @@ def test_a_precision_whose_maps_overflow_is_not_accurate(images: Tensor) -> None
     model = random_detector()
     with torch.no_grad():
         next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight.fill_(1e30)
-    loud = Teacher(model)
+    loud = detector_teacher(model)
     assert not measure_precision(
         "fp16", loud, loud.with_settings(InferenceSettings(torch.float16)), images[:, :, :32, :32]
     ).faithful
@@ -144,14 +145,14 @@ def test_mean_logits_are_the_mean_of_an_end_to_end_teachers_branches(images: Ten
     head = model.model[-1]
     with torch.no_grad():
         head.one2one_cv3[0][-1].bias.add_(1)
-        output = Teacher(model)(images, RequestedOutputs(logits=True, mean_logits=True))
+        output = detector_teacher(model)(images, RequestedOutputs(logits=True, mean_logits=True))
         for stride, many, one in zip(output.maps, head.cv3, head.one2one_cv3, strict=True):
             feature = output.maps[stride]
             assert torch.allclose(output.logits[stride], many(feature), rtol=1e-3, atol=1e-3)
             mean = (many(feature) + one(feature)) / 2
             assert torch.allclose(output.mean_logits[stride], mean, rtol=1e-3, atol=1e-3)
     assert not output.mean_logits[8].equal(output.logits[8])
-    single = Teacher(random_detector())(images, RequestedOutputs(logits=True, mean_logits=True))
+    single = detector_teacher(random_detector())(images, RequestedOutputs(logits=True, mean_logits=True))
     assert single.mean_logits[8].equal(single.logits[8])
 
 
@@ -249,7 +250,7 @@ def test_adapters_have_the_teachers_memory_format(channels_last: bool) -> None:
         (8, 16, 32),
         pair_classes(detector.names, student.names),
     )
-    teacher = Teacher(detector).with_settings(InferenceSettings(channels_last=channels_last))
+    teacher = detector_teacher(detector).with_settings(InferenceSettings(channels_last=channels_last))
     stage = Stage(teacher, pairing, parse({"teacher": "t", "method": "mgd"}), seed=0, number=0)
     weights = [weight for weight in stage.parameters() if weight.ndim == 4 and weight[0, 0].numel() > 1]
     layout = torch.channels_last if channels_last else torch.contiguous_format

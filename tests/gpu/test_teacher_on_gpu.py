@@ -13,6 +13,7 @@ from helpers.runs import distil
 from torch import Tensor
 
 from yolokd.models.precision import choose_precision, fast_precisions, measure_precision
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +22,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def detector() -> Teacher:
-    return Teacher(random_detector()).to(GPU)
+    return detector_teacher(random_detector()).to(GPU)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from helpers.data import NAMES
 from yolokd.config.parse import parse
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.detector import dense_heads, read_pyramid
-from yolokd.models.teacher import Teacher
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
 # Ultralytics' architectures with a fraction of the width: most of a short training's time goes into its checkpoints.
@@ -99,13 +99,13 @@ def attach_criterion(teacher: DetectionModel, student: DetectionModel, **keys: A
     """Put a student into training mode; return its criterion. keys: yolokd's own, for example method=."""
     config = parse({"teacher": "t", "level_weights": "uniform", **keys})
     return DistillationCriterion(
-        student.train(), [(Teacher(teacher), pair(teacher, student, config.classes_map))], config, seed=0
+        student.train(), [(detector_teacher(teacher), pair(teacher, student, config.classes_map))], config, seed=0
     )
 
 
 def pair(teacher: DetectionModel, student: DetectionModel, classes_map: dict[str, str] | None = None) -> Pairing:
     """Return the pairing of a teacher and a student with maps at the strides 8, 16 and 32."""
-    frozen, pyramid = Teacher(teacher), read_pyramid(student)
+    frozen, pyramid = detector_teacher(teacher), read_pyramid(student)
     heads = ({s: head.shape for s, head in h.items()} for h in (frozen.heads, dense_heads(student.model[-1], pyramid)))
     shapes = pair_levels(frozen.pyramid, pyramid, *heads)
     return Pairing(tuple(shapes), (8, 16, 32), pair_classes(teacher.names, student.names, classes_map))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,17 +53,19 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
     starts = plan.config.starts(plan.args.epochs)
     boxes = boxes_per_class(plan.data, plan.args, plan.config.trust)
     for paired, start in zip(plan.teachers, starts, strict=True):
-        name = Path(paired.file).name
-        title = f"pyramid levels paired with teacher {name}, which teaches from epoch {start:g}"
+        name = paired.name
+        when = "throughout, in an ensemble" if plan.config.teachers == "ensemble" else f"from epoch {start:g}"
+        title = f"pyramid levels paired with teacher {name}, which teaches {when}"
         print_table(_levels_table(paired.pairing.levels, imgsz, title))
         for level in _unpaired_levels(paired):
             CONSOLE.print(
                 f"level {level} of the student has no partner in teacher {name}: it learns from the labels alone"
             )
         CONSOLE.print(paired.pairing.classes.describe(plan.data["names"], paired.teacher.names))
-        known, total = sum(boxes[i] for i in paired.pairing.classes.student), boxes.total()
-        share = f"{known} of {total} ({known / max(total, 1):.0%})"
-        CONSOLE.print(f"labelled training boxes of a class that teacher {name} knows: {share}")
+        if paired.teacher.names:
+            known, total = sum(boxes[i] for i in paired.pairing.classes.student), boxes.total()
+            share = f"{known} of {total} ({known / max(total, 1):.0%})"
+            CONSOLE.print(f"labelled training boxes of a class that teacher {name} knows: {share}")
         for line in _describe_precision(plan, paired, images):
             CONSOLE.print(f"teacher {name}: {line}")
 
@@ -103,7 +104,7 @@ def _models_table(plan: TrainPlan, imgsz: int) -> Table:
     """Return a table of parameters and GFLOPs: of the student, of each teacher, and of the adapters to it."""
     table = Table("model", "parameters", "GFLOPs", title=f"forward pass of one {imgsz}x{imgsz} image")
     models: list[tuple[str, Any, int]] = [("student", plan.student, 1)]
-    models += [(f"teacher {Path(p.file).name}", p.model, max(p.teacher.pyramid)) for p in plan.teachers]
+    models += [(f"teacher {p.name}", p.model, max(p.teacher.pyramid)) for p in plan.teachers]
     for name, model, stride in models:
         side = ceil(imgsz / stride) * stride  # a teacher with a larger stride sees padded images
         image = torch.zeros(1, plan.data["channels"], side, side)
@@ -114,7 +115,7 @@ def _models_table(plan: TrainPlan, imgsz: int) -> Table:
         classes = len(paired.pairing.classes.student) or 1
         levels = [_random_level(shape, imgsz, classes, paired.teacher.heads) for shape in paired.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)
-        name = f"adapters to teacher {Path(paired.file).name} (in training only)"
+        name = f"adapters to teacher {paired.name} (in training only)"
         table.add_row(name, f"{get_num_params(methods):,}", f"{flops:.2f}")
     return table
 

@@ -59,6 +59,8 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
         values["unlabelled"] = str(values["unlabelled"])
     if isinstance(values["stages"], int | float | list):
         values["stages"] = tuple(map(_as_float, as_list(values["stages"])))
+    if isinstance(values["levels"], int | list):
+        values["levels"] = tuple(as_list(values["levels"]))
     if "balance" not in given and any(key.endswith(".gain") for key in constants):
         values["balance"] = "off"  # a user who sets a gain wants it to be used
     names = method_names(values["method"])
@@ -70,7 +72,7 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
         config = DistillationConfig(**values, method_configs=methods)
     except ValidationError as e:
         raise as_user_error(e, values) from e
-    _check_stages(config)
+    _check_teachers(config)
     if config.level_weights == "uniform" and config.level_floor > 0:
         why = "has no effect: level_weights=uniform weights all levels evenly"
         raise UserError(f"level_floor={config.level_floor:g}", why, "drop it, or give level_weights=confidence")
@@ -92,14 +94,20 @@ def _check_constants(constants: Mapping[str, Any], names: tuple[str, ...], balan
             raise UserError(key, why, "give balance=off, or drop it")
 
 
-def _check_stages(config: DistillationConfig) -> None:
-    starts = config.stages
+def _check_teachers(config: DistillationConfig) -> None:
+    """Raise UserError for an ensemble of one teacher, and for `stages` that do not fit the teachers."""
+    starts, together = config.stages, config.teachers == "ensemble"
+    if together and config.method_configs and len(config.teacher_files) < 2:
+        raise UserError("teachers=ensemble", "needs several teachers", "for example teacher=[a.pt,b.pt]")
     if starts is None:
         return
-    if len(starts) != len(config.teachers) - 1 or list(starts) != sorted(set(starts)):
+    if together:
+        why = "has no effect: the teachers of an ensemble all teach from the first epoch on"
+        raise UserError(f"stages={list(starts)}", why, "drop it, or give teachers=stages")
+    if len(starts) != len(config.teacher_files) - 1 or list(starts) != sorted(set(starts)):
         raise UserError(
             f"stages={list(starts)}",
-            f"must be the rising epochs at which the teachers after the first of {len(config.teachers)} take over",
+            f"must be the rising epochs at which the teachers after the first of {len(config.teacher_files)} take over",
             "for example teacher=[weak.pt,strong.pt] stages=[20]",
         )
 

@@ -42,6 +42,8 @@ class DistillationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     teacher: str | tuple[str, ...] | None
+    teachers: Literal["stages", "ensemble"]
+    levels: tuple[Annotated[int, Field(ge=1)], ...] | None
     stages: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None
     method: str
     balance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["off"]
@@ -70,13 +72,15 @@ class DistillationConfig(BaseModel):
         return values
 
     @property
-    def teachers(self) -> tuple[str, ...]:
+    def teacher_files(self) -> tuple[str, ...]:
         """Return the paths of all teachers, weakest first."""
         return teacher_files(self.teacher)
 
     def starts(self, epochs: float) -> tuple[float, ...]:
         """Return the epoch at which each teacher starts: as given, or evenly spread over a training of `epochs`."""
-        count = len(self.teachers)
+        count = len(self.teacher_files)
+        if self.teachers == "ensemble":
+            return (0.0,) * count
         return (0.0, *(self.stages if self.stages is not None else (epochs * k / count for k in range(1, count))))
 
 

@@ -16,10 +16,12 @@ from yolokd.data.mixed import labelled_count
 from yolokd.distillation.gradients import GradientRecorder
 from yolokd.distillation.nonfinite import NonFiniteGuard
 from yolokd.distillation.observer import StepObserver
+from yolokd.distillation.predictions import average_predictions
 from yolokd.distillation.stage import Stage
 from yolokd.errors import UserError
 from yolokd.models.detector import Detector, dense_heads, head_of
-from yolokd.models.teacher import Teacher
+from yolokd.models.teacher import Teacher, TeacherOutput
+from yolokd.pyramid.level import Level
 from yolokd.pyramid.pairing import Pairing
 
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -30,7 +32,8 @@ class DistillationLosses:
     """The distillation losses of a batch, M methods at L levels.
 
     losses: (M, L) unscaled, times the number of labelled images; carry gradient. gains: (M, L) in force, without
-    gradient. weighted: (M,) unscaled, summed over levels by their weights.
+    gradient. weighted: (M,) unscaled, summed over levels by their weights. Of an ensemble, L counts the levels of all
+    teachers, and gains and weights are divided by the number of teachers: the student learns from the mean loss.
     """
 
     losses: Tensor
@@ -45,7 +48,7 @@ class DistillationCriterion(nn.Module):
     so that optimizer, DDP and device moves see its adapters. But it adds nothing to the student's state_dict, and it
     holds student and teacher outside of its own submodules.
 
-    student: a detector in training mode. teachers: each with its pairing, weakest first. seed: of adapters and masks.
+    student: a detector in training mode. teachers: each with its pairing, in their order. seed: of adapters and masks.
     """
 
     def __init__(
@@ -97,9 +100,16 @@ class DistillationCriterion(nn.Module):
             self.base.update()
 
     @property
+    def active(self) -> list[Stage]:
+        """Return the stages of the teachers that teach at the present step: all of an ensemble, otherwise one."""
+        if self.config.teachers == "ensemble":
+            return [self.stage_of(number) for number in range(len(self.stages))]
+        return [self.stage_of(self._stage_number)]
+
+    @property
     def stage(self) -> Stage:
-        """Return the stage of the present step: one teacher teaches at a time."""
-        return self.stage_of(self._stage_number)
+        """Return the stage of the present step; of an ensemble, the first teacher's."""
+        return self.active[0]
 
     def stage_of(self, number: int) -> Stage:
         """Return the stage of a teacher, counted from 0."""
@@ -122,19 +132,21 @@ class DistillationCriterion(nn.Module):
         return [method.schedule.factor(epoch, epochs) for method in self.config.method_configs]
 
     def begin_step(self, images: Tensor) -> None:
-        """Start the teacher on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two.
+        """Start the teachers on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two.
 
         Also note what methods want of that forward.
         """
         if any(self._factors()):
-            stage, student = self.stage, self._student()
+            student, measuring = self._student(), self._measuring
             assert student is not None
-            self.observer.watch_head(dense_heads(head_of(student), stage.pairing.student_strides))
-            stage.teacher.start(images, stage.requested_outputs(self._measuring))
+            self.observer.watch_head(dense_heads(head_of(student), self.stage.pairing.student_strides))
+            for stage in self.active:
+                stage.teacher.start(images, stage.requested_outputs(measuring))
 
     def discard_step(self) -> None:
         """Free what a step that failed has left behind, since Ultralytics tries again with a smaller batch."""
-        self.stage.teacher.discard_pending()
+        for stage in self.active:
+            stage.teacher.discard_pending()
         self.observer.discard()
         self.guard.discard()
 
@@ -145,7 +157,7 @@ class DistillationCriterion(nn.Module):
 
     @property
     def _measuring(self) -> bool:
-        return self._step % self.config.probe == 0 or not self.stage.measured
+        return self._step % self.config.probe == 0 or not all(stage.measured for stage in self.active)
 
     def forward(self, preds: Any, batch: dict[str, Any]) -> Losses:
         """Return (loss vector times batch size, detached items by name), as Ultralytics' criteria do.
@@ -173,22 +185,51 @@ class DistillationCriterion(nn.Module):
 
     def _distil(self, task: Tensor, factors: Sequence[float], preds: Any, batch: dict[str, Any]) -> DistillationLosses:
         """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
-        stage, measuring = self.stage, self._measuring
-        output = stage.teacher(batch["img"], stage.requested_outputs(measuring))
-        observed = self.observer.take(len(batch["img"]))
-        levels, maps = stage.levels(preds, output, batch, self._draw_seed, self.guard, observed)
+        stages, measuring = self.active, self._measuring
+        outputs = [stage.teacher(batch["img"], stage.requested_outputs(measuring)) for stage in stages]
+        taught = self._levels(stages, outputs, preds, batch)
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
         labelled = labelled_count(batch)
-        level_losses = [[loss * labelled for loss in of_method] for of_method in stage.losses(levels, labelled)]
-        losses = torch.stack([torch.stack(of_method) for of_method in level_losses])
+        level_losses = [
+            [[loss * labelled for loss in of_method] for of_method in stage.losses(levels, labelled)]
+            for stage, (levels, _) in zip(stages, taught, strict=True)
+        ]
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
-            norms = stage.measure(task, level_losses, maps, output)
+            measured = [
+                stage.measure(task, losses, maps, output)
+                for stage, losses, (_, maps), output in zip(stages, level_losses, taught, outputs, strict=True)
+            ]
             self.guard.discard()
-        gains = stage.gains(factors)
-        if measuring and torch.isfinite(norms).all():
-            self.recorder.record([level.stride for level in levels], norms[0], norms[1:], gains, stage.share)
-        losses = self.guard.guard_losses(losses, levels, batch.get("im_file", ()))
-        return DistillationLosses(losses, gains, (losses * stage.level_weights()).sum(1))
+        gains = torch.cat([stage.gains(factors) for stage in stages], 1) / len(stages)
+        if measuring:
+            self._record(stages, torch.cat(measured, 1), gains)
+        losses = torch.cat([torch.stack([*map(torch.stack, of_stage)]) for of_stage in level_losses], 1)
+        all_levels = [level for levels, _ in taught for level in levels]
+        losses = self.guard.guard_losses(losses, all_levels, batch.get("im_file", ()))
+        weights = torch.cat([stage.level_weights() for stage in stages]) / len(stages)
+        return DistillationLosses(losses, gains, (losses * weights).sum(1))
+
+    def _levels(
+        self, stages: Sequence[Stage], outputs: Sequence[TeacherOutput], preds: Any, batch: dict[str, Any]
+    ) -> list[tuple[list[Level], list[Tensor]]]:
+        """Return for each teacher that teaches now its levels, and the student's maps there."""
+        observed = self.observer.take(len(batch["img"]))
+        predictions = average_predictions(
+            [stage.predictions(preds, output) for stage, output in zip(stages, outputs, strict=True)],
+            [stage.select_student.index for stage in stages],
+            1 + max((index for stage in stages for index in stage.pairing.classes.student), default=0),
+        )
+        return [
+            stage.levels(preds, output.maps, predicted, batch, self._draw_seed, self.guard, observed)
+            for stage, output, predicted in zip(stages, outputs, predictions, strict=True)
+        ]
+
+    def _record(self, stages: Sequence[Stage], norms: Tensor, gains: Tensor) -> None:
+        """Record norms, (1 + M, L), and gains, (M, L), if the norms are finite. L: the levels of all the stages."""
+        if torch.isfinite(norms).all():
+            strides = [shape.stride for stage in stages for shape in stage.pairing.levels]
+            share = torch.cat([stage.share for stage in stages]) / len(stages)
+            self.recorder.record(strides, norms[0], norms[1:], gains, share)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return nothing of this module, so that checkpoints and EMA hold the student alone."""

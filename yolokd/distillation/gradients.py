@@ -34,15 +34,18 @@ class GradientRecorder:
 
         task: (L,) norms of the YOLO loss's gradient. pull: (M, L) norms of the methods' gradients, before any gain.
         gains: (M, L) in force. share: (L,) the levels' shares of the teacher's confidence.
-        A method's ratio is the norm of its gradient, its gain included, over that of the YOLO loss.
+        A method's ratio is the norm of its gradient, its gain included, over that of the YOLO loss. Where several
+        teachers teach at a stride, it comes several times among `strides`, and all but the YOLO loss's norm is summed.
         """
         levels = [level_name(stride) for stride in strides]
-        record = {f"{level}/share": v for level, v in zip(levels, share.tolist(), strict=True)}
-        record |= {f"{level}/task_grad": v for level, v in zip(levels, task.tolist(), strict=True)}
+        record = {f"{level}/task_grad": v for level, v in zip(levels, task.tolist(), strict=True)}
         ratios = torch.where(task > 0, gains * pull / task, 0.0)
+        rows = {"share": share.tolist()}
         for quantity, values in (("grad", gains * pull), ("ratio", ratios), ("gain", gains)):
-            for name, row in zip(self._names, values.tolist(), strict=True):
-                record |= {f"{level}/{name}_{quantity}": v for level, v in zip(levels, row, strict=True)}
+            rows |= {f"{name}_{quantity}": row for name, row in zip(self._names, values.tolist(), strict=True)}
+        for field, row in rows.items():
+            for level, value in zip(levels, row, strict=True):
+                record[f"{level}/{field}"] = record.get(f"{level}/{field}", 0.0) + value
         self._records.append(self._empty | record)
 
     def record_idle(self) -> None:

@@ -15,6 +15,7 @@ from yolokd.distillation.balance import Balance
 from yolokd.distillation.gradients import gradient_norms, per_level_gradient_norms
 from yolokd.distillation.nonfinite import NonFiniteGuard
 from yolokd.distillation.observer import Observed
+from yolokd.distillation.predictions import Predictions
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
 from yolokd.models.teacher import RequestedOutputs, Teacher, TeacherOutput
@@ -27,8 +28,9 @@ from yolokd.runtime.distributed import all_reduce_mean
 class Stage(nn.Module):
     """One teacher's part of a training: its pairing with the student, its methods, and what was measured of them.
 
-    number: counts the stages from 0, the weakest teacher's. The names of attributes and buffers that hold tensors
-    (`methods`, `share`, `balance`) are names in sidecars: to change one, raise sidecar.FORMAT.
+    number: counts the stages from 0, the weakest teacher's; those of an ensemble all last the whole training. The names
+    of attributes and buffers that hold tensors (`methods`, `share`, `balance`) are names in sidecars: to change one,
+    raise sidecar.FORMAT.
     """
 
     share: Tensor  # (L,) each level's share of the teacher's confidence, a running mean
@@ -37,7 +39,8 @@ class Stage(nn.Module):
     def __init__(self, teacher: Teacher, pairing: Pairing, config: DistillationConfig, seed: int, number: int) -> None:
         super().__init__()
         self.teacher, self.pairing, self.config = teacher, pairing, config
-        shapes = [replace(shape, stage=number) for shape in pairing.levels]
+        in_turn = number if config.teachers == "stages" else 0
+        shapes = [replace(shape, stage=in_turn) for shape in pairing.levels]
         self.methods = build_methods(config.method_configs, shapes, seed + number, config.adapter)
         if teacher.settings.channels_last:  # maps in two memory formats would be slow to compare
             self.methods.to(memory_format=torch.channels_last)
@@ -125,10 +128,35 @@ class Stage(nn.Module):
         uniform = self.config.level_weights == "uniform" or not self.teacher.has_logits
         return floored(self.share, 1.0 if uniform else self.config.level_floor, len(self.share))
 
+    def predictions(self, preds: Any, output: TeacherOutput) -> Predictions:
+        """Return the teacher's predictions that methods want, on the student's grid and of the shared classes.
+
+        preds: what the student's head returns in training.
+        """
+        maps = self._by_stride(raw_outputs(preds)["feats"])
+        boxes, box_logits = output.boxes, output.box_logits  # a plan refuses box_logits of teachers on other grids
+        return Predictions(
+            self._selected(output.logits, maps) if self.wants_logits else {},
+            self._selected(output.mean_logits, maps) if self.wants_mean_logits else {},
+            {s: resize_distances(maps[s], boxes[s]) for s in self._strides} if self.wants_boxes else {},
+            {s: split_bins(box_logits[s]) for s in self._strides} if self.wants_box_logits else {},
+        )
+
+    def _selected(self, logits: dict[int, Tensor], maps: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {s: resize_to(maps[s], self.select_teacher(logits[s])) for s in self._strides}
+
+    @property
+    def _strides(self) -> list[int]:
+        return [shape.stride for shape in self.pairing.levels]
+
+    def _by_stride(self, values: Sequence[Tensor]) -> dict[int, Tensor]:
+        return dict(zip(self.pairing.student_strides, values, strict=True))
+
     def levels(
         self,
         preds: Any,
-        output: TeacherOutput,
+        teacher_maps: dict[int, Tensor],
+        predictions: Predictions,
         batch: dict[str, Any],
         seed: int,
         guard: NonFiniteGuard,
@@ -136,35 +164,33 @@ class Stage(nn.Module):
     ) -> tuple[list[Level], list[Tensor]]:
         """Pair the student's maps and predictions with the teacher's, on the student's grid.
 
-        preds: what the student's head returns in training. seed: of what methods draw in this step. observed: what
-        methods want of the step beside these. Returns the levels, whose maps `guard` protects, and the student's maps
-        themselves.
+        preds: what the student's head returns in training. predictions: those that the student learns from. seed: of
+        what methods draw in this step. observed: what methods want of the step beside these. Returns the levels, whose
+        maps `guard` protects, and the student's maps themselves.
         """
-        raw = preds[1] if isinstance(preds, tuple) else preds
-        raw = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
+        raw = raw_outputs(preds)
 
-        def by_stride(flat: Tensor) -> dict[int, Tensor]:
-            return dict(zip(self.pairing.student_strides, split_levels(flat, raw["feats"]), strict=True))
+        def split(flat: Tensor) -> dict[int, Tensor]:
+            return self._by_stride(split_levels(flat, raw["feats"]))
 
-        maps = dict(zip(self.pairing.student_strides, raw["feats"], strict=True))
-        logits = by_stride(raw["scores"]) if self.wants_logits else {}
-        wants_boxes = self.wants_boxes or self.wants_box_logits
-        boxes = by_stride(raw["boxes"]) if wants_boxes else {}
-        assigned = by_stride(observed.assigned[:, None]) if observed.assigned is not None else {}
+        maps = self._by_stride(raw["feats"])
+        logits = split(raw["scores"]) if self.wants_logits else {}
+        boxes = split(raw["boxes"]) if self.wants_boxes or self.wants_box_logits else {}
+        assigned = split(observed.assigned[:, None]) if observed.assigned is not None else {}
         labels = batch.get("labels") or Labels.from_centers(batch["batch_idx"].cpu(), batch["bboxes"].cpu())
         levels = []
-        for shape in self.pairing.levels:
-            stride = shape.stride
+        for stride in self._strides:
             student = guard.guard_gradient(maps[stride], stride)
-            level = Level(stride, student, resize_to(student, _readable(output.maps[stride])))
+            level = Level(stride, student, resize_to(student, _readable(teacher_maps[stride])))
             level.labels, level.seed = labels, seed
             if self.wants_logits:
                 level.student_logits = self.select_student(guard.guard_gradient(logits[stride], stride))
-                level.teacher_logits = resize_to(student, self.select_teacher(output.logits[stride]))
-            if self.wants_mean_logits:
-                level.teacher_mean_logits = resize_to(student, self.select_teacher(output.mean_logits[stride]))
-            if wants_boxes:
-                self._add_boxes(level, guard.guard_gradient(boxes[stride], stride), output)
+            level.teacher_logits = predictions.logits.get(stride)
+            level.teacher_mean_logits = predictions.mean_logits.get(stride)
+            level.teacher_boxes = predictions.boxes.get(stride)
+            level.teacher_box_logits = predictions.box_logits.get(stride)
+            if boxes:
+                self._add_student_boxes(level, guard.guard_gradient(boxes[stride], stride))
             if assigned:
                 level.assigned = assigned[stride][:, 0]
             for depth in self.head_depths:
@@ -173,16 +199,21 @@ class Stage(nn.Module):
             if self.wants_teacher_head:
                 level.teacher_head = replace(self.teacher.heads[stride], select=self.select_teacher)
             levels.append(level)
-        return levels, [maps[shape.stride] for shape in self.pairing.levels]
+        return levels, [maps[stride] for stride in self._strides]
 
-    def _add_boxes(self, level: Level, raw: Tensor, output: TeacherOutput) -> None:
-        """Add both models' boxes to a level. raw: (B, 4·bins, H, W), the box output of the student's head."""
+    def _add_student_boxes(self, level: Level, raw: Tensor) -> None:
+        """Add the student's boxes to a level. raw: (B, 4·bins, H, W), the box output of its head."""
         if self.wants_boxes:
             level.student_boxes = decode_distances(raw, raw.shape[1] // 4)
-            level.teacher_boxes = resize_distances(raw, output.boxes[level.stride])
-        if self.wants_box_logits:  # a plan refuses teachers on other grids: their cells have another size
+        if self.wants_box_logits:
             level.student_box_logits = split_bins(raw)
-            level.teacher_box_logits = split_bins(output.box_logits[level.stride])
+
+
+def raw_outputs(preds: Any) -> dict[str, Any]:
+    """Return the maps and raw predictions that are distilled of what a student's head returns in training."""
+    raw: dict[str, Any] = preds[1] if isinstance(preds, tuple) else preds
+    many: dict[str, Any] = raw.get("one2many", raw)  # the maps of the one-to-one branch are detached
+    return many
 
 
 def _readable(maps: Tensor) -> Tensor:

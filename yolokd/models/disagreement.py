@@ -13,7 +13,8 @@ from ultralytics.utils.torch_utils import select_device
 from yolokd.data.dataset import load_data
 from yolokd.methods.pdf import class_disagreement
 from yolokd.models.detector import Detector
-from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teacher import RequestedOutputs
 from yolokd.pyramid.level import resize_to
 from yolokd.pyramid.pairing import ClassSelection, pair_classes
 from yolokd.runtime.rng import preserve_random_state
@@ -41,7 +42,7 @@ def mean_disagreement(
     Returns None if the models share no class or no stride, or if the teacher scores no classes at positions.
     """
     classes = pair_classes(teacher.names, student.names, classes_map)
-    pair = Teacher(teacher), Teacher(student, "student")
+    pair = detector_teacher(teacher), detector_teacher(student, "student")
     strides = pair[0].pyramid.keys() & pair[1].pyramid.keys()
     if classes.objectness or not strides or not all(model.has_logits for model in pair):
         return None

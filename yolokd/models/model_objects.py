@@ -57,7 +57,7 @@ def _unchanged_file(module: nn.Module, argument: str) -> str | None:
         original, _ = load_model(file, argument)
     except UserError:
         return None
-    return os.path.abspath(file) if _hash(original) == _hash(module) else None
+    return os.path.abspath(file) if module_hash(original) == module_hash(module) else None
 
 
 def _save_copy(module: nn.Module) -> str:
@@ -65,7 +65,7 @@ def _save_copy(module: nn.Module) -> str:
 
     The copies used last are kept. A run whose teacher's copy is gone resumes with `teacher=` given anew.
     """
-    path = user_data_path("yolokd") / "models" / f"{_name(module)}-{_hash(module)[:8]}.pt"
+    path = user_data_path("yolokd") / "models" / f"{_name(module)}-{module_hash(module)[:8]}.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.touch()
@@ -87,7 +87,7 @@ def _name(module: nn.Module) -> str:
     return re.sub(r"[^\w.-]", "_", stem)[:MAX_STEM]
 
 
-def _hash(module: nn.Module) -> str:
+def module_hash(module: nn.Module) -> str:
     """Return the SHA-256 of a module's class names, architecture and weights."""
     content = hashlib.sha256(repr((getattr(module, "names", None), getattr(module, "yaml", None))).encode())
     for key, value in module.state_dict().items():

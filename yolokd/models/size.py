@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
+from yolokd.models.backbone import Backbone
 from yolokd.models.detector import Detector
 
 
@@ -27,3 +30,12 @@ class ModelSize:
 def model_size(model: Detector, file: Path, imgsz: int) -> ModelSize:
     """Return the size of a model, which the checkpoint `file` holds, for square images of `imgsz` pixels."""
     return ModelSize(file.name, get_num_params(model), get_flops(model, imgsz), file.stat().st_size)
+
+
+@torch.no_grad()
+def backbone_size(backbone: Backbone, name: str, imgsz: int) -> ModelSize:
+    """Return the size of a timm backbone; its bytes are those of its float32 parameters."""
+    with FlopCounterMode(display=False) as counter:
+        backbone(torch.zeros(1, 3, imgsz, imgsz, device=backbone.mean.device))
+    parameters = get_num_params(backbone)
+    return ModelSize(name, parameters, counter.get_total_flops() / 1e9, 4 * parameters)

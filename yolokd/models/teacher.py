@@ -1,11 +1,10 @@
-"""The teacher: a frozen detector that returns its neck maps and, if requested, its predictions."""
+"""The teacher: a frozen network that returns its maps and, if requested, its predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolokd.models.cuda_graphs import CudaGraphs
-from yolokd.models.detector import Detector, check_detector, dense_heads
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.head import Head
 
@@ -65,34 +63,61 @@ class InferenceSettings:
     imgsz: int | None = None
 
 
-class Teacher:
-    """A frozen detector of any Ultralytics family, whose maps are taken where they enter the head.
+class Branches(nn.Module):
+    """The layers of a teacher's head that predict at every position, each None if it has none.
 
-    heads: the frozen head at each stride, as functions of a map; empty if the head does not predict at every position.
-
-    It is not an nn.Module, so that it stays out of the student's state_dict, optimizer and EMA copies.
-    The given model is copied, never changed; convolutions and batch norms are fused in the copy.
-    Raises UserError, naming `argument`, for a model that is not an intact detector, such as a classifier.
+    one2many, one2one: class scores per level. boxes: raw box distances per level, in `bins` bins per side.
     """
 
-    def __init__(self, model: Detector, argument: str = "teacher") -> None:
-        model = deepcopy(model).float().eval().requires_grad_(False)
-        self.pyramid = check_detector(model, argument)
-        self.names: dict[int, str] = dict(model.names)
-        self.channels: int = model.yaml.get("channels", 3)
-        model.end2end = False  # otherwise fusing removes the one-to-many branch of an end-to-end teacher
-        # Float32 in all copies of the teacher: methods send gradients through them, which would underflow in float16.
-        self.heads: dict[int, Head] = dense_heads(model.model[-1], self.pyramid)
-        model.model[-1] = _Tap(model.model[-1], self.heads)
-        self.settings = InferenceSettings()
-        self._model = model.fuse(verbose=False).requires_grad_(False)
-        self._compiled: Callable[[Tensor], list[Tensor]] = self._model
-        self._async_forward, self._graphs = _AsyncForward(), CudaGraphs()
+    def __init__(self) -> None:
+        super().__init__()
+        self.one2many: nn.ModuleList | None = None
+        self.one2one: nn.ModuleList | None = None
+        self.boxes: nn.ModuleList | None = None
+        self.bins = 1
+
+
+class Network(nn.Module):
+    """What a teacher runs: `forward` returns its maps of (B, C, H, W) images in 0..1, finest first.
+
+    branches: those of its head.
+    """
 
     @property
-    def _tap(self) -> _Tap:
-        tap: _Tap = self._model.model[-1]
-        return tap
+    def branches(self) -> Branches:
+        """Return the branches, which a subclass with a head has; they are submodules of it."""
+        return Branches()
+
+
+class Teacher:
+    """A frozen network that gives maps and, if it has a head that predicts at every position, predictions.
+
+    `tapped_detector.detector_teacher` makes one from an Ultralytics detector, `backbone.backbone_teacher` from a timm
+    backbone. Several of them can teach together, see `distillation.predictions`.
+
+    pyramid: {stride in pixels: channels} of the maps, in the order of the network's. names: its classes by index.
+    channels: of the images. multiple: the sides in pixels of images that `imgsz` resizes are multiples of it.
+    heads: the frozen head at each stride, as functions of a map, in float32 in all copies of the teacher: methods send
+    gradients through them, which would underflow in float16. Empty if the head does not predict at every position.
+
+    It is not an nn.Module, so that it stays out of the student's state_dict, optimizer and EMA copies.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        pyramid: Mapping[int, int],
+        names: Mapping[int, str],
+        channels: int,
+        multiple: int,
+        heads: Mapping[int, Head] = {},
+    ) -> None:
+        self.pyramid, self.names, self.channels, self.heads = dict(pyramid), dict(names), channels, dict(heads)
+        self.settings = InferenceSettings()
+        self._model: Any = network.eval().requires_grad_(False)  # torch does not know the attributes of its copies
+        self._multiple = multiple
+        self._compiled: Callable[[Tensor], list[Tensor]] = self._model
+        self._async_forward, self._graphs = _AsyncForward(), CudaGraphs()
 
     @property
     def has_logits(self) -> bool:
@@ -133,11 +158,11 @@ class Teacher:
         # A student trained under autocast must not change the teacher's arithmetic.
         with torch.autocast(images.device.type, enabled=False):
             maps = self._maps(images)
-            tap, needs_logits = self._tap, requested.logits or requested.mean_logits
-            one2many = _branch_outputs(tap.one2many if needs_logits else None, maps)
-            one2one = _branch_outputs(tap.one2one if requested.mean_logits else None, maps)
-            raw_boxes = _branch_outputs(tap.boxes if requested.boxes or requested.box_logits else None, maps)
-            boxes = [decode_distances(raw, tap.bins) for raw in raw_boxes] if requested.boxes else []
+            branches, needs_logits = self._model.branches, requested.logits or requested.mean_logits
+            one2many = _branch_outputs(branches.one2many if needs_logits else None, maps)
+            one2one = _branch_outputs(branches.one2one if requested.mean_logits else None, maps)
+            raw_boxes = _branch_outputs(branches.boxes if requested.boxes or requested.box_logits else None, maps)
+            boxes = [decode_distances(raw, branches.bins) for raw in raw_boxes] if requested.boxes else []
             mean = [(m + o) / 2 for m, o in zip(one2many, one2one, strict=True)] if one2one else one2many
             return TeacherOutput(
                 maps=self._by_stride(maps),
@@ -151,24 +176,17 @@ class Teacher:
         return dict(zip(self.pyramid, values, strict=False))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
-        """Return the neck maps; images are padded to the teacher's coarsest stride, and the maps cut back."""
         forward = self._compiled if images.shape == self.settings.compiled_for else self._model
-        images = self._resized(images)
-        height, width = images.shape[-2:]
-        coarsest = max(self.pyramid)
-        padding = (0, -width % coarsest, 0, -height % coarsest)
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
-        padded = F.pad(images, padding) if any(padding) else images
-        maps = forward(padded.to(self.settings.dtype, memory_format=layout))
-        return [m[..., : ceil(height / s), : ceil(width / s)] for m, s in zip(maps, self.pyramid, strict=True)]
+        maps: list[Tensor] = forward(self._resized(images).to(self.settings.dtype, memory_format=layout))
+        return maps
 
     def _resized(self, images: Tensor) -> Tensor:
         if self.settings.imgsz is None:
             return images
         scale = self.settings.imgsz / max(images.shape[-2:])
         # Multiples of the coarsest stride need no padding, so that the maps cover the same area as the student's.
-        coarsest = max(self.pyramid)
-        size = [max(round(side * scale / coarsest), 1) * coarsest for side in images.shape[-2:]]
+        size = [max(round(side * scale / self._multiple), 1) * self._multiple for side in images.shape[-2:]]
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=scale < 1)
 
     def discard_pending(self) -> None:
@@ -236,24 +254,3 @@ def _compiled(model: nn.Module) -> Callable[[Tensor], list[Tensor]]:
     # Weights never change, so they may be folded into the graph; the shape of its input does not change either.
     compiled: Callable[[Tensor], list[Tensor]] = torch.compile(model, dynamic=False, options={"freezing": True})
     return compiled
-
-
-class _Tap(nn.Module):
-    """Replaces the teacher's head: its forward returns the neck maps that enter it and runs no branch.
-
-    It keeps the branches, each None if the head has none, so that a step can run those that it needs.
-    one2many, one2one: class scores per level. boxes: raw box distances per level, in `bins` bins per side.
-    """
-
-    export = False  # YOLO-World reads this attribute of its head
-
-    def __init__(self, head: Any, heads: Mapping[int, Head]) -> None:
-        super().__init__()
-        self.f, self.i = head.f, head.i  # Ultralytics' forward reads from these which layers feed it
-        self.bins: int = getattr(head, "reg_max", 1)
-        self.one2many = nn.ModuleList(h.class_layers for h in heads.values()) if heads else None
-        self.one2one: nn.ModuleList | None = getattr(head, "one2one_cv3", None) if heads else None
-        self.boxes = nn.ModuleList(h.box_layers for h in heads.values()) if heads else None
-
-    def forward(self, maps: list[Tensor], *_: object) -> list[Tensor]:
-        return list(maps)

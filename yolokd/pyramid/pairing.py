@@ -38,6 +38,8 @@ class ClassPairing:
 
     def describe(self, names: Mapping[int, str], teacher_names: Mapping[int, str]) -> str:
         """Return a line for the log. names, teacher_names: the student's and the teacher's classes by index."""
+        if not teacher_names:
+            return "classes paired: none, since the teacher is a backbone: it teaches feature maps alone"
         if self.objectness:
             return "classes paired: none shared by name; the highest score of each model is one objectness channel"
         missing = [name for i, name in names.items() if i not in self.student]

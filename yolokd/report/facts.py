@@ -35,13 +35,18 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has reached. score, score50: mAP of best.pt, None if it was not measured. teacher_score: mAP50-95."""
+    """What a run has reached. score, score50: mAP of best.pt, None if it was not measured.
+
+    taught_by: the names of all teachers. teacher, teacher_score, teacher_size: the last one that detects, its mAP50-95,
+    and its size.
+    """
 
     student: str
     data: str
     epochs: int
     score: float | None
     score50: float | None
+    taught_by: str
     teacher: str | None
     teacher_score: float | None
     student_size: ModelSize
@@ -52,7 +57,7 @@ class Result:
     def sentence(self) -> str:
         """Return the result in one sentence."""
         trained = f"After {self.epochs} epoch{'s' if self.epochs != 1 else ''} on {self.data}, {self.student}"
-        taught = f"taught by {self.teacher}" if self.teacher else "without a teacher"
+        taught = f"taught by {self.taught_by}" if self.taught_by else "without a teacher"
         if self.score is None:
             return f"{trained}, {taught}, has not been scored."
         reached = f"{trained} reaches mAP50-95 {self.score:.3f}"
@@ -88,6 +93,7 @@ def result(run: Run, history: History, record: Record) -> Result:
         epochs=len(history.epochs),
         score=metrics.get(MAP),
         score50=metrics.get(MAP50),
+        taught_by=run.taught_by,
         teacher=Path(run.teacher.pt_path).name if run.teacher is not None else None,
         teacher_score=record.teacher_score,
         student_size=model_size(run.student, run.best, run.imgsz),

@@ -16,6 +16,7 @@ from yolokd.config.parse import parse, split_keys, without_trust
 from yolokd.config.schema import DistillationConfig
 from yolokd.data.dataset import load_data
 from yolokd.errors import UserError
+from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector
 from yolokd.runtime.console import warnings_only
@@ -25,7 +26,7 @@ CURE = "give the folder of a run, such as runs/distill/train"
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its settings, its data set, its trained student, and the teacher that taught it last.
+    """A run: its settings, its data set, its trained student, and the last of its teachers that is a detector.
 
     settings: flat, as in distill.yaml. args: Ultralytics' settings. best: the student's checkpoint. teacher: None
     without one. record: what the checkpoint says of its origin. metrics: the checkpoint's scores. finished: whether the
@@ -43,6 +44,11 @@ class Run:
     record: Mapping[str, Any]
     metrics: Mapping[str, Any]
     finished: bool
+
+    @property
+    def taught_by(self) -> str:
+        """Return the names of all teachers; empty without one."""
+        return ", ".join(map(teacher_name, self.config.teacher_files)) if self.config.method_configs else ""
 
     @property
     def imgsz(self) -> int:
@@ -67,7 +73,7 @@ def open_run(folder: Path, given: Mapping[str, Any]) -> Run:
     if best is None:
         raise UserError(f"run={folder}", "has no checkpoint in its folder weights", CURE)
     student, checkpoint = load_model(best, "run", config.trust)
-    files = config.teachers if config.method_configs else ()
+    files = [file for file in config.teacher_files if config.method_configs and not is_backbone(file)]
     teacher = load_teacher(files[-1], config.trust) if files else None
     data = load_data(args.data, bool(args.single_cls), trust=config.trust, split=args.split)
     record, metrics = getattr(student, "yolokd", None), checkpoint.get("train_metrics")

@@ -12,7 +12,7 @@ import torch
 from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import DistillationConfig
 from yolokd.models.detector import dense_heads, read_pyramid
-from yolokd.models.teacher import Teacher
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.pyramid.pairing import ClassPairing, Pairing, pair_classes, pair_levels
 from yolokd.report import facts, plots
 from yolokd.report.history import read_history
@@ -51,7 +51,7 @@ def write_report(folder: Path, given: Mapping[str, Any], device: torch.device) -
     curves = [plots.score_plot(history, kept.record.teacher_score), *plots.loss_plots(history)]
     balance = [*plots.balance_plots(history, run.config, int(run.args.epochs)), plots.share_plot(history)]
     content = {
-        "title": f"{found.student}, {f'taught by {found.teacher}' if found.teacher else 'without a teacher'}",
+        "title": f"{found.student}, {f'taught by {found.taught_by}' if found.taught_by else 'without a teacher'}",
         "folder": folder.absolute().name,
         "result": found,
         "finished": run.finished,
@@ -81,7 +81,7 @@ def _pair(run: Run) -> Pairing | None:
     """Return how the student is paired with its last teacher, or None without one."""
     if run.teacher is None:
         return None
-    strides, teacher = read_pyramid(run.student), Teacher(run.teacher)
+    strides, teacher = read_pyramid(run.student), detector_teacher(run.teacher)
     heads = {stride: head.shape for stride, head in dense_heads(run.student.model[-1], strides).items()}
     levels = pair_levels(teacher.pyramid, strides, {s: head.shape for s, head in teacher.heads.items()}, heads)
     classes = pair_classes(run.teacher.names, run.data["names"], run.config.classes_map)

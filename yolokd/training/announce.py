@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ultralytics.utils import LOGGER, SETTINGS
@@ -33,7 +32,7 @@ def announce_teachers(trainer: Any) -> None:
 def log_pairing(plan: TrainPlan) -> None:
     """Log which levels and classes of each teacher are paired with the student's."""
     for paired in plan.teachers:
-        name = f"distil from {Path(paired.file).name}"
+        name = f"distil from {paired.name}"
         for level in paired.pairing.levels:
             LOGGER.info(
                 f"{name}, {level_name(level.stride)}: student {level.student_channels} channels, "

@@ -19,8 +19,10 @@ from yolokd.data.unlabelled import unlabelled_images
 from yolokd.distillation.stage import build_methods
 from yolokd.errors import UserError
 from yolokd.methods import registered
+from yolokd.models.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
 from yolokd.models.detector import Detector, check_detector, dense_heads, head_of
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.head import HeadShape
 from yolokd.pyramid.level import LevelShape
@@ -35,14 +37,20 @@ TRIAL_IMGSZ = 64  # ours: the image size in pixels at which a teacher is tried b
 class PairedTeacher:
     """One teacher, as loaded and as it will run, and its pairing with the student.
 
-    sha256: of its file. model: the whole detector, head included, until its score is measured; then None.
+    sha256: of its file; of a timm backbone, of its weights. model: the whole detector, head included, or the backbone,
+    until its score is measured; then None.
     """
 
     file: str
     sha256: str
-    model: Detector | None
+    model: Detector | Backbone | None
     teacher: Teacher
     pairing: Pairing
+
+    @property
+    def name(self) -> str:
+        """Return its name for people, without folders."""
+        return teacher_name(self.file)
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,13 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     config = parse(keys)
     settings = split_keys(keys).ultralytics
     args = check_settings(settings, config)
-    files = config.teachers if config.method_configs else ()
+    files = config.teacher_files if config.method_configs else ()
     for file in files:
         _check_distinct(file, settings.get("model"))
     for key in ("pretrained", "distill_model"):
         if isinstance(settings.get(key), str | Path):
             load_model(settings[key], key, config.trust)
-    models = {file: load_teacher(file, config.trust) for file in files}
+    models = {file: load_backbone(file) if is_backbone(file) else load_teacher(file, config.trust) for file in files}
     # Data after the teachers: the embedded set is drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
@@ -91,21 +99,39 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
 
 def _pair_teacher(
     file: str,
-    model: Detector,
+    model: Detector | Backbone,
     config: DistillationConfig,
     data: Mapping[str, Any],
     strides: Mapping[int, int],
     heads: Mapping[int, HeadShape],
 ) -> PairedTeacher:
     """Pair a teacher with the student. strides, heads: the student's channels and head at each stride."""
-    teacher = Teacher(model, f"teacher={file}")
+    if isinstance(model, Backbone):
+        teacher = backbone_teacher(model, list(strides), config.levels)
+    else:
+        teacher = detector_teacher(model, f"teacher={file}")
     _check_fit(file, teacher, config, data)
     _check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
-    levels = tuple(pair_levels(teacher.pyramid, strides, teacher_heads, heads))
+    levels = _chosen_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config)
     pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, data["names"], config.classes_map))
     _check_methods(config, levels)
-    return PairedTeacher(file, sha256(model.pt_path), model, teacher, pairing)
+    content = model.sha256 if isinstance(model, Backbone) else sha256(model.pt_path)
+    return PairedTeacher(file, content, model, teacher, pairing)
+
+
+def _chosen_levels(levels: Sequence[LevelShape], config: DistillationConfig) -> tuple[LevelShape, ...]:
+    """Return the levels that are distilled: those of `levels=`, or all that both models have.
+
+    Raises UserError for a level that one of the models lacks.
+    """
+    if config.levels is None:
+        return tuple(levels)
+    shared = [shape.stride for shape in levels]
+    if unknown := [stride for stride in config.levels if stride not in shared]:
+        problem = f"teacher and student do not both have a level of stride {unknown[0]}"
+        raise UserError(f"levels={list(config.levels)}", problem, f"their strides: {', '.join(map(str, shared))}")
+    return tuple(shape for shape in levels if shape.stride in config.levels)
 
 
 def _check_stages(config: DistillationConfig, epochs: int) -> None:
@@ -184,7 +210,7 @@ def _check_fit(file: str, teacher: Teacher, config: DistillationConfig, data: Ma
         raise UserError(
             f"teacher={file}",
             f"has no class scores and boxes per position, which {needing[0]} needs",
-            "use a YOLO teacher, or a method that compares feature maps alone, such as dfd",
+            "use a YOLO teacher, or methods that compare feature maps alone, such as dfd",
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 import ultralytics
 
+from yolokd.models.backbone import Backbone
 from yolokd.models.precision import name_of
 from yolokd.training.plan import PairedTeacher, TrainPlan
 from yolokd.version import __version__
@@ -27,6 +27,8 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
         "adapter": config.adapter,
         "gains": {method.name: method.gain for method in config.method_configs} if config.balance == "off" else {},
         "schedules": {method.name: method.schedule.model_dump() for method in config.method_configs},
+        "teachers": config.teachers,
+        "levels": list(config.levels or ()),
         "stages": list(config.stages or ()),
         "constants": {method.name: method.constants for method in config.method_configs},
         "classes_map": dict(config.classes_map or {}),
@@ -37,7 +39,8 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
 
 def _teacher(paired: PairedTeacher) -> dict[str, str]:
     precision = name_of(paired.teacher.settings.dtype)  # `auto` may choose another one on another device
-    return {"file": Path(paired.file).name, "sha256": paired.sha256, "precision": precision}
+    weights = {"weights": paired.model.weights} if isinstance(paired.model, Backbone) else {}
+    return {"file": paired.name, "sha256": paired.sha256, "precision": precision, **weights}
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from yolokd.config.schema import DistillationConfig, normalize_teachers
 from yolokd.config.train_settings import check_types
 from yolokd.data.mixed import unlabelled_count
 from yolokd.errors import UserError, first_line
+from yolokd.models.backbone import is_backbone, with_absolute_weights
 from yolokd.models.checkpoint import check_path
 from yolokd.models.model_objects import as_paths
 from yolokd.runtime.distributed import WORLD_SIZE
@@ -46,6 +47,8 @@ def _absolute(value: Any, folders: bool) -> Any:
         return [_absolute(item, folders) for item in value]
     if not isinstance(value, str | Path):
         return value
+    if is_backbone(value):
+        return with_absolute_weights(str(value))
     return os.path.abspath(value) if os.path.isfile(value) or (folders and os.path.isdir(value)) else value
 
 

@@ -13,6 +13,7 @@ from ultralytics.utils import LOGGER
 
 from yolokd.data.dataset import sample_batch
 from yolokd.distillation.criterion import DistillationCriterion
+from yolokd.models.backbone import Backbone
 from yolokd.models.evaluate import check_teacher
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
@@ -69,7 +70,7 @@ def _with_precision(
         paired.teacher.to(images.device), images, precision, config.teacher_imgsz, batch, config.teacher_compile
     )
     for note in notes if IS_MAIN else []:
-        LOGGER.info(f"teacher {Path(paired.file).name}: {note}")
+        LOGGER.info(f"teacher {paired.name}: {note}")
     return replace(paired, teacher=teacher)
 
 
@@ -90,11 +91,12 @@ def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int,
         scores = [
             check_teacher(paired.model, plan.data["names"], paired.pairing.classes, settings, save_dir)
             for paired in plan.teachers
+            if not isinstance(paired.model, Backbone)  # which detects nothing
         ]
     except torch.OutOfMemoryError:
         LOGGER.warning("teacher: the memory does not suffice to measure its score; check_teacher=False leaves that out")
         return None
     known = [score for score in scores if score is not None]
-    if known != sorted(known):
+    if plan.config.teachers == "stages" and known != sorted(known):
         LOGGER.warning("teacher: a later teacher scores lower than an earlier one; name the weakest teacher first")
-    return scores[-1]
+    return scores[-1] if scores and not isinstance(plan.teachers[-1].model, Backbone) else None

@@ -17,7 +17,7 @@ from ultralytics.utils.files import increment_path
 from ultralytics.utils.torch_utils import select_device
 
 from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer
-from yolokd.commands.bench.rounds import BenchRow, measure, run_rounds
+from yolokd.commands.bench.rounds import BenchRow, ensemble_costs, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
 from yolokd.commands.run_folder import check_project
@@ -26,6 +26,7 @@ from yolokd.config.defaults import defaults
 from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, load_data, split_images
 from yolokd.errors import UserError
+from yolokd.models.backbone import is_backbone, load_backbone
 from yolokd.models.checkpoint import load_student, load_teacher
 from yolokd.models.detector import check_detector
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
@@ -54,6 +55,7 @@ def run_bench(
     The files are bench.csv and bench.png. In each round, every candidate runs one step.
     teacher (a .yaml gets random weights), imgsz, batch, method and amp may be lists, `a,b`. All methods and values of
     amp are measured with the first teacher, imgsz and batch, and then with each other value of one of these three.
+    With teachers=ensemble, all teachers together count as the first one, and each alone as another.
     The parts of a candidate's step: `data`, `teacher` and `methods` (the distillation losses) are measured in its own
     steps, `student` is the rest. On CUDA the teacher runs beside the student: `teacher` is the time that the student
     waits for it. There the first batches are used again and again, since data loading would hide the GPU's time.
@@ -70,16 +72,22 @@ def run_bench(
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
     distilled = [m for m in methods if m not in (PLAIN, NATIVE)]
+    if NATIVE in methods and any(map(is_backbone, as_list(teacher))):
+        raise UserError("method=native", "takes no timm backbone as a teacher", "give method=none,fitnet, say")
     amps = [on_cuda] if amp is None else [parse_value(str(a)) for a in as_list(amp)]
     rows: list[BenchRow] = []
     out: Path | None = None
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only():
         source = data_file(data)
         trust = bool(other_keys.get("trust"))
-        checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in as_list(teacher)}
+        names = [str(t) for t in as_list(teacher)]
+        checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in names}
+        ensemble = other_keys.pop("teachers", None) == "ensemble"
+        teachers = [*([tuple(names)] if ensemble else []), *((t,) for t in names)]
+        shared = source, folder, tuple(other_keys.items())
         settings = [
-            (str(t), BenchSetting(checkpoints[t], str(student), size, count, source, folder, tuple(other_keys.items())))
-            for t, size, count in _combinations(as_list(teacher), _integers("imgsz", imgsz), _integers("batch", batch))
+            ("+".join(group), BenchSetting(tuple(checkpoints[t] for t in group), str(student), size, count, *shared))
+            for group, size, count in _combinations(teachers, _integers("imgsz", imgsz), _integers("batch", batch))
         ]
         for title, setting in settings:
             new_rows = measure(setting, title, methods, amps, rounds, memory)
@@ -91,6 +99,8 @@ def run_bench(
             save_plot(rows, out / "bench.png")
         assert out is not None
         CONSOLE.print(out / "bench.csv", out / "bench.png", sep="\n")
+        if ensemble:
+            CONSOLE.print(*ensemble_costs(rows, names), sep="\n")
         # The composition of most methods, in the first setting: there, measuring gradients costs most.
         checked = max(rows, key=lambda row: row.contender.count("+") if row.contender in distilled else -1)
         agrees, comparison = _compare_with_real_epoch(checked, settings[0][1])
@@ -125,6 +135,9 @@ def _teacher_checkpoint(teacher: object, data: str, folder: Path, trust: bool) -
 
     Raises UserError if the teacher is neither a checkpoint nor a .yaml of a YOLO detector.
     """
+    if is_backbone(teacher):
+        load_backbone(str(teacher))
+        return str(teacher)
     if not str(teacher).endswith((".yaml", ".yml")):
         check_detector(load_teacher(str(teacher), trust), f"teacher={teacher}")
         return str(teacher)

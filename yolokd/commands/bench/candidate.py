@@ -18,7 +18,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
 from yolokd.config.parse import split_keys
 from yolokd.errors import UserError
-from yolokd.models.teacher import RequestedOutputs
+from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.runtime.threads import training_threads
@@ -34,7 +34,7 @@ Moment: TypeAlias = Any  # seconds as a float, or a CUDA event
 class BenchSetting:
     """The settings that all candidates of one comparison share."""
 
-    teacher: str  # path of a checkpoint
+    teachers: tuple[str, ...]  # paths of checkpoints; several teach at once
     student: str
     imgsz: int
     batch: int
@@ -131,11 +131,11 @@ class Candidate:
         if isinstance(model, DistillationModel):
             model.teacher_model.forward = self._timed(model.teacher_model.forward)
         elif self.trainer.criterion is not None:
-            teacher = self.trainer.criterion.stage.teacher
-            if self.trainer.device.type == "cuda":
-                teacher._async_forward.collect = self._timed(teacher._async_forward.collect)
-            else:
-                vars(teacher)["_run"] = self._timed(teacher._run)
+            for teacher in teachers_of(self):
+                if self.trainer.device.type == "cuda":
+                    vars(teacher._async_forward)["collect"] = self._timed(teacher._async_forward.collect)
+                else:
+                    vars(teacher)["_run"] = self._timed(teacher._run)
 
     def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a function so that its seconds count as the teacher's."""
@@ -196,21 +196,27 @@ def _seconds(spans: Sequence[tuple[Moment, Moment]]) -> float:
     return float(sum(lengths))
 
 
+def teachers_of(candidate: Candidate) -> list[Teacher]:
+    """Return the teachers that teach in a candidate's steps: one, or those of an ensemble."""
+    return [stage.teacher for stage in candidate.trainer.criterion.active]
+
+
 class TeacherAlone:
-    """A candidate's teacher, run alone on one random batch; of its head runs what is requested."""
+    """A candidate's teacher, or its ensemble, run alone on one random batch; of its head runs what is requested."""
 
     def __init__(self, candidate: Candidate, requested: RequestedOutputs) -> None:
         trainer = candidate.trainer
-        self._teacher, self._threads, self._requested = trainer.criterion.stage.teacher, candidate.threads, requested
+        self._teachers, self._threads, self._requested = teachers_of(candidate), candidate.threads, requested
         size = trainer.args.imgsz
         self._images = torch.rand(candidate.batch, trainer.data["channels"], size, size).to(trainer.device)
         self._now = candidate._now
 
     def step(self) -> StepSeconds:
-        """Run one forward pass."""
+        """Run one forward pass of each teacher."""
         torch.set_num_threads(self._threads)
         started = self._now()
-        self._teacher(self._images, self._requested)
+        for teacher in self._teachers:
+            teacher(self._images, self._requested)
         seconds = self._now() - started
         return StepSeconds(seconds, 0.0, seconds)
 
@@ -248,12 +254,13 @@ def covered_length(spans: Sequence[tuple[float, float]]) -> float:
 def build_yolokd_trainer(setting: BenchSetting, keys: Mapping[str, Any], method: str) -> DistillationTrainer:
     """Build yolokd's trainer of a method, without the constants of other methods."""
     overrides = {k: v for k, v in keys.items() if constant_applies(k, method)}
-    teacher = {"teacher": setting.teacher} if method != PLAIN else {}
+    together = {"teachers": "ensemble"} if len(setting.teachers) > 1 else {}
+    teacher = {"teacher": list(setting.teachers)} | together if method != PLAIN else {}
     quiet = {"check_teacher": False, "report": False}
     return DistillationTrainer(overrides=overrides | teacher | {"method": method, **quiet})
 
 
 def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> DetectionTrainer:
-    """Build Ultralytics' own trainer with its own distillation, without yolokd's keys."""
+    """Build Ultralytics' own trainer with its own distillation, without yolokd's keys; it takes the last teacher."""
     overrides = split_keys(keys).ultralytics
-    return DetectionTrainer(overrides=overrides | {"distill_model": setting.teacher})
+    return DetectionTrainer(overrides=overrides | {"distill_model": setting.teachers[-1]})

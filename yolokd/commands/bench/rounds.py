@@ -153,3 +153,26 @@ def _make_row(
     if alone in times.seconds:
         row.times_bound = times.times_bound(label, f"{PLAIN} {candidate.amp}", alone)
     return row
+
+
+def ensemble_costs(rows: Sequence[BenchRow], teachers: Sequence[str]) -> list[str]:
+    """Return a sentence for each method on what an ensemble costs, beside what its teachers cost alone.
+
+    The cost is that of the teachers' forward passes and of the distillation losses. rows: of the ensemble and of each
+    teacher alone, in the same image size and batch.
+    """
+    first = rows[0]
+    costs: dict[tuple[str, str], dict[str, float]] = {}  # by method and precision, then by teacher
+    for row in (row for row in rows if not row.contender.startswith(NATIVE)):
+        if (row.imgsz, row.batch) == (first.imgsz, first.batch) and row.teacher_seconds:
+            costs.setdefault((row.contender, row.amp), {})[row.teacher] = row.teacher_seconds + row.methods
+    sentences = []
+    for (method, amp), by_teacher in costs.items():
+        alone = [by_teacher[teacher] for teacher in teachers if teacher in by_teacher]
+        if first.teacher in by_teacher and len(alone) == len(teachers):
+            cost, parts = by_teacher[first.teacher], " + ".join(f"{seconds:.3f}" for seconds in alone)
+            sentences.append(
+                f"{method} (amp={amp}): the ensemble costs {cost:.3f} s of a step, its teachers alone {parts} s: "
+                f"{cost / sum(alone):.0%} of their sum"
+            )
+    return sentences

@@ -18,6 +18,7 @@ from yolokd.config.parse import split_keys
 from yolokd.config.schema import DistillationConfig, teacher_files
 from yolokd.data.dataset import split_images
 from yolokd.data.unlabelled import unlabelled_images
+from yolokd.models.backbone import is_backbone, load_backbone
 from yolokd.runtime.files import sha256
 from yolokd.training.plan import TrainPlan
 
@@ -121,7 +122,7 @@ def read_shared_content(keys: Mapping[str, Any], plan: TrainPlan, split: str) ->
         fingerprint(plan.data, "train", "val"),
         fingerprint(plan.data, split),
         _student_content(str(keys["student"]), plan),
-        tuple(sha256(file) for file in teacher_files(keys.get("teacher"))),
+        tuple(_teacher_content(file) for file in teacher_files(keys.get("teacher"))),
         _unlabelled_content(keys, plan),
     )
 
@@ -144,6 +145,10 @@ def training_hash(method: str, content: SharedContent, config: DistillationConfi
             uncounted |= {"unlabelled_ratio"}
         if config.classes_map is None:  # earlier versions did not have it
             uncounted |= {"classes_map"}
+        if config.teachers == "stages":  # nor this
+            uncounted |= {"teachers"}
+        if config.levels is None:
+            uncounted |= {"levels"}
         identity["distillation"] = {k: v for k, v in config.flat().items() if k not in uncounted}
     return digest(identity)
 
@@ -187,6 +192,11 @@ def _unlabelled_content(keys: Mapping[str, Any], plan: TrainPlan) -> str:
         return ""
     images = unlabelled_images(str(keys["unlabelled"]), plan.data, plan.args, bool(keys.get("trust")))
     return digest([(Path(image).name, Path(image).stat().st_size) for image in images])
+
+
+def _teacher_content(file: str) -> str:
+    """Return the hash of a teacher's file; of a timm backbone, of its weights."""
+    return load_backbone(file).sha256 if is_backbone(file) else sha256(file)
 
 
 def _student_content(student: str, plan: TrainPlan) -> object:

@@ -26,6 +26,7 @@ from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, split_images
 from yolokd.errors import UserError
+from yolokd.models.backbone import is_backbone, with_absolute_weights
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector, check_detector, only_detects
 from yolokd.models.model_objects import as_paths
@@ -58,7 +59,7 @@ class Inputs:
     """A comparison's keys and teachers, loaded once.
 
     keys: of all methods together; `student`, `data` and `teacher` are names or paths of files. teachers: paths, weakest
-    first. strongest: the last teacher's model; None if there is no teacher.
+    first. strongest: the last teacher's model; None if there is no teacher, or if it is a timm backbone.
     """
 
     keys: Mapping[str, Any]
@@ -105,7 +106,11 @@ def plan_runs(
     if not inputs.teachers and {*methods} != {PLAIN}:
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
         raise UserError("teacher", "is missing", f"give teacher=yolov8l.pt, for example{or_drop}")
+    if NATIVE in methods and inputs.teachers and is_backbone(inputs.teachers[-1]):
+        raise UserError("method=native", "takes no timm backbone as a teacher", "drop native")
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
+    if inputs.teachers and inputs.strongest is None:
+        CONSOLE.print("teacher: is a timm backbone, which detects nothing: it is not scored")
     if not _can_score_teacher(inputs, trainings.names):
         return trainings.runs, trainings.images
     teacher_run = _plan_teacher(inputs, trainings.content, split, project)
@@ -138,12 +143,14 @@ def _resolve_files(keys: Mapping[str, Any]) -> Inputs:
     # Download pretrained weights now: the hash of a run counts their content, and needs the path of their file.
     if isinstance(resolved.get("pretrained"), str | Path):
         resolved["pretrained"] = str(load_model(resolved["pretrained"], "pretrained", trust)[0].pt_path)
-    models = [load_teacher(file, trust) for file in teacher_files(resolved["teacher"])]
-    for model in models:
-        check_detector(model, f"teacher={model.pt_path}")
-    files = [str(model.pt_path) for model in models]
+    files, strongest = [], None
+    for file in teacher_files(resolved["teacher"]):
+        strongest = None if is_backbone(file) else load_teacher(file, trust)
+        if strongest is not None:
+            check_detector(strongest, f"teacher={strongest.pt_path}")
+        files.append(with_absolute_weights(file) if strongest is None else str(strongest.pt_path))
     resolved["teacher"] = normalize_teachers(files) if files else None
-    return Inputs(resolved, tuple(files), models[-1] if models else None)
+    return Inputs(resolved, tuple(files), strongest)
 
 
 def _plan_trainings(
@@ -151,7 +158,7 @@ def _plan_trainings(
 ) -> Trainings:
     """Check each method and return the runs that train it, one a seed."""
     runs: list[ComparisonRun] = []
-    shared = project, inputs.teachers[-1] if inputs.teachers else "", inputs.classes_map
+    shared = project, inputs.teachers[-1] if inputs.strongest is not None else "", inputs.classes_map
     content: SharedContent | None = None
     for method in methods:
         keys = _method_keys(inputs, method) | QUIET

@@ -10,6 +10,7 @@ from yolokd.commands.compare.identity import FILES, SCORE_NEUTRAL_KEYS, Comparis
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.config.schema import teacher_files
 from yolokd.errors import UserError
+from yolokd.models.backbone import teacher_name
 from yolokd.report.history import MAP, read_history
 
 
@@ -32,7 +33,7 @@ def make_row(run: ComparisonRun, images: int) -> LedgerRow:
         "method": run.method,
         "seed": run.seed,
         "split": run.split,
-        "teacher": " ".join(Path(file).name for file in teacher_files(keys.get("teacher"))),
+        "teacher": " ".join(teacher_name(file) for file in teacher_files(keys.get("teacher"))),
         "student": Path(str(keys["student"])).name if run.method != TEACHER else "",
         "data": Path(str(keys["data"])).name,
         "settings": " ".join(f"{k}={v}".replace(" ", "") for k, v in sorted(settings.items())),

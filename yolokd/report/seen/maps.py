@@ -17,6 +17,7 @@ from yolokd.methods.dfd import above_mean, disparity
 from yolokd.methods.frs import richness
 from yolokd.methods.pdf import class_disagreement
 from yolokd.models.detector import Detector
+from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
 from yolokd.pyramid.level import Level, confidence_shares, level_name, resize_to
 from yolokd.pyramid.pairing import ClassPairing, ClassSelection
@@ -86,10 +87,10 @@ def observe(
     over channels, so that their number need not be equal. The random states are left as they were.
     """
     with preserve_random_state():
-        small = Teacher(student, "student").to(device)
+        small = detector_teacher(student, "student").to(device)
         large = small
         if teacher is not None:
-            large = Teacher(teacher).with_settings(InferenceSettings(imgsz=settings.teacher_imgsz)).to(device)
+            large = detector_teacher(teacher).with_settings(InferenceSettings(imgsz=settings.teacher_imgsz)).to(device)
         levels = [_levels(small, large, as_images(sample, settings.imgsz).to(device), settings) for sample in samples]
     maps: LevelMaps = {}
     for at_one_level in zip(*levels, strict=True):

@@ -15,6 +15,7 @@ from ultralytics.utils import LOGGER
 
 from yolokd.data.mixed import MixedDataset
 from yolokd.errors import UserError, first_line
+from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import load_teacher
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.report.kept import Record, Skipped, read_kept, write_kept
@@ -40,9 +41,9 @@ def _keep_beginning(trainer: Any) -> None:
     plan, config = trainer.plan, trainer.plan.config
     samples = validation_samples(trainer.data, trainer.args, config.trust)
     teacher, classes = None, ClassPairing((), ())
-    if plan.teachers:
-        teacher = load_teacher(plan.teachers[-1].file, config.trust)
-        classes = plan.teachers[-1].pairing.classes
+    if detectors := [paired for paired in plan.teachers if not is_backbone(paired.file)]:
+        teacher = load_teacher(detectors[-1].file, config.trust)
+        classes = detectors[-1].pairing.classes
     settings = MapSettings(classes, int(trainer.args.imgsz), config.teacher_imgsz, pdf_distance(config))
     names = [name for name, kind in KINDS.items() if kind.models != "teacher"]
     before = observe(trainer.ema.ema, teacher, samples, settings, trainer.device, names)

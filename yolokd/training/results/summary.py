@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 from ultralytics.utils import LOGGER
 
-from yolokd.models.size import ModelSize, model_size
+from yolokd.models.backbone import Backbone
+from yolokd.models.size import ModelSize, backbone_size, model_size
 from yolokd.runtime.console import make_console, table_width
 
 SCORE = "metrics/mAP50-95(B)"  # the name of the column in results.csv
@@ -18,8 +19,12 @@ SCORE = "metrics/mAP50-95(B)"  # the name of the column in results.csv
 
 def teacher_sizes(trainer: Any) -> list[ModelSize]:
     """Return the sizes of a trainer's teachers, while it still has the whole models."""
+    imgsz = trainer.args.imgsz
     return [
-        model_size(paired.model, Path(paired.model.pt_path), trainer.args.imgsz) for paired in trainer.plan.teachers
+        backbone_size(paired.model, paired.name, imgsz)
+        if isinstance(paired.model, Backbone)
+        else model_size(paired.model, Path(paired.model.pt_path), imgsz)
+        for paired in trainer.plan.teachers
     ]
 
 
