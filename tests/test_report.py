@@ -213,7 +213,7 @@ def test_an_end_to_end_student_of_two_teachers_that_was_resumed_has_one(
     assert read_kept(Path(settings["save_dir"])).before.keys() == {"P3", "P4", "P5"}
     assert before != (Path(settings["save_dir"]) / NAME).read_bytes()  # the scores were added
     shown = text_of((Path(settings["save_dir"]) / REPORT).read_text())
-    assert "yolo26n, taught by teacher.pt" in shown
+    assert "yolo26n, taught by weak.pt, teacher.pt" in shown
     assert "teacher weak.pt SHA-256" in shown
     assert "attention" in shown
     assert "student, before" in shown

@@ -84,6 +84,8 @@ def _pair(run: Run) -> Pairing | None:
     strides, teacher = read_pyramid(run.student), detector_teacher(run.teacher)
     heads = {stride: head.shape for stride, head in dense_heads(run.student.model[-1], strides).items()}
     levels = pair_levels(teacher.pyramid, strides, {s: head.shape for s, head in teacher.heads.items()}, heads)
+    if run.config.levels is not None:
+        levels = [shape for shape in levels if shape.stride in run.config.levels]
     classes = pair_classes(run.teacher.names, run.data["names"], run.config.classes_map)
     return Pairing(tuple(levels), tuple(strides), classes)
 
