@@ -10,6 +10,8 @@ Or from Python:
     detector = Detector("best.onnx")
     for found in detector(cv2.imread("photo.jpg")):
         print(found.name, found.score, found.box)
+
+Models of the tasks detect, segment, pose and obb work: an object then also has an outline, keypoints or corners.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import onnxruntime
 Image = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Record = dict[str, Any]
+Points = list[tuple[float, ...]]  # x, y of each, in pixels of the image; a keypoint also has a score
 T = TypeVar("T")
 
 IMAGES = {".avif", ".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -42,6 +45,8 @@ VIDEOS = {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg
 GREY = (114, 114, 114)  # the network was trained with images padded in this grey
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # by ONNX Runtime's name
 MAX_PIXELS = 2**28  # of an input batch (16384x16384): more would take over 3 GB
+MAX_KEYPOINTS = 1000  # of an object
+TASKS = ("detect", "segment", "pose", "obb")
 MAX_METADATA = 2**20  # characters of one entry: reading a longer one would take much memory
 
 
@@ -59,6 +64,7 @@ METADATA: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "stride": (32, lambda value: type(value) is int and 1 <= value <= MAX_PIXELS),
     "imgsz": ([640, 640], _is_size),
     "end2end": (False, lambda value: isinstance(value, bool)),
+    "kpt_shape": ([0, 0], lambda value: _is_size(value) and value[0] <= MAX_KEYPOINTS and value[1] in (2, 3)),
     "args": ({}, lambda value: isinstance(value, dict)),
 }
 
@@ -69,17 +75,53 @@ class DetectError(ValueError):
 
 @dataclass(frozen=True)
 class Detection:
-    """One object: its class, its score in 0..1, and its box (x1, y1, x2, y2) in pixels of the image."""
+    """One object: its class, its score in 0..1, and its box (x1, y1, x2, y2) in pixels of the image.
+
+    polygons: the outlines of its mask; what lies inside two of them is a hole. keypoints: x, y and, if the model has
+    it, the score of each. corners: the four of a rotated box, around which `box` is. Each is None unless the model's
+    task is to find it.
+    """
 
     class_id: int
     name: str
     score: float
     box: tuple[float, float, float, float]
+    polygons: tuple[Points, ...] | None = None
+    keypoints: Points | None = None
+    corners: Points | None = None
 
     def record(self) -> Record:
         """Return the detection as a dict that JSON can hold."""
         box = [round(side, 3) for side in self.box]
-        return {"class": self.class_id, "name": self.name, "score": round(self.score, 6), "box": box}
+        record: Record = {"class": self.class_id, "name": self.name, "score": round(self.score, 6), "box": box}
+        if self.polygons is not None:
+            record["polygons"] = [_rounded(polygon) for polygon in self.polygons]
+        for name, points in (("keypoints", self.keypoints), ("corners", self.corners)):
+            if points is not None:
+                record[name] = _rounded(points)
+        return record
+
+
+def _rounded(points: Points) -> list[list[float]]:
+    return [[round(value, 3) for value in point] for point in points]
+
+
+@dataclass(frozen=True)
+class _View:
+    """Where an image lies in the padded one: a point x of the image is at x · scale + offset there."""
+
+    height: int
+    width: int
+    scale: tuple[float, float]
+    offset: tuple[int, int]
+
+    def points(self, padded: Floats) -> Floats:
+        """Return points (n, 2) of the padded image as points of the image."""
+        return np.asarray((padded - self.offset) / self.scale, np.float32)
+
+    def clipped(self, points: Floats) -> Floats:
+        """Return points (n, 2) moved into the image."""
+        return points.clip(0, np.array([self.width, self.height], np.float32))
 
 
 class Detector:
@@ -111,13 +153,19 @@ class Detector:
         self.names: dict[int, str] = {key: _unicode(name) for key, name in meta["names"].items()}
         self.stride: int = meta["stride"]
         sources, outputs = self.session.get_inputs(), self.session.get_outputs()
-        # With an end-to-end head or an embedded NMS, the output is final rows of x1, y1, x2, y2, score, class.
+        self.task, self.kpt_shape = meta["task"], meta["kpt_shape"]
+        self.own = {"pose": math.prod(self.kpt_shape), "obb": 1}.get(self.task, 0)  # numbers beside box and scores
+        has_masks = self.task != "segment" or (len(outputs) == 2 and _is_prototypes(outputs[1]))
+        if self.task == "segment" and has_masks:
+            self.own = outputs[1].shape[1]
+        # With an end-to-end head or an embedded NMS, the output is final rows of x1, y1, x2, y2, score, class, own.
         chosen = meta["end2end"] or meta["args"].get("nms") is True
-        self.final: bool = chosen or (bool(outputs) and outputs[0].shape[-1:] == [6])
-        if len(sources) != 1 or not outputs or not _is_image(sources[0]) or not self._is_result(outputs[0]):
+        self.final: bool = chosen or (bool(outputs) and self.task == "detect" and outputs[0].shape[-1:] == [6])
+        fits = len(sources) == 1 and outputs and _is_image(sources[0]) and self._is_result(outputs[0]) and has_masks
+        if not fits:
             tensors = ", ".join(f"{node.name} {node.type} {node.shape}" for node in (*sources, *outputs))
             raise DetectError(f"these tensors do not fit {len(self.names)} classes: {tensors or 'none'}")
-        self.input, self.output = sources[0].name, outputs[0].name
+        self.input, self.outputs = sources[0].name, [node.name for node in outputs[: 1 + (self.task == "segment")]]
         batch, _, *sides = sources[0].shape
         self.dtype = FLOATS[sources[0].type]
         self.batch = batch if isinstance(batch, int) else 1
@@ -131,6 +179,7 @@ class Detector:
     def _fits(self, shape: Sequence[Any]) -> bool:
         # In some dynamic files, the sides of the output have names instead of numbers.
         expected, fields = (6, shape[1]) if self.final else (4 + len(self.names), shape[0])
+        expected += self.own
         return (self.final or bool(self.names)) and (fields == expected or not isinstance(fields, int))
 
     def _choose_size(self, asked: Any, own: Sequence[int]) -> tuple[int, int]:
@@ -155,34 +204,101 @@ class Detector:
             raise DetectError(f"an image must be (H, W, 3) uint8 in BGR order, not {given}")
         # Like Ultralytics' predictor: for a dynamic model, pad only to the next multiple of the stride.
         padded, scale, offset = letterbox(image, self.size, self.stride if self.dynamic else None)
-        output = self._run(padded)
-        rows = output[output[:, 4] > conf] if self.final else suppress(output, conf, iou)
-        rows = rows[:max_det]
-        height, width = image.shape[:2]
-        boxes = (rows[:, :4] - np.tile(offset, 2)) / np.tile(scale, 2)
-        boxes = boxes.clip(0, np.array([width, height, width, height]))
-        return [self._detection(row, box) for row, box in zip(rows, boxes, strict=True)]
+        output, *prototypes = self._run(padded)
+        if self.final:
+            rows = output[output[:, 4] > conf]
+        else:
+            rows = suppress(output, conf, iou, len(self.names), rotated=self.task == "obb")
+        view = _View(image.shape[0], image.shape[1], scale, offset)
+        return [self._detection(row, view, padded.shape[:2], *prototypes) for row in rows[:max_det]]
 
-    def _run(self, padded: Image) -> Floats:
-        """Run the model on a padded image (H, W, 3); return (4 + classes, anchors), or final rows (n, 6)."""
+    def _run(self, padded: Image) -> list[Floats]:
+        """Run the model on a padded image (H, W, 3).
+
+        Returns (4 + classes + own, anchors), or final rows (n, 6 + own); of a segmentation model also the prototypes.
+        """
         tensor = padded[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255
         try:
             tensor = np.repeat(tensor.astype(self.dtype), self.batch, axis=0)
-            output: Floats = self.session.run([self.output], {self.input: tensor})[0][0].astype(np.float32)
+            outputs = [output[0].astype(np.float32) for output in self.session.run(self.outputs, {self.input: tensor})]
         except Exception as e:  # ONNX Runtime's errors have no common class
             size = "x".join(map(str, padded.shape[:2]))
             raise DetectError(f"the model does not run at {size}: {_first_line(e)}; try another imgsz") from e
+        output, *prototypes = outputs
+        sound = output.ndim == 2 and self._fits(output.shape)
+        sound = sound and all(each.ndim == 3 and len(each) == self.own and each.size for each in prototypes)
         # No coordinate is larger than an image. NaN is not smaller either.
-        if output.ndim != 2 or not self._fits(output.shape) or not (np.abs(output) < MAX_PIXELS).all():
-            raise DetectError(
-                f"the model's output {output.shape} is broken: another shape than stated, NaN or infinity"
-            )
-        return output
+        if not sound or not all((np.abs(each) < MAX_PIXELS).all() for each in outputs):
+            shape = " ".join(str(each.shape) for each in outputs)
+            raise DetectError(f"the model's output {shape} is broken: another shape than stated, NaN or infinity")
+        return outputs
 
-    def _detection(self, row: Floats, box: Floats) -> Detection:
-        class_id = int(row[5])
-        x1, y1, x2, y2 = map(float, box)
-        return Detection(class_id, self.names.get(class_id, str(class_id)), float(row[4]), (x1, y1, x2, y2))
+    def _detection(
+        self, row: Floats, view: _View, size: tuple[int, int], prototypes: Floats | None = None
+    ) -> Detection:
+        """Return what a row of the padded image of `size` (height, width) says of the image itself."""
+        class_id, own = int(row[5]), row[6:]
+        corners = view.points(_corners(row[:4], float(own[0]))) if self.task == "obb" else None
+        ends = view.points(row[:4].reshape(2, 2)) if corners is None else np.stack([corners.min(0), corners.max(0)])
+        (x1, y1), (x2, y2) = view.clipped(ends).tolist()
+        polygons: tuple[Points, ...] | None = None
+        if prototypes is not None:
+            polygons = mask_polygons(np.tensordot(own, prototypes, 1), (x1, y1, x2, y2), view, size)
+        return Detection(
+            class_id,
+            self.names.get(class_id, str(class_id)),
+            float(row[4]),
+            (x1, y1, x2, y2),
+            polygons,
+            self._keypoints(own, view) if self.task == "pose" else None,
+            None if corners is None else _as_points(corners),
+        )
+
+    def _keypoints(self, own: Floats, view: _View) -> Points:
+        keypoints = own.reshape(self.kpt_shape)
+        return _as_points(np.hstack([view.clipped(view.points(keypoints[:, :2])), keypoints[:, 2:]]))
+
+
+def _as_points(points: Floats) -> Points:
+    return [tuple(point) for point in points.tolist()]
+
+
+def _corners(box: Floats, angle: float) -> Floats:
+    """Return the corners (4, 2) of a box of centre and size that is rotated by an angle in radians, clockwise."""
+    centre, (width, height) = box[:2], box[2:] / 2
+    across = width * np.array([math.cos(angle), math.sin(angle)], np.float32)
+    down = height * np.array([-math.sin(angle), math.cos(angle)], np.float32)
+    return np.stack([centre + across + down, centre + across - down, centre - across - down, centre - across + down])
+
+
+def mask_polygons(
+    logits: Floats, box: tuple[float, float, float, float], view: _View, size: tuple[int, int]
+) -> tuple[Points, ...]:
+    """Return the outlines of an object's mask, cut off at its box, in pixels of the image.
+
+    logits: (H, W) over the padded image of `size` (height, width); above 0 is the object.
+    """
+    left, top, right, bottom = (math.ceil(side) for side in box)
+    if right <= left or bottom <= top:
+        return ()
+    # The middle of a pixel of the image, x + 0.5, lies at (x + 0.5) · scale + offset of the padded image.
+    shrink = logits.shape[1] / size[1], logits.shape[0] / size[0]
+    scale = [view.scale[axis] * shrink[axis] for axis in (0, 1)]
+    start = [
+        (first + 0.5) * scale[axis] + view.offset[axis] * shrink[axis] - 0.5 for axis, first in enumerate((left, top))
+    ]
+    matrix = np.array([[scale[0], 0, start[0]], [0, scale[1], start[1]]], np.float32)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    area = right - left, bottom - top
+    inside = cv2.warpAffine(logits, matrix, area, flags=flags, borderMode=cv2.BORDER_REPLICATE) > 0
+    mode = cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE
+    lines, _ = cv2.findContours(inside.astype(np.uint8), *mode, offset=(left, top))
+    return tuple(_as_points(line[:, 0]) for line in lines)
+
+
+def _is_prototypes(output: Any) -> bool:
+    """Return whether an output holds (batch, coefficients, height, width) of masks."""
+    return output.type in FLOATS and len(output.shape) == 4 and isinstance(output.shape[1], int) and output.shape[1] > 0
 
 
 def _is_image(source: Any) -> bool:
@@ -207,7 +323,10 @@ def _session(path: Path, providers: Sequence[str] | None) -> onnxruntime.Inferen
 def _read_metadata(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     """Return the entries of METADATA. Raises DetectError for one that Ultralytics would not write."""
     entries: dict[str, str] = session.get_modelmeta().custom_metadata_map
-    return {
+    task = entries.get("task", "detect")
+    if task not in TASKS:
+        raise DetectError(f"its task is {task[:60]}, not one of {', '.join(TASKS)}")
+    return {"task": task} | {
         key: _literal(key, entries[key], is_valid) if key in entries else default
         for key, (default, is_valid) in METADATA.items()
     }
@@ -260,22 +379,62 @@ def letterbox(
     return padded, (inner[0] / width, inner[1] / height), (left, top)
 
 
-def suppress(output: Floats, conf: float, iou: float) -> Floats:
-    """Run NMS within each class; return rows (n, 6) of x1, y1, x2, y2, score, class, best first.
+def suppress(output: Floats, conf: float, iou: float, count: int | None = None, rotated: bool = False) -> Floats:
+    """Run NMS within each class; return rows (n, 6 + own) of x1, y1, x2, y2, score, class, own numbers, best first.
 
-    output: (4 + classes, anchors), with centre, size and class scores of each anchor. Only the best class of an anchor
-    counts.
+    output: (4 + classes + own, anchors), with centre, size, scores of `count` classes (None: all that follow) and own
+    numbers of each anchor. Only the best class of an anchor counts. Rotated boxes, whose own number is their angle,
+    keep centre and size.
     """
-    classes, scores = output[4:].argmax(0), output[4:].max(0)
-    kept = scores > conf
-    classes, scores = classes[kept], scores[kept]
-    centre, size = output[:2, kept].T, output[2:4, kept].T
-    corner = centre - size / 2
-    boxes = np.concatenate([corner, size], 1)
-    best = cv2.dnn.NMSBoxesBatched(boxes.tolist(), scores.tolist(), classes.tolist(), conf, iou) if len(boxes) else ()
-    rows = np.concatenate([corner, corner + size, scores[:, None], classes[:, None]], 1)
+    end = len(output) if count is None else 4 + count
+    kept = output[4:end].max(0) > conf
+    output = output[:, kept]
+    classes, scores = output[4:end].argmax(0), output[4:end].max(0, initial=0)
+    centre, size, own = output[:2].T, output[2:4].T, output[end:].T
+    best: Sequence[int]
+    if rotated:
+        boxes = np.concatenate([centre, size], 1)
+        best = _suppress_rotated(np.concatenate([boxes, own], 1).astype(np.float64), scores, classes, iou)
+    else:
+        corner = centre - size / 2
+        boxes = np.concatenate([corner, corner + size], 1)
+        sides = np.concatenate([corner, size], 1).tolist()
+        best = cv2.dnn.NMSBoxesBatched(sides, scores.tolist(), classes.tolist(), conf, iou) if sides else ()
+    rows = np.concatenate([boxes, scores[:, None], classes[:, None], own], 1)
     best_rows: Floats = rows[np.array(best, int).ravel()]
     return best_rows
+
+
+def _suppress_rotated(boxes: Any, scores: Floats, classes: Any, iou: float) -> list[int]:
+    """Return the indices of boxes (n, 5) that no better one of their class overlaps, best first, as Ultralytics does.
+
+    There, a box that is itself dropped drops others, too.
+    """
+    order = np.argsort(-scores, kind="stable")
+    boxes, classes = boxes[order], classes[order]
+    kept = np.ones(len(order), bool)
+    for number in range(len(order)):
+        same = classes[number + 1 :] == classes[number]
+        kept[number + 1 :] &= ~(same & (_rotated_iou(boxes[number], boxes[number + 1 :]) > iou))
+    return [int(index) for index in order[kept]]
+
+
+def _rotated_iou(box: Any, others: Any) -> Any:
+    """Return how much rotated boxes (n, 5) overlap a box: the ProbIoU of https://arxiv.org/abs/2106.06072, in 0..1."""
+
+    def covariance(x: Any) -> tuple[Any, Any, Any]:
+        a, b = x[..., 2] ** 2 / 12, x[..., 3] ** 2 / 12
+        cos, sin = np.cos(x[..., 4]), np.sin(x[..., 4])
+        return a * cos**2 + b * sin**2, a * sin**2 + b * cos**2, (a - b) * cos * sin
+
+    (a1, b1, c1), (a2, b2, c2) = covariance(box), covariance(others)
+    a, b, c = a1 + a2, b1 + b2, c1 + c2
+    x, y = box[0] - others[..., 0], box[1] - others[..., 1]
+    determinant, tiny = a * b - c**2, 1e-7
+    products = ((a1 * b1 - c1**2).clip(0) * (a2 * b2 - c2**2).clip(0)) ** 0.5
+    distance = (a * y**2 + b * x**2 - 2 * c * x * y) / (determinant + tiny) / 4
+    distance += np.log(determinant / (4 * products + tiny) + tiny) / 2
+    return 1 - np.sqrt(1 - np.exp(-distance.clip(tiny, 100)) + tiny)
 
 
 def draw(image: Image, detections: Sequence[Detection]) -> Image:
@@ -288,10 +447,30 @@ def draw(image: Image, detections: Sequence[Detection]) -> Image:
         label = f"{found.name[:60]} {found.score:.2f}"
         (width, height), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, line / 2.5, line)
         top = max(y1, height + 2 * line)
-        cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line)
+        if found.corners:
+            cv2.polylines(canvas, [_pixels(found.corners)], True, colour, line)
+        else:
+            cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line)
+        if found.polygons:
+            _fill(canvas, found, colour)
+        for x, y, *_ in (point for point in found.keypoints or () if point[-1] > 0.5 or len(point) == 2):
+            cv2.circle(canvas, (round(x), round(y)), 2 * line, colour, cv2.FILLED)
         cv2.rectangle(canvas, (x1, top - height - 2 * line), (x1 + width, top), colour, cv2.FILLED)
         cv2.putText(canvas, label, (x1, top - line), cv2.FONT_HERSHEY_SIMPLEX, line / 2.5, (255, 255, 255), line)
     return canvas
+
+
+def _pixels(points: Points) -> Any:
+    return np.rint(np.array(points)[:, :2]).astype(np.int32)
+
+
+def _fill(canvas: Image, found: Detection, colour: tuple[int, int, int]) -> None:
+    """Tint the pixels of a detection's mask."""
+    x1, y1, x2, y2 = (math.ceil(side) for side in found.box)
+    part = canvas[y1:y2, x1:x2]
+    tinted = part.copy()
+    cv2.fillPoly(tinted, [_pixels(polygon) - (x1, y1) for polygon in found.polygons or ()], colour)
+    cv2.addWeighted(tinted, 0.4, part, 0.6, 0, dst=part)
 
 
 def _colour(class_id: int) -> tuple[int, int, int]:

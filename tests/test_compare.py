@@ -30,7 +30,7 @@ from ultralytics.utils import SETTINGS
 from yolokd.commands.compare import run_compare
 from yolokd.commands.compare.grounds import name_configurations
 from yolokd.commands.compare.identity import ComparisonRun
-from yolokd.commands.compare.ledger import OLD_COLUMNS, VERSIONS, LedgerRow, append, read
+from yolokd.commands.compare.ledger import OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED, VERSIONS, LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.report import report
 from yolokd.commands.compare.row import make_row
@@ -259,16 +259,21 @@ def test_rows_read_from_a_ledger_equal_those_written(tmp_path: Path) -> None:
     assert list(read(tmp_path / "new" / "c.csv").values()) == rows
 
 
-def test_a_ledger_of_an_earlier_release_is_read_shown_as_then_and_appended_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", [OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED], ids=["first", "with D_pred"])
+def test_a_ledger_of_an_earlier_release_is_read_shown_as_then_and_appended_to(
+    columns: list[str], tmp_path: Path
+) -> None:
     path, rows = tmp_path / "c.csv", [row("none", 0, 0.4), row("dfd", 0, 0.5)]
     with open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fieldnames=OLD_COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(f, fieldnames=columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(r.model_dump() for r in rows)
     assert list(read(path).values()) == rows
     old = shown(tmp_path)["c-summary.csv"]
-    assert not any("d_pred" in line for line in old.values())
-    assert "D_pred" not in (tmp_path / "c-summary.md").read_text()
+    assert not any("d_pred" in line or "box_map" in line for line in old.values())
+    table = (tmp_path / "c-summary.md").read_text()
+    assert "D_pred" not in table
+    assert "box mAP" not in table
     new = row("dfd", 1, 0.6, d_pred=0.002, d_pred_teacher="abc")
     append(path, new)
     assert list(read(path).values()) == [*rows, new]
@@ -606,10 +611,13 @@ def test_an_image_that_ultralytics_repairs_does_not_change_the_runs(keys: dict[s
     assert [run.hash for run in first] == [run.hash for run in again]
 
 
-def test_a_segmentation_teacher_is_not_scored(keys: dict[str, Any], tmp_path: Path) -> None:
-    segmenter = save_checkpoint(random_detector("yolov8n-seg.yaml", seed=1), tmp_path / "seg.pt")
-    given = training(keys) | {"teacher": segmenter}
-    assert [run.method for run in plan_runs(["none", "dfd"], 0, "val", tmp_path, given)[0]] == ["none", "dfd"]
+def test_a_teacher_is_scored_on_what_it_shares_with_a_detector(keys: dict[str, Any], tmp_path: Path) -> None:
+    """The boxes of a segmentation model are upright, those of the other one are not."""
+    for name, scored in (("yolov8n-seg.yaml", ["teacher"]), ("yolov8n-obb.yaml", [])):
+        teacher = save_checkpoint(random_detector(name, seed=1), tmp_path / f"{name}.pt")
+        given = training(keys) | {"teacher": teacher}
+        planned, _ = plan_runs(["none", "dfd"], 0, "val", tmp_path, given)
+        assert [run.method for run in planned] == [*scored, "none", "dfd"]
 
 
 EPOCHS = 12
@@ -740,4 +748,4 @@ def test_a_split_without_images_is_refused_before_anything_is_written(keys: dict
 
 
 def test_markdown_has_a_cell_for_each_column() -> None:
-    assert markdown([("a",) * 12], "t").count("|") == 3 * 13
+    assert markdown([("a",) * 13], "t").count("|") == 3 * 14

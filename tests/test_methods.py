@@ -340,7 +340,9 @@ class TestLossEqualsTheReference:
         method: Any = build("crosskd", alpha=alpha, beta=beta, gamma=gamma, box=box, region=region, depth=depth)
         if depth:
             box_maps, class_maps = level.head_maps[depth]
-            crossed = method.adapt_classes(class_maps), method.adapt_boxes(box_maps)
+            # Without a weight for boxes, the method has no adapter for them.
+            boxes_too: Any = method if beta else build("crosskd", box=box, depth=depth)
+            crossed = method.adapt_classes(class_maps), boxes_too.adapt_boxes(box_maps)
         else:
             crossed = method.adapt(level.student), method.adapt(level.student)
         for i in range(depth, 3):

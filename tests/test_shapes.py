@@ -150,11 +150,11 @@ def test_ultralytics_reads_the_set_from_any_working_folder(
 def test_an_interrupted_drawing_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, drawn = shapes._draw_image, []
 
-    def interrupted(rng: np.random.Generator) -> tuple[bytes, str]:
+    def interrupted(rng: np.random.Generator, name: str) -> tuple[bytes, str]:
         if len(drawn) == 5:
             raise KeyboardInterrupt
         drawn.append(rng)
-        return real(rng)
+        return real(rng, name)
 
     monkeypatch.setattr(shapes, "_draw_image", interrupted)
     with pytest.raises(KeyboardInterrupt):

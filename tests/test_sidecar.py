@@ -49,10 +49,10 @@ CRITERION = {
 }  # fmt: skip
 YOLOKD_KEYS = {
     "teacher", "stages", "method", "balance", "level_weights", "level_floor", "adapter", "check_teacher",
-    "report", "teacher_precision", "teacher_imgsz", "teacher_compile", "probe", "unlabelled", "unlabelled_ratio",
-    "classes_map", "trust", "force", "dfd.schedule", "dfd.warmup", "dfd.end", "dfd.alpha", "dfd.beta", "dfd.regions",
-    "dfd.constraint", "dfd.width", "dfd.hidden", "pdf.schedule", "pdf.warmup", "pdf.end", "pdf.distance",
-    "pdf.weighting", "pdf.scope", "pdf.box", "teachers", "levels",
+    "report", "teacher_precision", "teacher_imgsz", "teacher_compile", "teacher_channels", "probe", "unlabelled",
+    "unlabelled_ratio", "classes_map", "trust", "force", "dfd.schedule", "dfd.warmup", "dfd.end", "dfd.alpha",
+    "dfd.beta", "dfd.regions", "dfd.constraint", "dfd.width", "dfd.hidden", "pdf.schedule", "pdf.warmup", "pdf.end",
+    "pdf.distance", "pdf.weighting", "pdf.scope", "pdf.box", "teachers", "levels",
 }  # fmt: skip
 MEASURED = {
     f"{level}/{value}"

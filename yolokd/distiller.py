@@ -17,6 +17,7 @@ from yolokd.models.model_objects import Source, as_path, as_paths
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.training.resume import is_trained
 from yolokd.training.settings import training_keys
+from yolokd.training.tasks import make_trainer
 from yolokd.training.trainer import DistillationTrainer
 
 DEFAULT_PROJECT = Path("runs/distill")  # the folder of runs whose keys name none
@@ -58,7 +59,7 @@ class YoloDistiller:
         """
         keys = merge_cfg_file({**self.keys, **kwargs})
         overrides = _resume_overrides(keys) if keys.get("resume") else _new_run_overrides(keys)
-        self.trainer = DistillationTrainer(overrides=overrides, _callbacks=self._callbacks)
+        self.trainer = make_trainer(overrides, self._callbacks)
         if overrides.get("project") == str(DEFAULT_PROJECT.absolute()):
             self.trainer.args.project = (
                 None  # the user gave no project, and loggers would name theirs by it, or upload the run
@@ -117,7 +118,7 @@ def distillation_trainer(**keys: Any) -> Callable[..., DistillationTrainer]:
     def build(
         cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> DistillationTrainer:
-        return DistillationTrainer(cfg, {**(overrides or {}), **keys}, _callbacks)
+        return make_trainer({**(overrides or {}), **keys}, _callbacks, cfg=cfg)
 
     return build
 

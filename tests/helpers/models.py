@@ -42,7 +42,11 @@ def random_detector(cfg: str = YOLOV8N, names: dict[int, str] = NAMES, seed: int
 
 def calibrated_detector(cfg: str, images: Sequence[np.ndarray], size: int) -> nn.Module:
     """Return a random detector whose scores and boxes are rescaled so that it detects a few things in the images."""
-    model = random_detector(cfg)
+    return calibrate(random_detector(cfg), images, size)
+
+
+def calibrate(model: Any, images: Sequence[np.ndarray], size: int) -> nn.Module:
+    """Rescale a model's scores and boxes as `calibrated_detector` says, and return it."""
     letterbox = LetterBox((size, size))
     letterboxed = np.stack([letterbox(image=image)[..., ::-1].transpose(2, 0, 1) for image in images])
     batch = torch.from_numpy(letterboxed).float() / 255

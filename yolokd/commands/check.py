@@ -14,7 +14,9 @@ from ultralytics.utils.torch_utils import get_num_params, parse_device, select_d
 
 from yolokd.data.dataset import boxes_per_class, sample_batch
 from yolokd.distillation.stage import build_methods
+from yolokd.models.backbone import Backbone
 from yolokd.models.precision import choose_precision, name_of
+from yolokd.models.tasks import scored_task, task_of
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.head import Head
 from yolokd.pyramid.level import Level, LevelShape, level_name
@@ -62,12 +64,29 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
                 f"level {level} of the student has no partner in teacher {name}: it learns from the labels alone"
             )
         CONSOLE.print(paired.pairing.classes.describe(plan.data["names"], paired.teacher.names))
+        if not isinstance(paired.model, Backbone):
+            for line in _describe_tasks(plan, paired):
+                CONSOLE.print(f"teacher {name}: {line}")
         if paired.teacher.names:
             known, total = sum(boxes[i] for i in paired.pairing.classes.student), boxes.total()
             share = f"{known} of {total} ({known / max(total, 1):.0%})"
             CONSOLE.print(f"labelled training boxes of a class that teacher {name} knows: {share}")
         for line in _describe_precision(plan, paired, images):
             CONSOLE.print(f"teacher {name}: {line}")
+
+
+def _describe_tasks(plan: TrainPlan, paired: PairedTeacher) -> list[str]:
+    """Return lines on what both models predict beside class scores and upright boxes, which no method shares."""
+    task, taught_by = plan.task, task_of(paired.model)
+    lines = []
+    if task.own:
+        also = "although it predicts them, too" if taught_by is task else "which it does not predict"
+        lines.append(f"shares feature maps and class scores; {task.own}, {also}, are learned from the labels alone")
+    elif taught_by is not None and taught_by.own:
+        lines.append(f"its {taught_by.own} are not used")
+    if scored_task(paired.model, task, plan.data) is not task:
+        lines.append(f"its score will not be comparable with the student's, {task.score_name}")
+    return lines
 
 
 def _unpaired_levels(paired: PairedTeacher) -> list[str]:
@@ -103,11 +122,11 @@ def _print_methods(plan: TrainPlan) -> None:
 def _models_table(plan: TrainPlan, imgsz: int) -> Table:
     """Return a table of parameters and GFLOPs: of the student, of each teacher, and of the adapters to it."""
     table = Table("model", "parameters", "GFLOPs", title=f"forward pass of one {imgsz}x{imgsz} image")
-    models: list[tuple[str, Any, int]] = [("student", plan.student, 1)]
-    models += [(f"teacher {p.name}", p.model, max(p.teacher.pyramid)) for p in plan.teachers]
-    for name, model, stride in models:
+    models: list[tuple[str, Any, int, int]] = [("student", plan.student, 1, plan.data["channels"])]
+    models += [(f"teacher {p.name}", p.model, max(p.teacher.pyramid), p.teacher.channels) for p in plan.teachers]
+    for name, model, stride, channels in models:
         side = ceil(imgsz / stride) * stride  # a teacher with a larger stride sees padded images
-        image = torch.zeros(1, plan.data["channels"], side, side)
+        image = torch.zeros(1, channels, side, side)
         table.add_row(name, f"{get_num_params(model):,}", f"{_gflops(model.eval(), image):.2f}")
     for paired in plan.teachers:
         config = plan.config

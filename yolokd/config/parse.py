@@ -59,8 +59,9 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
         values["unlabelled"] = str(values["unlabelled"])
     if isinstance(values["stages"], int | float | list):
         values["stages"] = tuple(map(_as_float, as_list(values["stages"])))
-    if isinstance(values["levels"], int | list):
-        values["levels"] = tuple(as_list(values["levels"]))
+    for key in ("levels", "teacher_channels"):
+        if isinstance(values[key], int | list):
+            values[key] = tuple(as_list(values[key]))
     if "balance" not in given and any(key.endswith(".gain") for key in constants):
         values["balance"] = "off"  # a user who sets a gain wants it to be used
     names = method_names(values["method"])

@@ -55,6 +55,7 @@ class DistillationConfig(BaseModel):
     teacher_precision: Precision
     teacher_imgsz: Annotated[int, Field(ge=32)] | None
     teacher_compile: bool
+    teacher_channels: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None
     probe: Annotated[int, Field(ge=1)]
     unlabelled: str | None
     unlabelled_ratio: Annotated[float, Field(gt=0, le=MAX_UNLABELLED_RATIO)]

@@ -24,6 +24,7 @@ from ultralytics.utils.patches import imread
 
 from yolokd.data import shapes
 from yolokd.data.class_names import ClassNames
+from yolokd.data.shape_labels import KINDS
 from yolokd.errors import UserError, describe_invalid, first_line
 from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.safe_loading import safe_loading
@@ -37,8 +38,9 @@ PRECISION_IMAGES = 4  # ours: the number that a teacher's precision is chosen on
 
 
 def data_file(data: object) -> str:
-    """Return the path of the .yaml for Ultralytics; `shapes` or None is yolokd's data set, drawn on first use."""
-    return str(shapes.ensure()) if data in (None, "shapes") else str(data)
+    """Return the path of the .yaml for Ultralytics; `shapes` (None) and its kind are yolokd's, drawn on first use."""
+    name = "shapes" if data is None else str(data)
+    return str(shapes.ensure(name=name)) if name in KINDS else name
 
 
 def with_data_file(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,13 +45,14 @@ class UnlabelledDataset(YOLODataset):
 
     def get_labels(self) -> list[dict[str, Any]]:
         """Return Ultralytics' label of each image, without boxes."""
+        keypoints = np.zeros((0, *self.data["kpt_shape"]), dtype=np.float32) if self.use_keypoints else None
         return [
             {
                 "im_file": file,
                 "cls": np.zeros((0, 1), dtype=np.float32),
                 "bboxes": np.zeros((0, 4), dtype=np.float32),
                 "segments": [],
-                "keypoints": None,
+                "keypoints": keypoints,
                 "normalized": True,
                 "bbox_format": "xywh",
             }

@@ -1,4 +1,4 @@
-"""`data=shapes`: a small detection data set that is drawn, not downloaded.
+"""`data=shapes`: a small data set that is drawn, not downloaded; `shapes-seg`, …: with labels for other tasks.
 
 Each image is seeded by (seed, split, number) only. Shapes are placed from front to back, and a shape is left out of
 the image if too little of it would be visible. So every drawn shape of a class is labelled, and its box is tight to
@@ -22,6 +22,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
+from yolokd.data.shape_labels import KINDS, Points
 from yolokd.errors import UserError
 
 Array = npt.NDArray[np.float32]
@@ -38,10 +39,11 @@ _MIN_VISIBLE = 0.6  # the least fraction of a shape that must be visible
 _DISTRACTORS = ("blob", "bar")  # drawn, but not labelled
 
 
-def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = COUNTS) -> Path:
+def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = COUNTS, name: str = "shapes") -> Path:
     """Return the path of the data set's data.yaml; draw the set on first use, into the user's data folder or `root`.
 
-    counts: {split: number of images}. Raises UserError for a negative seed, and OSError if the folder can't be written.
+    counts: {split: number of images}. name: of the kind of labels, one of shape_labels.KINDS.
+    Raises UserError for a negative seed, and OSError if the folder can't be written.
 
     >>> import tempfile
     >>> ensure(seed=1, root=Path(tempfile.mkdtemp()), counts={"train": 2, "val": 1}).name
@@ -51,11 +53,11 @@ def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = 
         raise UserError(f"seed={seed}", "must not be negative", "try seed=0")
     root = root or platformdirs.user_data_path("yolokd")
     sizes = [] if counts == COUNTS else [f"{split}{count}" for split, count in counts.items()]
-    folder = root / "-".join(["shapes", str(seed), f"v{_VERSION}", *sizes])
+    folder = root / "-".join([name, str(seed), f"v{_VERSION}", *sizes])
     if not (folder / "data.yaml").exists():
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root, prefix=f".{folder.name}-") as temporary:
-            _publish(_generate(Path(temporary) / folder.name, seed, counts), folder)
+            _publish(_generate(Path(temporary) / folder.name, seed, counts, name), folder)
     return folder / "data.yaml"
 
 
@@ -68,20 +70,21 @@ def _publish(drawn: Path, folder: Path) -> None:
             raise
 
 
-def _generate(folder: Path, seed: int, counts: Mapping[str, int]) -> Path:
+def _generate(folder: Path, seed: int, counts: Mapping[str, int], name: str = "shapes") -> Path:
     """Draw the images, write them with their labels and the data.yaml into a folder, and return it."""
     for kind in ("images", "labels"):
         for split in counts:
             (folder / kind / split).mkdir(parents=True)
     jobs = [(split, number) for split, count in counts.items() for number in range(count)]
-    for split, number in track(jobs, "Drawing the shapes data set", console=Console(stderr=True), transient=True):
+    for split, number in track(jobs, f"Drawing the data set {name}", console=Console(stderr=True), transient=True):
         # Seeded by the split's name, not its position: a set without `test` has the same training images.
         rng = np.random.default_rng([seed, *split.encode(), number])
-        jpeg, labels = _draw_image(rng)
+        jpeg, labels = _draw_image(rng, name)
         (folder / "images" / split / f"{number:04}.jpg").write_bytes(jpeg)
         (folder / "labels" / split / f"{number:04}.txt").write_bytes(labels.encode())
     # No `path`: Ultralytics then looks for the splits beside this file.
-    description = {**{split: f"images/{split}" for split in counts}, "names": dict(enumerate(CLASSES))}
+    paths = {split: f"images/{split}" for split in counts}
+    description = {**paths, "names": dict(enumerate(CLASSES)), **KINDS[name].entries}
     (folder / "data.yaml").write_bytes(yaml.safe_dump(description, sort_keys=False).encode())
     return folder
 
@@ -92,16 +95,17 @@ class _Shape(NamedTuple):
     visible: Mask  # its pixels that no nearer shape hides
     centre: complex  # x + iy, in pixels
     radius: float  # in pixels
+    corners: Outline  # of the box around it as it was before it was turned, from its upper left one, clockwise
 
 
-def _draw_image(rng: np.random.Generator) -> tuple[bytes, str]:
-    """Draw one image; return it as a JPEG, with its labels as the text of a YOLO label file."""
+def _draw_image(rng: np.random.Generator, name: str = "shapes") -> tuple[bytes, str]:
+    """Draw one image; return it as a JPEG, with its labels as the text of a YOLO label file. name: of their kind."""
     placed = list(_scene(rng))
     light = np.exp(1j * rng.uniform(0, 2 * np.pi))
     image = _surface(rng, _colour(rng), contrast=0.2)
     for shape in reversed(placed):
         image = _paint(rng, image, shape, light)
-    labels = "".join(_label(shape) for shape in placed if shape.name in CLASSES)
+    labels = "".join(_label(shape, name) for shape in placed if shape.name in CLASSES)
     return _photograph(rng, image, light), labels
 
 
@@ -114,20 +118,30 @@ def _scene(rng: np.random.Generator) -> Iterator[_Shape]:
         centre = complex(*rng.uniform(0.6 * radius, SIZE - 0.6 * radius, 2))
         turn, tilt = np.exp(1j * rng.uniform(-0.25, 0.25, 2))
         squeeze = rng.uniform(0.75, 1)
-        lines = [_squeeze(line * tilt, squeeze) * turn * radius + centre for line in _outlines(rng, name)]
+        outlines = _outlines(rng, name)
+        *lines, corners = (
+            _squeeze(line * tilt, squeeze) * turn * radius + centre for line in [*outlines, _corners(outlines)]
+        )
         cover = _fill(lines)
         covered = cover >= 0.5
         visible = covered & ~hidden
         if visible.sum() >= _MIN_VISIBLE * covered.sum():
             hidden |= covered
-            yield _Shape(name, cover, visible, centre, radius)
+            yield _Shape(name, cover, visible, centre, radius, corners)
 
 
-def _label(shape: _Shape) -> str:
-    """Return a shape's line of a YOLO label file: class, and the centre and size of its box in 0..1."""
-    x, y, w, h = cv2.boundingRect(shape.visible.astype(np.uint8))
-    box = np.array([x + w / 2, y + h / 2, w, h]) / SIZE
-    return " ".join([str(CLASSES.index(shape.name)), *(f"{value:.6f}" for value in box)]) + "\n"
+def _label(shape: _Shape, kind: str) -> str:
+    """Return a shape's line of a YOLO label file: class, and numbers in 0..1. kind: the name of a kind of labels."""
+    corners: Points = np.stack([shape.corners.real, shape.corners.imag], 1) / SIZE
+    values = KINDS[kind].describe(shape.visible, corners)
+    return " ".join([str(CLASSES.index(shape.name)), *(f"{value:.6f}" for value in values)]) + "\n"
+
+
+def _corners(lines: list[Outline]) -> Outline:
+    """Return the corners of the upright box around outlines, from the upper left one, clockwise."""
+    points = np.concatenate(lines)
+    left, right, top, bottom = points.real.min(), points.real.max(), points.imag.min(), points.imag.max()
+    return np.array([left + 1j * top, right + 1j * top, right + 1j * bottom, left + 1j * bottom])
 
 
 def _outlines(rng: np.random.Generator, name: str) -> list[Outline]:

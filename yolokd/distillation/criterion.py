@@ -166,8 +166,7 @@ class DistillationCriterion(nn.Module):
         number. The distillation losses are means over all images.
         """
         labelled = labelled_count(batch)
-        # Unlabelled images have no boxes in the batch, and so would teach the head that all of them is background.
-        task, items = self.base(_first_images(preds, labelled) if labelled < len(batch["img"]) else preds, batch)
+        task, items = self._task_loss(preds, batch, labelled)
         factors = self._factors()
         if any(factors):
             distilled = self._distil(task, factors, preds, batch)
@@ -182,6 +181,17 @@ class DistillationCriterion(nn.Module):
         for i, method in enumerate(self.config.method_configs):
             items |= {f"{method.name}_loss": weighted[i], f"{method.name}_gain": in_force[i]}
         return torch.cat([task.flatten(), scaled]), items
+
+    def _task_loss(self, preds: Any, batch: dict[str, Any], labelled: int) -> Losses:
+        """Return the YOLO loss of the batch's first `labelled` images."""
+        if labelled == len(batch["img"]):
+            return self.base(preds, batch)  # type: ignore[no-any-return]
+        student = self._student()
+        assert student is not None
+        of_images = ("masks", "sem_masks") if student.args.overlap_mask else ("sem_masks",)  # others are of objects
+        first = {key: batch[key][:labelled] for key in of_images if key in batch}
+        # Unlabelled images have no boxes in the batch, and so would teach the head that all of them is background.
+        return self.base(_first_images(preds, labelled), batch | first)  # type: ignore[no-any-return]
 
     def _distil(self, task: Tensor, factors: Sequence[float], preds: Any, batch: dict[str, Any]) -> DistillationLosses:
         """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
@@ -259,7 +269,7 @@ def _first_images(preds: Any, count: int) -> Any:
     if isinstance(preds, dict):
         return {key: _first_images(value, count) for key, value in preds.items()}
     if isinstance(preds, list | tuple):
-        return [_first_images(value, count) for value in preds]
+        return type(preds)(_first_images(value, count) for value in preds)
     return preds[:count]
 
 

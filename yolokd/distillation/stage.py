@@ -177,7 +177,8 @@ class Stage(nn.Module):
         logits = split(raw["scores"]) if self.wants_logits else {}
         boxes = split(raw["boxes"]) if self.wants_boxes or self.wants_box_logits else {}
         assigned = split(observed.assigned[:, None]) if observed.assigned is not None else {}
-        labels = batch.get("labels") or Labels.from_centers(batch["batch_idx"].cpu(), batch["bboxes"].cpu())
+        size = batch["img"].shape[-2:]
+        labels = batch.get("labels") or Labels.from_centers(batch["batch_idx"].cpu(), batch["bboxes"].cpu(), *size)
         levels = []
         for stride in self._strides:
             student = guard.guard_gradient(maps[stride], stride)

@@ -13,7 +13,6 @@ from torch import nn
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
 from ultralytics.engine.exporter import export_formats
-from ultralytics.nn.modules.head import Detect
 from ultralytics.utils import LOGGER
 
 from yolokd.config.arguments import did_you_mean
@@ -25,6 +24,7 @@ from yolokd.exporter.onnx_detector import precision_of
 from yolokd.exporter.parity import ExportReport, verify
 from yolokd.exporter.staging import publish, staging_folder
 from yolokd.models.checkpoint import load_model
+from yolokd.models.tasks import TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 
@@ -87,9 +87,10 @@ def _check_options(options: Mapping[str, Any]) -> Any:
 
 
 def _require_detector(module: nn.Module, name: str | Path) -> None:
-    if getattr(module, "task", None) != "detect" or not isinstance(module.model[-1], Detect):  # type: ignore[index]
-        kind = type(module).__name__
-        raise UserError(f"model={name}", f"is not a YOLO detector but a {kind}", "give a detection model")
+    task = task_of(module)
+    if task is None or getattr(module, "task", None) != task.name:
+        kind, cure = type(module).__name__, f"give a model of the tasks {', '.join(TASKS)}"
+        raise UserError(f"model={name}", f"is not a YOLO detector but a {kind}", cure)
 
 
 def _calibration_data(args: Any, data: str | None) -> dict[str, str]:

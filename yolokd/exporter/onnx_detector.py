@@ -27,21 +27,28 @@ class OnnxDetector:
         self.end2end = meta["end2end"] == "True"
         self.embeds_nms = ast.literal_eval(meta["args"]).get("nms") is True
 
-    def __call__(self, images: Tensor) -> Tensor:
+    @property
+    def chooses_boxes(self) -> bool:
+        """Return whether the model chooses its boxes itself."""
+        return self.end2end or self.embeds_nms
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
         """Run on images (B, C, H, W), float32 in 0..1.
 
-        Returns float32: (B, 4 + classes, anchors), or final rows (B, n, 6) if the model chooses its boxes itself.
+        Returns float32: (B, 4 + classes + own, anchors), or final rows (B, n, 6 + own) if the model chooses its boxes
+        itself; of a segmentation model also the prototypes (B, coefficients, H, W).
         """
         # float16 files made on a GPU take and give float16.
         dtype = np.float16 if "float16" in self.input.type else np.float32
-        return torch.from_numpy(self.session.run(None, {self.input.name: images.numpy().astype(dtype)})[0]).float()
+        outputs = self.session.run(None, {self.input.name: images.numpy().astype(dtype)})
+        return [torch.from_numpy(output).float() for output in outputs]
 
     def max_detections(self) -> int:
         """Return how many detections the model can give for one image."""
-        if not self.end2end and not self.embeds_nms:
+        if not self.chooses_boxes:
             return 300
         # The file does not always state its number of rows, so run it once.
-        return self(torch.zeros(self.batch, self.input.shape[1], self.height, self.width)).shape[1]
+        return self(torch.zeros(self.batch, self.input.shape[1], self.height, self.width))[0].shape[1]
 
 
 def precision_of(graph: onnx.ModelProto) -> str:

@@ -26,23 +26,29 @@ from yolokd.data.dataset import Image, as_batch
 from yolokd.errors import first_line
 from yolokd.exporter.agreement import (
     LIMITS,
+    Layout,
     Limits,
     PredictionPair,
     Thresholds,
+    image_outputs,
     postprocess,
     relative_errors,
-    worst_match_iou,
+    worst_match,
 )
 from yolokd.exporter.onnx_detector import OnnxDetector, precision_of
+from yolokd.models.tasks import task_of
 from yolokd.runtime.console import make_console
 from yolokd.runtime.files import atomic_path, sha256
+
+OWN_HEADINGS = {"segment": "worst mask IoU", "pose": "worst keypoint"}  # of the column `worst_own`, by task
 
 
 class ParityRow(BaseModel):
     """The result of the check at one batch size and image size, over `images` images.
 
     raw, scores: relative L2 errors of all outputs and of the scores alone. worst_iou: the lowest IoU of any detection
-    with its match in the other runtime.
+    with its match in the other runtime. worst_own: the lowest agreement of masks or keypoints of a match, see
+    `agreement.own_agreement`; 1 for other tasks.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,6 +61,7 @@ class ParityRow(BaseModel):
     torch_detections: int
     onnx_detections: int
     worst_iou: float
+    worst_own: float
     passed: bool
 
 
@@ -62,7 +69,7 @@ class ExportReport(BaseModel):
     """The result of an export.
 
     path: the exported file. parity: the JSON file with the result of the check (ONNX only). rows: one per input size.
-    problem: why the file could not be checked.
+    problem: why the file could not be checked. task: the model's.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,6 +78,7 @@ class ExportReport(BaseModel):
     rows: tuple[ParityRow, ...] = ()
     passed: bool = True
     problem: str | None = None
+    task: str = "detect"
 
     def moved(self, source: Path, target: Path) -> ExportReport:
         """Return the report after its files have been moved from one folder to another."""
@@ -86,16 +94,17 @@ def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: T
     file raises no error; the report says `passed=False`.
     """
     precision, rows, problem = "float32", list[ParityRow](), None
+    layout = _layout(module)
     try:
         graph = onnx.load(path)
         precision = precision_of(graph)
         onnx.checker.check_model(graph, full_check=True)
-        rows = _compare_runtimes(path, module, images, thresholds, LIMITS[precision])
+        rows = _compare_runtimes(path, module, layout, images, thresholds, LIMITS[precision])
     except Exception as e:  # ONNX and ONNX Runtime raise errors of many types; each means that the file is wrong
         problem = f"{type(e).__name__}: {first_line(e)}"
     record = path.with_suffix(".parity.json")
     passed = problem is None and all(row.passed for row in rows)
-    report = ExportReport(path=path, parity=record, rows=tuple(rows), passed=passed, problem=problem)
+    report = ExportReport(path=path, parity=record, rows=tuple(rows), passed=passed, problem=problem, task=layout.task)
     _write_json(report, record, precision)
     if problem:
         LOGGER.error(f"{path}: {problem}")
@@ -106,24 +115,41 @@ def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: T
     return report
 
 
+def _layout(module: Any) -> Layout:
+    """Return what the rows of a model's output mean."""
+    task, head = task_of(module), module.model[-1]
+    assert task is not None
+    return Layout(task.name, len(module.names), tuple(getattr(head, "kpt_shape", (0, 0))))
+
+
 def _compare_runtimes(
-    path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds, limits: Limits
+    path: Path,
+    module: nn.Module,
+    layout: Layout,
+    images: Sequence[Image],
+    thresholds: Thresholds,
+    limits: Limits,
 ) -> list[ParityRow]:
     """Run PyTorch and ONNX Runtime at every input size of the file; return one row for each size."""
     exported = OnnxDetector(path)
     if exported.names != check_class_names(module.names) or exported.stride != int(max(module.stride)):  # type: ignore[arg-type]
         raise ValueError(f"class names or stride differ from the checkpoint's: {exported.names}, {exported.stride}")
-    max_det = exported.max_detections()
+    max_det, chooses_boxes = exported.max_detections(), exported.chooses_boxes
     reference = _reference_model(module, exported.end2end, max_det)
 
     def predict(batch: Tensor) -> Iterator[PredictionPair]:
-        for expected, actual in zip(reference(batch)[0], exported(batch), strict=True):
-            yield postprocess(expected, thresholds, max_det), postprocess(actual, thresholds, max_det)
+        outputs = image_outputs(reference(batch)[0], exported.end2end), image_outputs(exported(batch), chooses_boxes)
+        for expected, actual in zip(*outputs, strict=True):
+            yield postprocess(expected, layout, thresholds, max_det), postprocess(actual, layout, thresholds, max_det)
 
     with torch.inference_mode():
         return [
             _make_row(
-                shape, [pair for batch in _batches(images, *shape) for pair in predict(batch)], limits, thresholds.conf
+                shape,
+                [pair for batch in _batches(images, *shape) for pair in predict(batch)],
+                layout,
+                limits,
+                thresholds.conf,
             )
             for shape in _input_shapes(exported, reference)
         ]
@@ -170,10 +196,13 @@ def _batches(images: Sequence[Image], batch: int, height: int, width: int) -> It
         yield as_batch(list(islice(endless, batch)), (height, width))
 
 
-def _make_row(shape: tuple[int, int, int], pairs: Sequence[PredictionPair], limits: Limits, conf: float) -> ParityRow:
+def _make_row(
+    shape: tuple[int, int, int], pairs: Sequence[PredictionPair], layout: Layout, limits: Limits, conf: float
+) -> ParityRow:
     batch, height, width = shape
-    raw, scores = relative_errors(pairs, limits.margin)
-    worst = min(worst_match_iou(*pair, conf, limits) for pair in pairs)
+    raw, scores = relative_errors(pairs, layout, limits.margin)
+    matches = [worst_match(*pair, layout, (height, width), conf, limits) for pair in pairs]
+    iou, own = (min(values) for values in zip(*matches, strict=True))
     return ParityRow(
         batch=batch,
         height=height,
@@ -183,8 +212,10 @@ def _make_row(shape: tuple[int, int, int], pairs: Sequence[PredictionPair], limi
         scores=scores,
         torch_detections=sum(len(expected.detections) for expected, _ in pairs),
         onnx_detections=sum(len(actual.detections) for _, actual in pairs),
-        worst_iou=worst,
-        passed=raw <= limits.raw and scores <= limits.scores and worst >= limits.iou,  # NaN fails
+        worst_iou=iou,
+        worst_own=own,
+        # NaN fails.
+        passed=raw <= limits.raw and scores <= limits.scores and iou >= limits.iou and own >= limits.own,
     )
 
 
@@ -208,7 +239,9 @@ def print_report(report: ExportReport, precision: str) -> None:
         title=f"{report.path.name} ({precision}) compared with its checkpoint", title_justify="left", box=SIMPLE_HEAD
     )
     raw, scores = f"outputs\nrelative L2\n≤ {limits.raw:.0e}", f"scores\nrelative L2\n≤ {limits.scores:.0e}"
-    for heading in ("batch", "size", raw, scores, "detections\ntorch/onnx", f"worst IoU\n≥ {limits.iou}", "result"):
+    own = OWN_HEADINGS.get(report.task)
+    headings = ["batch", "size", raw, scores, "detections\ntorch/onnx", f"worst IoU\n≥ {limits.iou}"]
+    for heading in (*headings, *([f"{own}\n≥ {limits.own}"] if own else []), "result"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
@@ -218,6 +251,7 @@ def print_report(report: ExportReport, precision: str) -> None:
             f"{row.scores:.1e}",
             f"{row.torch_detections}/{row.onnx_detections}",
             f"{row.worst_iou:.4f}",
+            *([f"{row.worst_own:.4f}"] if own else []),
             Text("pass", "green") if row.passed else Text("FAIL", "red"),
         )
     make_console().print(table)

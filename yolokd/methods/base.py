@@ -24,7 +24,7 @@ class Method(nn.Module):
     uses tensors only, nothing of Ultralytics, files or settings.
 
     paper: the method's name and source, as `yolokd methods` prints it. The `wants_…` attributes say which predictions
-    `Level` must hold.
+    `Level` must hold. box_weight: the constant that, at 0, leaves predicted boxes out of the loss; empty if none does.
 
     >>> import torch.nn.functional as F
     >>> from yolokd.methods.blocks import Adapter
@@ -39,6 +39,7 @@ class Method(nn.Module):
     """
 
     paper: ClassVar[str] = ""
+    box_weight: ClassVar[str] = ""
     wants_logits: ClassVar[bool] = False  # class logits of both models
     wants_mean_logits: ClassVar[bool] = False  # the mean of the class logits of the teacher's branches
     wants_boxes: bool = False  # predicted boxes of both models; an instance may set it, by its constants

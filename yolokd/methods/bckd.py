@@ -33,20 +33,24 @@ class BCKD(Method):
 
     paper = "BCKD: binary classification and IoU, Yang et al., ICCV 2023"
     wants_logits = True
-    wants_boxes = True
+    wants_boxes = True  # by default
+    box_weight = "alpha_2"
 
     def __init__(self, shape: LevelShape, *, alpha_1: Weight, alpha_2: Weight) -> None:
         super().__init__()
         self.alpha_1, self.alpha_2 = alpha_1, alpha_2
+        self.wants_boxes = alpha_2 > 0
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
         assert level.teacher_logits is not None
         assert level.student_logits is not None
-        assert level.teacher_boxes is not None
-        assert level.student_boxes is not None
         logits, target = level.student_logits.float(), level.teacher_logits.float().sigmoid()
         weights = (target - logits.detach().sigmoid()).abs()
         scores = (weights * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).sum(1)
+        if not self.wants_boxes:
+            return (self.alpha_1 * scores).mean()
+        assert level.teacher_boxes is not None
+        assert level.student_boxes is not None
         boxes = weights.amax(1) * (1 - iou(level.student_boxes.float(), level.teacher_boxes.float()))
         return (self.alpha_1 * scores + self.alpha_2 * boxes).mean()

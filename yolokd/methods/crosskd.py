@@ -48,6 +48,7 @@ class CrossKD(Method):
     paper = "CrossKD: cross-head distillation, Wang et al., CVPR 2024"
     wants_logits = wants_teacher_head = True
     wants_boxes = wants_assigned = True  # by default
+    box_weight = "beta"
 
     def __init__(
         self,
@@ -68,8 +69,8 @@ class CrossKD(Method):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.box: BoxLoss = box
         self.region: Region = region
-        self.wants_boxes, self.wants_box_logits = box == "giou", box == "kl"
-        self.wants_assigned = region == "assigned"
+        self.wants_boxes, self.wants_box_logits = beta > 0 and box == "giou", beta > 0 and box == "kl"
+        self.wants_assigned = beta > 0 and region == "assigned"
         if not depth:
             self.adapt = Adapter(shape)
             return
@@ -77,7 +78,8 @@ class CrossKD(Method):
         assert student is not None
         assert teacher is not None
         # No Adapters, which other methods would share: these read maps of the head.
-        self.adapt_boxes = nn.Conv2d(student.box_channels[depth], teacher.box_channels[depth], kernel_size=1)
+        if beta:
+            self.adapt_boxes = nn.Conv2d(student.box_channels[depth], teacher.box_channels[depth], kernel_size=1)
         self.adapt_classes = nn.Conv2d(student.class_channels[depth], teacher.class_channels[depth], kernel_size=1)
 
     def forward(self, level: Level) -> Tensor:
@@ -85,16 +87,18 @@ class CrossKD(Method):
         assert level.teacher_head is not None
         box_maps, class_maps = self.adapted_maps(level)
         scores = self.class_loss(level.teacher_head.class_logits(class_maps, self.head_depth), level)
+        if box_maps is None:
+            return (self.alpha * scores).mean()
         boxes = self.box_loss(level.teacher_head.box_logits(box_maps, self.head_depth), level)
         return (self.alpha * scores + self.beta * boxes).mean()
 
-    def adapted_maps(self, level: Level) -> tuple[Tensor, Tensor]:
-        """Return the adapted student maps that enter the teacher's branches of boxes and of classes."""
+    def adapted_maps(self, level: Level) -> tuple[Tensor | None, Tensor]:
+        """Return the adapted maps that enter the teacher's branches of boxes, if these count, and of classes."""
         if not self.head_depth:
             maps = adapted(self.adapt, level)
-            return maps, maps
+            return maps if self.beta else None, maps
         box_maps, class_maps = level.head_maps[self.head_depth]
-        return self.adapt_boxes(box_maps), self.adapt_classes(class_maps)
+        return self.adapt_boxes(box_maps) if self.beta else None, self.adapt_classes(class_maps)
 
     def class_loss(self, logits: Tensor, level: Level) -> Tensor:
         """Return Σ_k QFL(z_C, p_T), (B, H, W). logits: z_C, (B, K, H, W)."""

@@ -56,6 +56,7 @@ class PDF(Method):
 
     paper = "PDF-Distil: prediction disagreements, Zhang et al., BMVC 2021"
     wants_logits = True
+    box_weight = "box"
 
     def __init__(
         self, shape: LevelShape, *, distance: Distance, weighting: Weighting, scope: Scope, box: Weight

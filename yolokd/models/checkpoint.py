@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PositiveInt, ValidationError
 from torch import nn
 from ultralytics.nn import tasks
-from ultralytics.nn.modules.head import Detect
-from ultralytics.nn.tasks import DetectionModel, guess_model_task
 
+from yolokd.config.validate import validate
 from yolokd.errors import UserError, describe_invalid, first_line
-from yolokd.models.detector import PROMPTED_HEADS, Detector, check_attributes, describe_kind, head_of
+from yolokd.models.detector import Detector, check_attributes, describe_kind
+from yolokd.models.tasks import TASKS, task_of
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.tensor_sizes import TensorSizeError, checked_tensor_sizes
 from yolokd.runtime.console import warnings_only
@@ -103,38 +103,62 @@ def load_teacher(path: str | None, trust: bool) -> Detector:
 def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector:
     """Load a student from a .pt, or build it with random weights from a .yaml; do not run it.
 
-    data: Ultralytics' dictionary of the data set, which gives the numbers of classes and channels.
-    Raises UserError if the model is not a plain YOLO detector.
+    data: Ultralytics' dictionary of the data set, which gives the numbers of classes, channels and keypoints.
+    Raises UserError if the model is not a YOLO of a task that can learn, or if the data set does not fit the task.
     """
     name = f"student={path}"
     if str(path).endswith((".yaml", ".yml")):
-        model = _build(str(path), name, data, trust)
+        model = _build(str(path), name, student_task(path, trust), data, trust)
     elif str(path).endswith(".pt"):
         model, _ = load_model(str(path), "student", trust)
     else:
         cure = f"did you mean {path}.yaml?" if _lacks_ending(path) else "for example yolov8n.yaml or yolov8n.pt"
         raise UserError(name, "is neither .yaml nor .pt", cure)
-    head = head_of(model)
-    if not isinstance(head, Detect) or isinstance(head, PROMPTED_HEADS) or guess_model_task(model) != "detect":
+    task = task_of(model)
+    if task is None:
         problem = f"is {describe_kind(model)}; yolokd trains plain YOLO detectors so far"
-        raise UserError(name, problem, "give one, for example yolov8n.yaml")
+        raise UserError(name, problem, f"give a YOLO of the tasks {', '.join(TASKS)}, for example yolov8n.yaml")
     check_attributes(model, name)
     if str(path).endswith(".pt"):
         with preserve_random_state():  # Ultralytics will build it, too, and take the weights from the checkpoint
-            _build(model.yaml, name, data, trust)
+            _build(model.yaml, name, task.name, data, trust)
     return model
 
 
-def _build(cfg: str | dict[str, Any], name: str, data: Mapping[str, Any], trust: bool) -> Detector:
-    """Build a detector with random weights from the path of a .yaml, or from its content in a checkpoint."""
+def student_task(path: object, trust: bool) -> str:
+    """Return the name of the task of a student's file; "detect" if it cannot be read, which `load_student` reports."""
+    file = Path(str(path))
+    try:
+        if file.suffix == ".pt" and file.exists():
+            task = task_of(load_model(file, "student", trust)[0])
+            return task.name if task is not None else "detect"
+        with safe_loading(trust), warnings_only():
+            # A .pt that Ultralytics will download says in its name what its .yaml says.
+            head = str(tasks.yaml_model_load(file.with_suffix(".yaml"))["head"][-1][-2]).lower()
+    except Exception:  # whatever the parser of a broken file raises
+        return "detect"
+    return next((name for name in TASKS if name in head), "detect")
+
+
+def _build(cfg: str | dict[str, Any], name: str, task: str, data: Mapping[str, Any], trust: bool) -> Detector:
+    """Build a student with random weights from the path of a .yaml, or from its content in a checkpoint."""
+    if task == "pose":
+        _check_keypoints(data)
     try:
         with safe_loading(trust), warnings_only():
-            return DetectionModel(deepcopy(cfg), nc=data["nc"], ch=data["channels"], verbose=False)
+            return TASKS[task].build(deepcopy(cfg), data)
     except FileNotFoundError as e:
         raise UserError(name, "no such file", "give a model's .yaml, for example yolov8n.yaml, or a .pt") from e
     except Exception as e:
         problem = "does not describe" if isinstance(cfg, str) else "holds a yaml that does not describe"
         raise UserError(name, f"{problem} a YOLO detector", "for example yolov8n.yaml") from e
+
+
+def _check_keypoints(data: Mapping[str, Any]) -> None:
+    shape = data.get("kpt_shape")
+    shape = tuple(shape) if isinstance(shape, list) else shape
+    cure = "say how many keypoints an object has, and how many numbers each, for example kpt_shape: [17, 3]"
+    validate("data: kpt_shape", shape, tuple[PositiveInt, Literal[2, 3]], "is no shape of keypoints", cure)
 
 
 def _lacks_ending(path: object) -> bool:

@@ -8,16 +8,7 @@ from typing import Annotated, Any, TypeAlias
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PositiveInt, ValidationError
 from torch import Tensor, nn
-from ultralytics.nn.modules.head import (
-    OBB,
-    Detect,
-    Pose,
-    RTDETRDecoder,
-    Segment,
-    WorldDetect,
-    YOLOEDetect,
-    YOLOESegment,
-)
+from ultralytics.nn.modules.head import OBB, Detect, RTDETRDecoder, WorldDetect, YOLOEDetect
 
 from yolokd.data.class_names import ClassNames
 from yolokd.errors import UserError, describe_invalid, first_line
@@ -145,15 +136,11 @@ def dense_heads(head: nn.Module | None, strides: Iterable[int]) -> dict[int, Hea
         return {}
     prefix = "" if head.cv3 is not None else "one2one_"
     boxes, classes = getattr(head, f"{prefix}cv2"), getattr(head, f"{prefix}cv3")
-    return {s: Head(b, c, head.reg_max) for s, b, c in zip(strides, boxes, classes, strict=False)}
+    rotated = isinstance(head, OBB)
+    return {s: Head(b, c, head.reg_max, rotated=rotated) for s, b, c in zip(strides, boxes, classes, strict=False)}
 
 
 def describe_kind(model: Detector) -> str:
     """Return what a model is, in a user's words, for example `a segmentation model`."""
     name = type(head_of(model)).__name__.lower()
     return next((kind for part, kind in KINDS.items() if part in name), "an unknown kind of model")
-
-
-def only_detects(model: Detector) -> bool:
-    """Return whether a model only detects (no segments, poses, …), so that the detection validator can score it."""
-    return not isinstance(model.model[-1], Segment | YOLOESegment | Pose | OBB)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ def mean_disagreement(
     settings: Mapping[str, Any],
     save_dir: Path,
     classes_map: Mapping[str, str] | None = None,
+    channels: Sequence[int] | None = None,
 ) -> float | None:
     """Return D_pred, the mean over positions of D_hw = Σ_classes (p_T − p_S)²; the random states are left as they were.
 
@@ -39,10 +40,12 @@ def mean_disagreement(
     end-to-end models the one-to-many predictions count, as in a training. Both models run in float32.
 
     settings: Ultralytics' for validation (data, imgsz, batch, device, split, …). classes_map: as in `pair_classes`.
+    channels: of the images that the teacher sees, as in `Teacher.for_images`.
     Returns None if the models share no class or no stride, or if the teacher scores no classes at positions.
     """
     classes = pair_classes(teacher.names, student.names, classes_map)
-    pair = detector_teacher(teacher), detector_teacher(student, "student")
+    frozen = detector_teacher(student, "student")
+    pair = detector_teacher(teacher).for_images(frozen.channels, channels), frozen
     strides = pair[0].pyramid.keys() & pair[1].pyramid.keys()
     if classes.objectness or not strides or not all(model.has_logits for model in pair):
         return None

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from ultralytics.models.rtdetr.val import RTDETRValidator
-from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.utils import LOGGER
 
-from yolokd.models.detector import Detector, only_detects
+from yolokd.models.detector import Detector
+from yolokd.models.tasks import TASKS, Task, scored_task
+from yolokd.models.teacher import select_channels
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.runtime.rng import preserve_random_state
 
@@ -26,53 +27,73 @@ USELESS_MAP = 0.05  # ours: a teacher of lower mAP50-95 has nothing to teach on 
 class Scores:
     """mAP50-95, mAP50, and AP50-95 of small (area under 32² pixels of the image), medium, and large (over 96²) boxes.
 
-    The last three are None if there is no box of that size, or if sizes were not requested.
+    metric: what the first two compare, as in Task. box_map, box_map50: those of upright boxes, if these do not decide.
+    AP by size is None for other tasks than detection, if there is no box of that size, or if sizes were not requested.
     """
 
+    metric: str
     map: float
     map50: float
     ap_small: float | None = None
     ap_medium: float | None = None
     ap_large: float | None = None
+    box_map: float | None = None
+    box_map50: float | None = None
 
 
-def score(model: Detector, settings: Mapping[str, Any], save_dir: Path) -> Scores:
-    """Validate a model as Ultralytics does, and return its scores; the random states are left as they were.
+def score(model: Detector, settings: Mapping[str, Any], save_dir: Path, task: Task) -> Scores:
+    """Validate a model on a task as Ultralytics does, and return its scores; the random states are left as they were.
 
     settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores by size, too.
     """
-    validator = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else DetectionValidator
+    validator = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else task.validator
+    detects = task is TASKS["detect"]
     with preserve_random_state():
-        args = {"rect": True, **settings, "mode": "val", "task": "detect", "plots": False}
+        args = {"rect": True, **settings, "mode": "val", "task": task.name, "plots": False}
+        args |= {} if detects else {"save_json": False}  # by size, Ultralytics scores upright boxes alone
         metrics = validator(save_dir=save_dir, args=args)(model=model)
     sizes = {
         f"ap_{size}": round(float(value), 5)
         for size in ("small", "medium", "large")
         if (value := metrics.get(f"metrics/mAP_{size}(B)", -1)) >= 0  # COCO's evaluation returns -1 if there is no box
     }
-    return Scores(float(metrics["metrics/mAP50-95(B)"]), float(metrics["metrics/mAP50(B)"]), **sizes)
+    values = {"map": task.score_column("mAP50-95"), "map50": task.score_column("mAP50")}
+    if task.letter != "B":
+        values |= {"box_map": "metrics/mAP50-95(B)", "box_map50": "metrics/mAP50(B)"}
+    return Scores(metric=task.metric, **{key: float(metrics[column]) for key, column in values.items()}, **sizes)
 
 
 def check_teacher(
-    teacher: Detector, names: Mapping[int, str], classes: ClassPairing, settings: Mapping[str, Any], save_dir: Path
+    teacher: Detector,
+    student: Task,
+    data: Mapping[str, Any],
+    classes: ClassPairing,
+    settings: Mapping[str, Any],
+    save_dir: Path,
+    channels: tuple[int, ...] | None = None,
 ) -> float | None:
-    """Log the teacher's score, warn if the score is useless or classes are unknown to it, and return its mAP50-95.
+    """Log the teacher's score, warn if it is useless or classes are unknown to it, and return its deciding mAP50-95.
 
-    names: the data set's classes. settings: Ultralytics' for validation (data, imgsz, batch, device, …).
-    Returns None if there is nothing to score: no class in common, or a teacher that does more than detect.
+    student: its task. data: Ultralytics' dictionary of the data set. settings: Ultralytics' for validation (data,
+    imgsz, batch, device, …). channels: of the images that the teacher sees, as in `select_channels`.
+    Returns None if there is nothing to score (no class in common, or rotated boxes for a student of upright ones), or
+    if the teacher is scored on its boxes while the student is scored on something else.
     """
+    names: Mapping[int, str] = data["names"]
     if classes.objectness:
         LOGGER.warning(
             f"teacher: knows none of the data set's classes ({', '.join(names.values())}): its score is not measured; "
             "its features are still distilled, its class scores count as objectness only"
         )
         return None
-    head = teacher.model[-1]
-    if not only_detects(teacher):
-        LOGGER.info(f"teacher: does more than detect ({type(head).__name__}): its score is not measured")
+    task = scored_task(teacher, student, data)
+    if task is None:
+        LOGGER.info("teacher: finds rotated boxes, and the labels' are upright: its score is not measured")
         return None
-    scores = score(aligned_copy(teacher, names, classes.mapping), settings, save_dir)
-    LOGGER.info(f"teacher: mAP50-95 {scores.map:.3f}, mAP50 {scores.map50:.3f} on the validation set")
+    scores = score(aligned_copy(teacher, names, classes.mapping, task, channels), settings, save_dir, task)
+    boxes = "" if task is student else f", of its boxes: it has no {student.own} like those of the labels"
+    score_text = f"{task.score_name} {scores.map:.3f}, mAP50 {scores.map50:.3f}"
+    LOGGER.info(f"teacher: {score_text} on the validation set{boxes}")
     used = settings.get("classes")
     used = names if used is None else used if isinstance(used, list) else [used]
     unknown = [name for i, name in names.items() if i in used and i not in classes.student]
@@ -85,22 +106,34 @@ def check_teacher(
             "teacher: useless on this validation set: the student would imitate features that do not detect these "
             "objects, and will likely score lower than without a teacher; use a teacher trained on such images"
         )
-    return scores.map
+    return scores.map if task is student else None
 
 
-def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int, tuple[int, ...]]) -> Detector:
+def aligned_copy(
+    model: Detector,
+    names: Mapping[int, str],
+    mapping: Mapping[int, tuple[int, ...]],
+    task: Task = TASKS["detect"],
+    channels: tuple[int, ...] | None = None,
+) -> Detector:
     """Return a copy of a teacher that scores the data set's classes `names`, and gives 0 to classes it does not know.
 
-    mapping: {the data set's class: the teacher's classes that mean it}; the highest of their scores counts.
+    mapping: {the data set's class: the teacher's classes that mean it}; the highest of their scores counts. task: on
+    which the copy is scored; for detection, its masks or keypoints are left out. channels: of the images that it sees,
+    as in `select_channels`.
     """
-    copy = deepcopy(model).float().eval()
+    copy, end = deepcopy(model).float().eval(), 4 + len(model.names)
 
     def reorder(_module: nn.Module, _inputs: object, output: Any) -> Any:
-        y = output[0]  # (B, 4 + classes, anchors)
+        # (B, 4 + classes + own, anchors), and the prototypes of a segmentation head.
+        y, *proto = output[0] if isinstance(output[0], tuple) else (output[0],)
         scores = y.new_zeros(y.shape[0], len(names), y.shape[2])
         for data_class, group in mapping.items():
             scores[:, data_class] = y[:, [4 + teacher_class for teacher_class in group]].amax(1)
-        return torch.cat((y[:, :4], scores), 1), output[1]
+        if not task.own:
+            return torch.cat((y[:, :4], scores), 1), output[1]
+        aligned = torch.cat((y[:, :4], scores, y[:, end:]), 1)
+        return (aligned, *proto) if proto else aligned, output[1]
 
     def relabel(head: Any, _inputs: object, output: Any) -> Any:
         boxes, scores, classes = output[0].split((4, 1, 1), -1)  # (B, n, 6): the decoder selects boxes by itself
@@ -114,6 +147,8 @@ def aligned_copy(model: Detector, names: Mapping[int, str], mapping: Mapping[int
     copy.end2end = False
     copy.model[-1].register_forward_hook(relabel if isinstance(copy.model[-1], RTDETRDecoder) else reorder)
     copy.names = dict(names)
+    if channels is not None:
+        copy.register_forward_pre_hook(lambda _, inputs: (select_channels(inputs[0], channels), *inputs[1:]))
     return copy
 
 

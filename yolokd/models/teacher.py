@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from yolokd.errors import UserError
 from yolokd.models.cuda_graphs import CudaGraphs
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.head import Head
@@ -114,6 +115,7 @@ class Teacher:
     ) -> None:
         self.pyramid, self.names, self.channels, self.heads = dict(pyramid), dict(names), channels, dict(heads)
         self.settings = InferenceSettings()
+        self.image_channels: tuple[int, ...] | None = None  # those of the images that it sees, from 0; None: all
         self._model: Any = network.eval().requires_grad_(False)  # torch does not know the attributes of its copies
         self._multiple = multiple
         self._compiled: Callable[[Tensor], list[Tensor]] = self._model
@@ -134,6 +136,12 @@ class Teacher:
         other.settings, other._async_forward, other._graphs = settings, _AsyncForward(), CudaGraphs()
         other._model = deepcopy(self._model).to(dtype=settings.dtype, memory_format=layout)
         other._compiled = _compiled(other._model) if settings.compiled_for is not None else other._model
+        return other
+
+    def for_images(self, channels: int, chosen: Sequence[int] | None = None) -> Teacher:
+        """Return a copy of the teacher that sees those channels of images which `seen_channels` says."""
+        other = copy(self)
+        other.image_channels = seen_channels(self.channels, channels, chosen)
         return other
 
     def start(self, images: Tensor, requested: RequestedOutputs = MAPS_ONLY) -> None:
@@ -178,7 +186,8 @@ class Teacher:
     def _maps(self, images: Tensor) -> list[Tensor]:
         forward = self._compiled if images.shape == self.settings.compiled_for else self._model
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format
-        maps: list[Tensor] = forward(self._resized(images).to(self.settings.dtype, memory_format=layout))
+        seen = self._resized(select_channels(images, self.image_channels))
+        maps: list[Tensor] = forward(seen.to(self.settings.dtype, memory_format=layout))
         return maps
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -243,6 +252,36 @@ class _AsyncForward:
     def discard(self) -> None:
         """Forget what was started and not collected."""
         self._images = self._output = None
+
+
+def seen_channels(own: int, channels: int, chosen: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return which channels of images a teacher sees, in its own order, counted from 0; None: all, as they are.
+
+    own, channels: the numbers of the teacher's channels and of the images'. chosen: what the user gives, counted from
+    1; if it is None, an only channel is seen again and again. Raises UserError if they do not fit.
+
+    >>> seen_channels(3, 1, None), seen_channels(3, 8, [4, 3, 2])
+    ((0, 0, 0), (3, 2, 1))
+    """
+    if chosen is not None:
+        if len(chosen) != own or max(chosen) > channels:
+            cure = f"give {own} numbers from 1 to {channels}"
+            raise UserError(f"teacher_channels={list(chosen)}", "does not fit the teacher and the data", cure)
+        return tuple(channel - 1 for channel in chosen)
+    if channels == own:
+        return None
+    if channels == 1:
+        return (0,) * own
+    problem = f"takes {own} channels, the data {channels}"
+    raise UserError("teacher", problem, "say which it sees, for example teacher_channels=[3,2,1]")
+
+
+def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:
+    """Return (B, C, H, W) images with these channels, counted from 0; None: as they are."""
+    if channels is None:
+        return images
+    # Slices, because an index would be a copy to the device, which no CUDA graph can hold.
+    return torch.cat([images[:, channel : channel + 1] for channel in channels], 1)
 
 
 def _branch_outputs(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:

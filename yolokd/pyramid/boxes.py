@@ -23,9 +23,17 @@ class Labels:
     corners: Tensor
 
     @staticmethod
-    def from_centers(image: Tensor, boxes: Tensor) -> Labels:
-        """Return Labels of YOLO's boxes: (N, 4) center x, y, width, height, as fractions; image: (N,) or (N, 1)."""
-        center, half = boxes[:, :2].float(), boxes[:, 2:].float() / 2
+    def from_centers(image: Tensor, boxes: Tensor, height: int = 1, width: int = 1) -> Labels:
+        """Return Labels of YOLO's boxes: (N, 4) center x, y, width, height, as fractions; image: (N,) or (N, 1).
+
+        Of rotated boxes, (N, 5) with an angle in radians, they are the upright boxes around them. height, width: of the
+        images, because a box is rotated in pixels.
+        """
+        center, half = boxes[:, :2].float(), boxes[:, 2:4].float() / 2
+        if boxes.shape[1] == 5:
+            pixels = half * (size := half.new_tensor([width, height]))
+            cos, sin = boxes[:, 4:].float().cos().abs(), boxes[:, 4:].float().sin().abs()
+            half = (pixels * cos + pixels.flip(1) * sin) / size
         return Labels(image.flatten().long(), torch.cat([center - half, center + half], 1))
 
 

@@ -16,12 +16,14 @@ class HeadShape:
     """The shape of a head at one level.
 
     bins: per side of a box; with 1, the head predicts the distance itself instead of a distribution. box_channels,
-    class_channels: of the map that enters each layer of the branch, so that the first is the neck map's.
+    class_channels: of the map that enters each layer of the branch, so that the first is the neck map's. rotated:
+    whether its boxes are, by angles that it predicts beside their sides.
     """
 
     bins: int
     box_channels: tuple[int, ...]
     class_channels: tuple[int, ...]
+    rotated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,7 @@ class Head:
 
     box_layers, class_layers: the layers of both branches; the last layer of each predicts. bins: per side of a box.
     select: returns the logits of the shared classes, (B, K, H, W), from those of all, (B, nc, H, W); None: all.
+    rotated: as in HeadShape.
 
     Both run in the precision of the layers' weights, whatever that of the map: autocast would round predictions that
     nearly agree, and with them the gradient of their difference (in bfloat16 by half, on random detectors).
@@ -40,6 +43,7 @@ class Head:
     class_layers: nn.Sequential
     bins: int
     select: Callable[[Tensor], Tensor] | None = None
+    rotated: bool = False
 
     def box_logits(self, maps: Tensor, depth: int = 0) -> Tensor:
         """Return the raw box output, (B, 4, bins, H, W), of the (B, C, H, W) map that enters a layer."""
@@ -58,7 +62,8 @@ class Head:
     @property
     def shape(self) -> HeadShape:
         """Return the head's shape."""
-        return HeadShape(self.bins, _entering_channels(self.box_layers), _entering_channels(self.class_layers))
+        boxes, classes = _entering_channels(self.box_layers), _entering_channels(self.class_layers)
+        return HeadShape(self.bins, boxes, classes, self.rotated)
 
 
 def _run(layers: nn.Sequential, maps: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.data.dataset import data_name
 from yolokd.models.size import ModelSize, model_size
+from yolokd.models.tasks import Task
 from yolokd.pyramid.level import level_name
 from yolokd.pyramid.pairing import Pairing
-from yolokd.report.history import MAP, MAP50, History
+from yolokd.report.history import History
 from yolokd.report.kept import Record
 from yolokd.report.run import Run
 from yolokd.runtime.files import sha256
@@ -33,14 +34,25 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+SCORE50 = {  # what mAP50 counts, by task
+    "detect": "boxes that overlap by half",
+    "segment": "masks that overlap by half",
+    "pose": "keypoints that are as near as half of OKS",
+    "obb": "rotated boxes that overlap by half",
+}
+
+
 @dataclass(frozen=True)
 class Result:
     """What a run has reached. score, score50: mAP of best.pt, None if it was not measured.
 
     taught_by: the names of all teachers. teacher, teacher_score, teacher_size: the last one that detects, its mAP50-95,
     and its size.
+
+    task: the student's, which says what the scores compare.
     """
 
+    task: Task
     student: str
     data: str
     epochs: int
@@ -60,7 +72,7 @@ class Result:
         taught = f"taught by {self.taught_by}" if self.taught_by else "without a teacher"
         if self.score is None:
             return f"{trained}, {taught}, has not been scored."
-        reached = f"{trained} reaches mAP50-95 {self.score:.3f}"
+        reached = f"{trained} reaches {self.task.score_name} {self.score:.3f}"
         if self.teacher_size is None:
             return f"{reached}, {taught}."
         size = f"{percent(self.student_size.parameters / self.teacher_size.parameters)} of its parameters"
@@ -73,8 +85,8 @@ class Result:
     def cards(self) -> list[tuple[str, str, str]]:
         """Return (name, number, remark) of the numbers that matter most."""
         small, large = self.student_size, self.teacher_size
-        cards = [("mAP50-95", _score(self.score), f"teacher {_score(self.teacher_score)}" if large else "")]
-        cards.append(("mAP50", _score(self.score50), "boxes that overlap by half"))
+        cards = [(self.task.score_name, _score(self.score), f"teacher {_score(self.teacher_score)}" if large else "")]
+        cards.append(("mAP50", _score(self.score50), SCORE50[self.task.name]))
         cards.append(("parameters", _short(small.parameters), f"teacher {_short(large.parameters)}" if large else ""))
         cards.append(("GFLOPs", f"{small.gflops:.1f}", f"teacher {large.gflops:.1f}" if large else "an image"))
         cards.append(("training time", duration(self.seconds), f"{self.epochs} epochs"))
@@ -84,15 +96,17 @@ class Result:
 def result(run: Run, history: History, record: Record) -> Result:
     """Return what a run has reached. record: what was kept of it."""
     metrics = {**run.metrics, **record.scores}
-    best = history.best_epoch()
-    if MAP not in metrics and best is not None:
-        metrics = {name: history.column(name)[history.epochs.index(best)] for name in (MAP, MAP50)}
+    columns = [run.task.score_column(name) for name in ("mAP50-95", "mAP50")]
+    best = history.best_epoch(columns[0])
+    if columns[0] not in metrics and best is not None:
+        metrics = {name: history.column(name)[history.epochs.index(best)] for name in columns}
     return Result(
+        task=run.task,
         student=PurePath(str(run.student.yaml.get("yaml_file") or "the student")).stem,
         data=data_name(str(run.args.data), run.data),
         epochs=len(history.epochs),
-        score=metrics.get(MAP),
-        score50=metrics.get(MAP50),
+        score=metrics.get(columns[0]),
+        score50=metrics.get(columns[1]),
         taught_by=run.taught_by,
         teacher=Path(run.teacher.pt_path).name if run.teacher is not None else None,
         teacher_score=record.teacher_score,
@@ -136,7 +150,7 @@ def models_table(found: Result) -> Table:
     if found.teacher_size is not None:
         rows.append([f"teacher {found.teacher}", _score(found.teacher_score), *found.teacher_size.cells()])
     rows.append([f"student {found.student_size.name}", _score(found.score), *found.student_size.cells()])
-    return Table("Models", ("model", "mAP50-95", "parameters", "GFLOPs", "file"), rows)
+    return Table("Models", ("model", found.task.score_name, "parameters", "GFLOPs", "file"), rows)
 
 
 def origin_table(run: Run, record: Record) -> Table:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from yolokd.errors import UserError
 
-MAP, MAP50 = "metrics/mAP50-95(B)", "metrics/mAP50(B)"
+MAP = "metrics/mAP50-95(B)"  # the score of a detector
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class History:
         """Return a column; NaN in each epoch if there is none."""
         return self.columns.get(name, [nan] * len(self.epochs))
 
-    def best_epoch(self) -> float | None:
-        """Return the epoch with the highest mAP50-95, or None if no epoch has a score."""
-        scored = [(score, -epoch) for epoch, score in zip(self.epochs, self.column(MAP), strict=True) if score > 0]
+    def best_epoch(self, name: str = MAP) -> float | None:
+        """Return the epoch with the highest score in the column `name`, or None if no epoch has one."""
+        scored = [(score, -epoch) for epoch, score in zip(self.epochs, self.column(name), strict=True) if score > 0]
         return -max(scored)[1] if scored else None
 
 

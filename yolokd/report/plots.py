@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from yolokd.config.schema import DistillationConfig
-from yolokd.report.history import MAP, MAP50, History
+from yolokd.models.tasks import Task
+from yolokd.report.history import History
 from yolokd.runtime.plots import import_matplotlib
 
 if TYPE_CHECKING:
@@ -80,17 +81,18 @@ def _line(axes: Axes, history: History, values: Sequence[float], **style: Any) -
     axes.plot(history.epochs, values, marker="o" if len(history.epochs) < 2 else None, markersize=4, **style)
 
 
-def score_plot(history: History, teacher_score: float | None) -> Plot | None:
-    """Return the curves of mAP, or None if no epoch was scored."""
-    best = history.best_epoch()
+def score_plot(history: History, teacher_score: float | None, task: Task) -> Plot | None:
+    """Return the curves of the mAP that decides, or None if no epoch was scored. task: the student's."""
+    scores, scores50 = (history.column(task.score_column(name)) for name in ("mAP50-95", "mAP50"))
+    best = history.best_epoch(task.score_column("mAP50-95"))
     if best is None:
         return None
 
     def draw(figure: Figure) -> None:
         with _axes(figure, "mAP on the validation set") as axes:
-            _line(axes, history, history.column(MAP), color=COLORS[0], label="student, mAP50-95", linewidth=2)
-            _line(axes, history, history.column(MAP50), color=COLORS[0], label="student, mAP50", alpha=0.55)
-            axes.plot(best, history.column(MAP)[history.epochs.index(best)], "o", color=COLORS[0], markersize=5)
+            _line(axes, history, scores, color=COLORS[0], label=f"student, {task.score_name}", linewidth=2)
+            _line(axes, history, scores50, color=COLORS[0], label="student, mAP50", alpha=0.55)
+            axes.plot(best, scores[history.epochs.index(best)], "o", color=COLORS[0], markersize=5)
             if teacher_score is not None:
                 axes.axhline(teacher_score, color=COLORS[1], linestyle="--", label="teacher, mAP50-95")
             axes.set_ylim(bottom=0)

@@ -19,6 +19,7 @@ from yolokd.errors import UserError
 from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector
+from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.runtime.console import warnings_only
 
 CURE = "give the folder of a run, such as runs/distill/train"
@@ -49,6 +50,11 @@ class Run:
     def taught_by(self) -> str:
         """Return the names of all teachers; empty without one."""
         return ", ".join(map(teacher_name, self.config.teacher_files)) if self.config.method_configs else ""
+
+    @property
+    def task(self) -> Task:
+        """Return the student's task."""
+        return task_of(self.student) or TASKS["detect"]
 
     @property
     def imgsz(self) -> int:

@@ -48,7 +48,7 @@ def write_report(folder: Path, given: Mapping[str, Any], device: torch.device) -
     pairing = _pair(run)
     seen = _look(run, pairing, device)
     found = facts.result(run, history, kept.record)
-    curves = [plots.score_plot(history, kept.record.teacher_score), *plots.loss_plots(history)]
+    curves = [plots.score_plot(history, kept.record.teacher_score, run.task), *plots.loss_plots(history)]
     balance = [*plots.balance_plots(history, run.config, int(run.args.epochs)), plots.share_plot(history)]
     content = {
         "title": f"{found.student}, {f'taught by {found.taught_by}' if found.taught_by else 'without a teacher'}",
@@ -101,7 +101,9 @@ def _look(run: Run, pairing: Pairing | None, device: torch.device) -> Seen:
         mapped = [in_data_classes(boxes, pairing.classes.mapping) for boxes in found]
         teacher = [only_classes(boxes, wanted) for boxes in mapped]
     paired = pairing.classes if pairing is not None else ClassPairing((), ())
-    settings = MapSettings(paired, run.imgsz, run.config.teacher_imgsz, pdf_distance(run.config))
+    settings = MapSettings(
+        paired, run.imgsz, run.config.teacher_imgsz, run.config.teacher_channels, pdf_distance(run.config)
+    )
     return Seen(samples, teacher, student, observe(run.student, run.teacher, samples, settings, device))
 
 

@@ -11,8 +11,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.errors import first_line
 from yolokd.pyramid.level import level_name
 from yolokd.training.plan import TrainPlan
-from yolokd.training.provenance import flattened
-from yolokd.training.results.summary import SCORE
+from yolokd.training.results.provenance import flattened
 
 
 def announce_teachers(trainer: Any) -> None:
@@ -47,12 +46,13 @@ def log_pairing(plan: TrainPlan) -> None:
 # The loggers are slow to import. When a setting of Ultralytics turns one on, Ultralytics has imported it already.
 
 
-def _to_tensorboard(_trainer: Any, parameters: Mapping[str, Any]) -> None:
+def _to_tensorboard(trainer: Any, parameters: Mapping[str, Any]) -> None:
     from torch.utils.tensorboard.summary import hparams
     from ultralytics.utils.callbacks import tensorboard
 
+    score = trainer.plan.task.score_column("mAP50-95")
     if tensorboard.SummaryWriter and tensorboard.WRITER:
-        for summary in hparams(parameters, {SCORE: 0}):  # type: ignore[no-untyped-call]  # it heeds the name alone
+        for summary in hparams(parameters, {score: 0}):  # type: ignore[no-untyped-call]  # it heeds the name alone
             tensorboard.WRITER.file_writer.add_summary(summary)
 
 

@@ -23,6 +23,7 @@ from yolokd.models.backbone import Backbone, backbone_teacher, is_backbone, load
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
 from yolokd.models.detector import Detector, check_detector, dense_heads, head_of
 from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.head import HeadShape
 from yolokd.pyramid.level import LevelShape
@@ -67,6 +68,11 @@ class TrainPlan:
     teachers: tuple[PairedTeacher, ...]
     unlabelled: tuple[str, ...] = ()
 
+    @property
+    def task(self) -> Task:
+        """Return the student's task."""
+        return TASKS[self.args.task]
+
 
 def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
@@ -89,6 +95,7 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
     strides = check_detector(student, f"student={settings.get('model')}")
+    args.task = _student_task(student, settings.get("task"))
     if files:
         _check_stages(config, args.epochs)
         _check_classes_map(config, models.values(), data)
@@ -110,7 +117,8 @@ def _pair_teacher(
         teacher = backbone_teacher(model, list(strides), config.levels)
     else:
         teacher = detector_teacher(model, f"teacher={file}")
-    _check_fit(file, teacher, config, data)
+    teacher = teacher.for_images(data["channels"], config.teacher_channels)
+    _check_fit(file, teacher, config)
     _check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
     levels = _chosen_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config)
@@ -132,6 +140,15 @@ def _chosen_levels(levels: Sequence[LevelShape], config: DistillationConfig) -> 
         problem = f"teacher and student do not both have a level of stride {unknown[0]}"
         raise UserError(f"levels={list(config.levels)}", problem, f"their strides: {', '.join(map(str, shared))}")
     return tuple(shape for shape in levels if shape.stride in config.levels)
+
+
+def _student_task(student: Detector, given: object) -> str:
+    """Return the name of a student's task. Raises UserError if another one is given."""
+    task = task_of(student)
+    assert task is not None
+    if given not in (None, task.name):
+        raise UserError(f"task={given}", f"is not that of the student: {task.name}", "drop task")
+    return task.name
 
 
 def _check_stages(config: DistillationConfig, epochs: int) -> None:
@@ -198,13 +215,7 @@ def _check_distinct(teacher: object, student: object) -> None:
             raise UserError(f"student={student}", "is the teacher's own file", "give a smaller model as the student")
 
 
-def _check_fit(file: str, teacher: Teacher, config: DistillationConfig, data: Mapping[str, Any]) -> None:
-    if teacher.channels != data["channels"]:
-        raise UserError(
-            f"teacher={file}",
-            f"takes {teacher.channels} channels, the data {data['channels']}",
-            "use a teacher trained on such images",
-        )
+def _check_fit(file: str, teacher: Teacher, config: DistillationConfig) -> None:
     needing = [method.name for method in config.method_configs if registered()[method.name].wants_dense_head()]
     if needing and not teacher.has_logits:
         raise UserError(
@@ -221,6 +232,17 @@ def _check_methods(config: DistillationConfig, levels: Sequence[LevelShape]) -> 
         if config.teacher_imgsz is not None and any(m.wants_box_logits for m in per_level.children()):
             problem = f"gives the teacher cells of another size, and {method.name} compares distances counted in cells"
             raise UserError(f"teacher_imgsz={config.teacher_imgsz}", problem, "drop it, or use bckd")
+        if any(m.wants_boxes or m.wants_box_logits for m in per_level.children()):
+            _check_upright(method.name, levels)
+
+
+def _check_upright(method: str, levels: Sequence[LevelShape]) -> None:
+    """Raise UserError if a method that compares boxes would get rotated ones: sides mean nothing without angles."""
+    for model, head in (("teacher", levels[0].teacher_head), ("student", levels[0].student_head)):
+        if head is not None and head.rotated:
+            weight = registered()[method].box_weight
+            cure = f"give {method}.{weight}=0" if weight else "use another method, such as bckd with bckd.alpha_2=0"
+            raise UserError(f"method={method}", f"compares upright boxes, and those of the {model} are rotated", cure)
 
 
 def _check_finite(file: str, teacher: Teacher, data: Mapping[str, Any]) -> None:

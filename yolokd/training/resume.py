@@ -20,11 +20,12 @@ from ultralytics.utils.torch_utils import torch_distributed_zero_first
 from yolokd.config.parse import method_names, split_keys, without_trust
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import data_file
+from yolokd.data.shape_labels import KINDS
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import Detector
-from yolokd.runtime.distributed import IS_MAIN
+from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN
 from yolokd.runtime.files import remove_temporary_files
 from yolokd.training.plan import TrainPlan, check_data, make_plan, with_unlabelled_images
 from yolokd.training.sidecar import State, load_sidecar, sidecar_error, sidecar_path, sidecars
@@ -128,8 +129,8 @@ def ultralytics_settings(keys: Mapping[str, Any], saved_run: SavedRun | None) ->
     settings = split_keys(keys).ultralytics
     if saved_run is not None:
         settings.setdefault("save_dir", str(saved_run.folder))
-    if settings.get("data") == "shapes" or (settings.get("data") is None and saved_run is None):
-        settings["data"] = data_file("shapes")
+    if settings.get("data") in KINDS or (settings.get("data") is None and saved_run is None):
+        settings["data"] = data_file(settings.get("data"))
     return settings
 
 
@@ -209,6 +210,8 @@ def criterion_set_aside(student: Detector) -> Iterator[None]:
 def evaluate_trained_run(trainer: Any) -> None:
     """Make the final evaluation of a run that was interrupted after its last epoch."""
     LOGGER.info("resume: all epochs are done; only the final evaluation runs")
+    if IS_DISTRIBUTED:
+        trainer._setup_ddp()
     trainer.plan = replace(trainer.plan, teachers=())
     trainer._setup_train()
     trainer.epoch = trainer.saved_run.state["epoch"]

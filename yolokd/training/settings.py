@@ -20,8 +20,9 @@ from yolokd.config.train_settings import check_types
 from yolokd.data.mixed import unlabelled_count
 from yolokd.errors import UserError, first_line
 from yolokd.models.backbone import is_backbone, with_absolute_weights
-from yolokd.models.checkpoint import check_path
+from yolokd.models.checkpoint import check_path, student_task
 from yolokd.models.model_objects import as_paths
+from yolokd.models.tasks import TASKS
 from yolokd.runtime.distributed import WORLD_SIZE
 from yolokd.runtime.files import check_output_folder
 
@@ -54,11 +55,12 @@ def _absolute(value: Any, folders: bool) -> Any:
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of a new run with defaults filled in; `student` becomes Ultralytics' `model`."""
-    if keys.get("data") is None:
-        LOGGER.info("data: none is given, so `shapes` is used, a small set of drawn shapes (data=… names yours)")
     student = keys.get("student") or keys.get("model") or defaults()["student"]
     rest = {k: v for k, v in keys.items() if k not in {"student", "model"}}
-    return {"data": defaults()["data"]} | rest | {"model": str(student) if isinstance(student, Path) else student}
+    if rest.get("data") is None:
+        rest["data"] = data = TASKS[student_task(student, bool(keys.get("trust")))].shapes
+        LOGGER.info(f"data: none is given, so `{data}` is used, a small set of drawn shapes (data=… names yours)")
+    return rest | {"model": str(student) if isinstance(student, Path) else student}
 
 
 def check_device(device: object) -> str:

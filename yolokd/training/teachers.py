@@ -19,7 +19,7 @@ from yolokd.models.precision import choose_precision, name_of
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training.plan import PairedTeacher, TrainPlan, training_imgsz
-from yolokd.training.provenance import provenance
+from yolokd.training.results.provenance import provenance
 from yolokd.training.resume import teacher_precisions
 from yolokd.training.settings import images_per_batch
 
@@ -75,7 +75,7 @@ def _with_precision(
 
 
 def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int, save_dir: Path) -> float | None:
-    """Log the score of each teacher on the validation set; return the last one's mAP50-95, None if not measured.
+    """Log the score of each teacher on the validation set; return the last one's mAP50-95 as `check_teacher` does.
 
     args: Ultralytics' settings of the training. batch: images per batch of the training. Ultralytics validates with
     twice as many, in float32. On GPUs that could need more memory than the training, so half precision and the plain
@@ -89,7 +89,15 @@ def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int,
     settings |= on_gpu if device.type == "cuda" else {"batch": batch * 2}
     try:
         scores = [
-            check_teacher(paired.model, plan.data["names"], paired.pairing.classes, settings, save_dir)
+            check_teacher(
+                paired.model,
+                plan.task,
+                plan.data,
+                paired.pairing.classes,
+                settings,
+                save_dir,
+                paired.teacher.image_channels,
+            )
             for paired in plan.teachers
             if not isinstance(paired.model, Backbone)  # which detects nothing
         ]

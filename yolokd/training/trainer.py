@@ -1,4 +1,4 @@
-"""DistillationTrainer: Ultralytics' detection trainer with a teacher. It only overrides; each override hands over."""
+"""DistillationTrainer: Ultralytics' trainer with a teacher. It only overrides; each override hands over."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ from yolokd.training.teachers import attach_criterion, score_teachers
 
 
 class DistillationTrainer(DetectionTrainer):
-    """Ultralytics' detection trainer with a teacher.
+    """Ultralytics' detection trainer with a teacher; tasks.py puts the same overrides around those of other tasks.
 
     `overrides` takes yolokd's keys (`teacher`, `method`, `dfd.alpha`, …) beside those of `yolo train`.
     Raises UserError for what cannot work, before anything is written.
     """
 
+    TASK = "detect"
     args: Any
     wdir: Path
     accumulate, tloss = EveryBatch(), logs.MeanLosses()
@@ -58,6 +59,7 @@ class DistillationTrainer(DetectionTrainer):
         if IS_DISTRIBUTED:
             keys["device"] = distributed.init_process_group(resume.device_of_run(keys, self.saved_run))
         self.plan: TrainPlan = resume.plan_run(cfg, keys, self.saved_run)
+        assert self.plan.task.name == self.TASK, "tasks.make_trainer chooses the class"
         self._lock = FolderLock()
         with self._lock.released_on_error():
             self._init_ultralytics(cfg, keys, _callbacks)
@@ -140,8 +142,6 @@ class DistillationTrainer(DetectionTrainer):
         if self.saved_run is None or not self.saved_run.trained:
             super()._do_train()
             return
-        if IS_DISTRIBUTED:
-            self._setup_ddp()
         resume.evaluate_trained_run(self)
 
     # Set-up
@@ -182,14 +182,13 @@ class DistillationTrainer(DetectionTrainer):
 
     def get_validator(self) -> DetectionValidator:
         """Return Ultralytics' validator, built without yolokd's keys, which it would reject."""
-        settings = type(self.args)(**split_keys(vars(self.args)).ultralytics)
-        with patched(self, "args", settings):
+        with patched(self, "args", type(self.args)(**split_keys(vars(self.args)).ultralytics)):
             return super().get_validator()
 
     # The loop
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Prepare the batch as Ultralytics does, and start the teacher on it."""
-        labels = Labels.from_centers(batch["batch_idx"], batch["bboxes"])  # before Ultralytics uploads them
+        labels = Labels.from_centers(batch["batch_idx"], batch["bboxes"], *batch["img"].shape[-2:])  # still on the CPU
         batch = super().preprocess_batch(batch) | {"labels": labels}
         if self.criterion is not None:
             self.criterion.begin_step(batch["img"])

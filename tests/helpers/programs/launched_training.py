@@ -25,7 +25,7 @@ from torch import nn
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.cli import status_of
-from yolokd.training.trainer import DistillationTrainer
+from yolokd.training.tasks import make_trainer
 
 
 def rank() -> int:
@@ -129,7 +129,7 @@ def main() -> int:
     keys = json.loads(sys.argv[1])
     if rank() == 1:
         keys["data"] = os.environ.get("DATA_OF_RANK_1", keys["data"])
-    trainer = DistillationTrainer(overrides=keys)
+    trainer = make_trainer(keys)
     if "BATCH" in os.environ:
         trainer.add_callback("on_train_start", on_train_start)
     trainer.add_callback("on_pretrain_routine_end", note_unlabelled)

@@ -11,17 +11,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from ultralytics.engine import trainer as engine
-from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.distill_model import DistillationModel
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolokd.commands.candidates import NATIVE, PLAIN, constant_applies
 from yolokd.config.parse import split_keys
 from yolokd.errors import UserError
+from yolokd.models.checkpoint import student_task
+from yolokd.models.tasks import TASKS
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.runtime.threads import training_threads
+from yolokd.training.tasks import make_trainer
 from yolokd.training.trainer import DistillationTrainer
 
 NATIVE_ALL = f"{NATIVE}, all cores"
@@ -257,10 +259,11 @@ def build_yolokd_trainer(setting: BenchSetting, keys: Mapping[str, Any], method:
     together = {"teachers": "ensemble"} if len(setting.teachers) > 1 else {}
     teacher = {"teacher": list(setting.teachers)} | together if method != PLAIN else {}
     quiet = {"check_teacher": False, "report": False}
-    return DistillationTrainer(overrides=overrides | teacher | {"method": method, **quiet})
+    return make_trainer(overrides | teacher | {"method": method, **quiet})
 
 
-def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> DetectionTrainer:
+def build_native_trainer(setting: BenchSetting, keys: Mapping[str, Any]) -> Any:
     """Build Ultralytics' own trainer with its own distillation, without yolokd's keys; it takes the last teacher."""
     overrides = split_keys(keys).ultralytics
-    return DetectionTrainer(overrides=overrides | {"distill_model": setting.teachers[-1]})
+    trainer = TASKS[student_task(setting.student, bool(keys.get("trust")))].trainer
+    return trainer(overrides=overrides | {"distill_model": setting.teachers[-1]})

@@ -13,6 +13,7 @@ from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.launchers import Launcher
 from yolokd.commands.compare.ledger import append
 from yolokd.commands.compare.row import make_row
+from yolokd.commands.compare.show import deciding
 from yolokd.commands.compare.time_left import TimeLeft
 from yolokd.runtime.console import CONSOLE, make_progress
 
@@ -60,7 +61,10 @@ def _record(run: ComparisonRun, path: Path, images: int, time_left: str) -> None
     """Append a finished run's row to the ledger, and print its score, and how much time is left."""
     row = make_row(run, images)
     append(path, row)
-    parts = (f"{run.method} seed {run.seed}: mAP50-95 {row.map:.3f} in {row.seconds:.0f} s", time_left)
+    parts = (
+        f"{run.method} seed {run.seed}: {deciding(row.metric)}mAP50-95 {row.map:.3f} in {row.seconds:.0f} s",
+        time_left,
+    )
     CONSOLE.print("; ".join(filter(None, parts)))
 
 

@@ -39,8 +39,8 @@ class ComparisonRun:
     except the seed. ground: hash of what runs must have in common to be compared (student, data, split, Ultralytics'
     settings). teacher_row: hash of the run that scores its teacher; empty if there is none. project: the folder that
     holds the runs' folders. strongest_teacher: the comparison's, with whose predictions those of the student are
-    compared; empty if there is none. classes_map: the comparison's, for that teacher. Neither is part of the identity:
-    a run without a teacher of its own has both, too.
+    compared; empty if there is none. classes_map, teacher_channels: the comparison's, for that teacher. None of these
+    is part of the identity: a run without a teacher of its own has them, too.
     """
 
     method: str
@@ -53,6 +53,7 @@ class ComparisonRun:
     project: Path
     strongest_teacher: str = ""
     classes_map: Mapping[str, str] | None = None
+    teacher_channels: tuple[int, ...] | None = None
 
     @property
     def folder(self) -> Path:
@@ -143,12 +144,10 @@ def training_hash(method: str, content: SharedContent, config: DistillationConfi
             identity["unlabelled"] = content.unlabelled
         else:  # its ratio then has no effect, and earlier versions did not have it
             uncounted |= {"unlabelled_ratio"}
-        if config.classes_map is None:  # earlier versions did not have it
-            uncounted |= {"classes_map"}
-        if config.teachers == "stages":  # nor this
+        # Earlier versions did not have these.
+        uncounted |= {key for key in ("classes_map", "teacher_channels", "levels") if getattr(config, key) is None}
+        if config.teachers == "stages":
             uncounted |= {"teachers"}
-        if config.levels is None:
-            uncounted |= {"levels"}
         identity["distillation"] = {k: v for k, v in config.flat().items() if k not in uncounted}
     return digest(identity)
 
@@ -158,14 +157,20 @@ def ground_hash(content: SharedContent, split: str) -> str:
     return digest([split, content.scored, content.data, content.student, content.settings])
 
 
-def teacher_hashes(keys: Mapping[str, Any], content: SharedContent, split: str) -> tuple[str, str]:
+def teacher_hashes(
+    keys: Mapping[str, Any], content: SharedContent, split: str, task: str = "detect"
+) -> tuple[str, str]:
     """Return the hashes `config` and `ground` of the run that scores the strongest teacher.
 
-    keys: the comparison's; only those that change a validation's scores count.
+    keys: the comparison's; only those that change a validation's scores count. task: on which it is scored.
     """
     validation = {key: keys[key] for key in NMS_SETTINGS if key in keys}
     if keys.get("classes_map") is not None:
         validation["classes_map"] = keys["classes_map"]
+    if keys.get("teacher_channels") is not None:
+        validation["teacher_channels"] = keys["teacher_channels"]
+    if task != "detect":  # earlier versions scored no other
+        validation["task"] = task
     identity = {"teacher": content.teachers[-1], "imgsz": keys.get("imgsz", 640), **validation}
     return digest(identity), digest([split, content.scored])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -37,7 +37,8 @@ class LedgerRow(BaseModel):
     rows must have in common to be compared. teacher_row: the hash of the row with the teacher's own score; empty if
     there is none. teacher, student, data: names of files, for people. ap_small, ap_medium, ap_large: None if the split
     has no box of that size. images_per_second: of training, over the time of the whole run, validation included.
-    curve: mAP50-95 on the validation set, epoch by epoch.
+    curve: mAP50-95 on the validation set, epoch by epoch. metric: what the mAP compares, which decides. box_map,
+    box_map50: of upright boxes, if these do not decide.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -65,6 +66,9 @@ class LedgerRow(BaseModel):
     curve: Curve
     d_pred: Amount | None = None
     d_pred_teacher: str = ""
+    metric: Literal["box", "mask", "pose", "rotated box"] = "box"
+    box_map: Score | None = None
+    box_map50: Score | None = None
 
     @property
     def epochs(self) -> list[float]:
@@ -73,7 +77,8 @@ class LedgerRow(BaseModel):
 
 
 COLUMNS = list(LedgerRow.model_fields)
-OLD_COLUMNS = [column for column in COLUMNS if column not in ("d_pred", "d_pred_teacher")]  # of earlier releases
+OLD_COLUMNS = [name for name, field in LedgerRow.model_fields.items() if field.is_required()]  # of earlier releases
+OLD_COLUMNS_WITH_D_PRED = [*OLD_COLUMNS, "d_pred", "d_pred_teacher"]  # of later ones
 
 
 def read(path: Path) -> dict[str, LedgerRow]:
@@ -91,7 +96,7 @@ def read(path: Path) -> dict[str, LedgerRow]:
             for line in reader:
                 row = LedgerRow.model_validate(_empty_numbers_as_none(line))
                 rows[row.hash] = row
-            if reader.fieldnames not in (COLUMNS, OLD_COLUMNS):
+            if reader.fieldnames not in (COLUMNS, OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED):
                 raise KeyError(reader.fieldnames)
     except ValidationError as e:
         first = e.errors()[0]
@@ -103,7 +108,8 @@ def read(path: Path) -> dict[str, LedgerRow]:
 
 
 def _empty_numbers_as_none(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if v == "" and (k.startswith("ap_") or k == "d_pred") else v for k, v in line.items()}
+    numbers = ("ap_", "box_map")
+    return {k: None if v == "" and (k.startswith(numbers) or k == "d_pred") else v for k, v in line.items()}
 
 
 def append(path: Path, row: LedgerRow) -> None:

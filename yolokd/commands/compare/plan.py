@@ -28,8 +28,9 @@ from yolokd.data.dataset import data_file, split_images
 from yolokd.errors import UserError
 from yolokd.models.backbone import is_backbone, with_absolute_weights
 from yolokd.models.checkpoint import load_model, load_teacher
-from yolokd.models.detector import Detector, check_detector, only_detects
+from yolokd.models.detector import Detector, check_detector
 from yolokd.models.model_objects import as_paths
+from yolokd.models.tasks import Task, scored_task
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.console import CONSOLE
 from yolokd.training.plan import TrainPlan, check_data, make_plan
@@ -71,17 +72,24 @@ class Inputs:
         """Return the user's map of the teachers' classes, which the check of a training has validated."""
         return self.keys.get("classes_map")
 
+    @property
+    def teacher_channels(self) -> tuple[int, ...] | None:
+        """Return which channels the teachers see, which the check of a training has validated."""
+        given = self.keys.get("teacher_channels")
+        return None if given is None else tuple(as_list(given))
+
 
 @dataclass(frozen=True)
 class Trainings:
     """The runs that train, and what they have in common.
 
-    images: how many an epoch of training has. names: the data set's classes.
+    images: how many an epoch of training has. task: the student's. data: Ultralytics' dictionary of the data set.
     """
 
     runs: list[ComparisonRun]
     images: int
-    names: Mapping[int, str]
+    task: Task
+    data: Mapping[str, Any]
     content: SharedContent
 
 
@@ -111,9 +119,9 @@ def plan_runs(
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
     if inputs.teachers and inputs.strongest is None:
         CONSOLE.print("teacher: is a timm backbone, which detects nothing: it is not scored")
-    if not _can_score_teacher(inputs, trainings.names):
+    if not _can_score_teacher(inputs, trainings.task, trainings.data):
         return trainings.runs, trainings.images
-    teacher_run = _plan_teacher(inputs, trainings.content, split, project)
+    teacher_run = _plan_teacher(inputs, trainings, split, project)
     runs = [run if run.method == PLAIN else replace(run, teacher_row=teacher_run.hash) for run in trainings.runs]
     return [teacher_run, *runs], trainings.images
 
@@ -158,7 +166,8 @@ def _plan_trainings(
 ) -> Trainings:
     """Check each method and return the runs that train it, one a seed."""
     runs: list[ComparisonRun] = []
-    shared = project, inputs.teachers[-1] if inputs.strongest is not None else "", inputs.classes_map
+    strongest = inputs.teachers[-1] if inputs.strongest is not None else ""
+    shared = project, strongest, inputs.classes_map, inputs.teacher_channels
     content: SharedContent | None = None
     for method in methods:
         keys = _method_keys(inputs, method) | QUIET
@@ -171,7 +180,7 @@ def _plan_trainings(
         config, ground = training_hash(method, content, plan.config), ground_hash(content, split)
         runs += [ComparisonRun(method, seed, split, keys, config, ground, "", *shared) for seed in seeds]
     assert content is not None
-    return Trainings(runs, images, plan.data["names"], content)
+    return Trainings(runs, images, plan.task, plan.data, content)
 
 
 def _method_keys(inputs: Inputs, method: str) -> dict[str, Any]:
@@ -209,19 +218,27 @@ def reported_defaults(config: DistillationConfig) -> dict[str, Any]:
     return common | schedules if schedules else {}
 
 
-def _can_score_teacher(inputs: Inputs, names: Mapping[int, str]) -> bool:
-    """Return whether the strongest teacher can be scored on classes `names`; print why not."""
+def _can_score_teacher(inputs: Inputs, task: Task, data: Mapping[str, Any]) -> bool:
+    """Return whether the strongest teacher can be scored as the student is; print why not.
+
+    task: the student's. data: Ultralytics' dictionary of the data set.
+    """
     teacher = inputs.strongest
     if teacher is None:
         return False
-    can_be_scored = only_detects(teacher) and not pair_classes(teacher.names, names, inputs.classes_map).objectness
-    if not can_be_scored:
-        CONSOLE.print("teacher: does more than detect, or knows none of the data set's classes: it is not scored")
-    return can_be_scored
+    if pair_classes(teacher.names, data["names"], inputs.classes_map).objectness:
+        CONSOLE.print("teacher: knows none of the data set's classes: it is not scored")
+        return False
+    if scored_task(teacher, task, data) is not task:
+        CONSOLE.print(f"teacher: has no {task.score_name} on this data set, which decides here: it is not scored")
+        return False
+    return True
 
 
-def _plan_teacher(inputs: Inputs, content: SharedContent, split: str, project: Path) -> ComparisonRun:
+def _plan_teacher(inputs: Inputs, trainings: Trainings, split: str, project: Path) -> ComparisonRun:
     """Return the run that scores the strongest teacher."""
     keys = _method_keys(inputs, PLAIN) | {"method": TEACHER, "teacher": inputs.teachers[-1]}
-    config, ground = teacher_hashes(inputs.keys, content, split)
-    return ComparisonRun(TEACHER, 0, split, keys, config, ground, "", project, classes_map=inputs.classes_map)
+    config, ground = teacher_hashes(inputs.keys, trainings.content, split, trainings.task.name)
+    return ComparisonRun(
+        TEACHER, 0, split, keys, config, ground, "", project, "", inputs.classes_map, inputs.teacher_channels
+    )

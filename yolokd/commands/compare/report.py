@@ -60,6 +60,11 @@ class Verdict:
     teachers: Sequence[LedgerRow]
 
     @property
+    def metric(self) -> str:
+        """Return what the deciding mAP compares, which is the same for all rows of a ground."""
+        return self.summaries[0].rows[0].metric
+
+    @property
     def lines(self) -> list[tuple[str, ...]]:
         """Return the lines of a table, in the columns of `show.HEADERS`."""
         teachers = [show.teacher_cells(row) for row in self.teachers]
@@ -89,12 +94,12 @@ def _make_verdict(rows: Sequence[LedgerRow], ledger: Sequence[LedgerRow], method
 
 def _print(verdict: Verdict) -> None:
     CONSOLE.print(verdict.title)
-    print_table(show.terminal_table(verdict.lines, table_width()))
+    print_table(show.terminal_table(verdict.lines, table_width(), verdict.metric))
 
 
 def _write(verdict: Verdict, base: Path) -> None:
     """Write a verdict's Markdown table, CSV and plot, and print their paths."""
-    text = show.markdown(verdict.lines, verdict.title)
+    text = show.markdown(verdict.lines, verdict.title, verdict.metric)
     with atomic_path(base.with_name(f"{base.name}-summary.md")) as path:
         path.write_text(text, encoding="utf-8")
     show.write_csv(verdict.summaries, verdict.teachers, base.with_name(f"{base.name}-summary.csv"))

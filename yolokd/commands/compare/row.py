@@ -11,7 +11,8 @@ from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.config.schema import teacher_files
 from yolokd.errors import UserError
 from yolokd.models.backbone import teacher_name
-from yolokd.report.history import MAP, read_history
+from yolokd.models.tasks import TASKS
+from yolokd.report.history import read_history
 
 
 def make_row(run: ComparisonRun, images: int) -> LedgerRow:
@@ -19,8 +20,9 @@ def make_row(run: ComparisonRun, images: int) -> LedgerRow:
 
     Raises UserError if the file with the scores is broken.
     """
-    history = read_history(run.folder)
-    curve, seconds = history.column(MAP), history.seconds
+    scores, history = _read_scores(run), read_history(run.folder)
+    task = next((task for task in TASKS.values() if task.metric == scores.get("metric")), TASKS["detect"])
+    curve, seconds = history.column(task.score_column("mAP50-95")), history.seconds
     keys = run.keys
     settings = {k: v for k, v in keys.items() if k not in FILES | SCORE_NEUTRAL_KEYS | {"method"}}
     if settings.get("unlabelled"):
@@ -42,8 +44,19 @@ def make_row(run: ComparisonRun, images: int) -> LedgerRow:
         "curve": " ".join(f"{v:.4f}" for v in curve),
     }
     try:
-        scores = json.loads(run.scores_path.read_text(encoding="utf-8"))
         return LedgerRow(**scores, **described)
-    except (TypeError, ValueError, RecursionError) as e:  # ValueError: also of json and of pydantic
-        problem = f"{run.scores_path} holds no scores of a run"
-        raise UserError(f"project={run.project}", problem, "remove this file, then the run is scored again") from e
+    except (TypeError, ValueError) as e:  # ValueError: also of pydantic
+        raise _no_scores(run) from e
+
+
+def _read_scores(run: ComparisonRun) -> dict[str, Any]:
+    """Return the content of the file with a run's scores. Raises UserError if it is none."""
+    try:
+        return dict(json.loads(run.scores_path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, RecursionError) as e:  # ValueError: also of json
+        raise _no_scores(run) from e
+
+
+def _no_scores(run: ComparisonRun) -> UserError:
+    problem = f"{run.scores_path} holds no scores of a run"
+    return UserError(f"project={run.project}", problem, "remove this file, then the run is scored again")

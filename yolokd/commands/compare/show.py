@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 HEADERS = (
     "method", "seeds", "mAP50-95 (sd)", "mAP50", "AP small / medium / large", "difference (95 % interval)",
     "improved", "gap closed (95 % interval)", "verdict", "against native", "images/s of a run", "D_pred",
+    "box mAP50-95",
 )  # fmt: skip
+NEWER = 2  # the last columns, which older ledgers lack
 # The columns that a narrow terminal may lack, the most important first; all of them are in the files.
 OPTIONAL = (
     "gap closed (95 % interval)", "against native", "seeds", "improved", "mAP50", "AP small / medium / large",
-    "D_pred", "images/s of a run",
+    "D_pred", "images/s of a run", "box mAP50-95",
 )  # fmt: skip
 BASELINE_COLOR = "black"
 LEGEND_COLUMNS = 4
@@ -51,13 +53,22 @@ def summary_cells(summary: Summary) -> tuple[str, ...]:
         str(summary.against_native or ""),
         f"{summary.images_per_second:.1f}",
         "" if summary.d_pred is None else f"{summary.d_pred:.2e}",
+        _number(scores["box_map"]),
     )
 
 
 def teacher_cells(teacher: LedgerRow) -> tuple[str, ...]:
     """Return a teacher's line of a table, in the order of HEADERS."""
     sizes = _sizes(teacher.ap_small, teacher.ap_medium, teacher.ap_large)
-    return (f"teacher {teacher.teacher}", "", _number(teacher.map), _number(teacher.map50), sizes, *[""] * 7)
+    return (
+        f"teacher {teacher.teacher}",
+        "",
+        _number(teacher.map),
+        _number(teacher.map50),
+        sizes,
+        *[""] * 7,
+        _number(teacher.box_map),
+    )
 
 
 def _sizes(*values: float | None) -> str:
@@ -76,22 +87,36 @@ def _percent(value: Interval | None) -> str:
     return f"{value.mean:.0%} ({value.low:.0%} to {value.high:.0%})"
 
 
-def terminal_table(lines: Sequence[tuple[str, ...]], width: int) -> Table:
-    """Return lines in the order of HEADERS as a table for a terminal of `width` characters."""
-    headers, *shown = _measured([HEADERS, *lines])
+def terminal_table(lines: Sequence[tuple[str, ...]], width: int, metric: str = "box") -> Table:
+    """Return lines in the order of HEADERS as a table for a terminal of `width` characters.
+
+    metric: what the deciding mAP compares.
+    """
+    headers, *shown = _measured([_headers(metric), *lines])
     optional = [header for header in OPTIONAL if header in headers]
     return fit_table(headers, shown, width, optional, ("method", "verdict"), "the files below hold all columns")
 
 
+def _headers(metric: str) -> tuple[str, ...]:
+    return tuple(deciding(metric) + h if h.startswith("mAP") else h for h in HEADERS)
+
+
+def deciding(metric: str) -> str:
+    """Return what stands before `mAP50-95` where something else than upright boxes decides: `mask `, for example."""
+    return "" if metric == "box" else f"{metric} "
+
+
 def _measured(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return lines, the first of headers; without D_pred, the last column, if no run has it, as in older ledgers."""
-    return list(lines) if any(line[-1] for line in lines[1:]) else [line[:-1] for line in lines]
+    """Return lines, the first of headers, without those of the last columns in which nothing stands."""
+    old = len(lines[0]) - NEWER
+    kept = [column for column in range(len(lines[0])) if column < old or any(line[column] for line in lines[1:])]
+    return [tuple(line[column] for column in kept) for line in lines]
 
 
-def markdown(lines: Sequence[tuple[str, ...]], title: str) -> str:
-    """Return lines in the order of HEADERS as a Markdown table."""
+def markdown(lines: Sequence[tuple[str, ...]], title: str, metric: str = "box") -> str:
+    """Return lines in the order of HEADERS as a Markdown table. metric: what the deciding mAP compares."""
     cells = (tuple(" ".join(cell.replace("|", "\\|").splitlines()) for cell in line) for line in lines)
-    headers, *shown = _measured([HEADERS, *cells])
+    headers, *shown = _measured([_headers(metric), *cells])
     rows = [headers, tuple("---" for _ in headers), *shown]
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -99,7 +124,7 @@ def markdown(lines: Sequence[tuple[str, ...]], title: str) -> str:
 def write_csv(summaries: Sequence[Summary], teachers: Sequence[LedgerRow], path: Path) -> None:
     """Write summaries and teachers' scores as a CSV: one unrounded number in a cell; an empty cell if there is none."""
     lines: list[dict[str, object]] = [_csv_line(summary) for summary in summaries]
-    lines += [{"method": f"teacher {teacher.teacher}", **_mean_scores([teacher])} for teacher in teachers]
+    lines += [{"method": f"teacher {teacher.teacher}", **_known_scores([teacher])} for teacher in teachers]
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
         writer.writeheader()
@@ -110,7 +135,7 @@ def _csv_line(summary: Summary) -> dict[str, object]:
     return {
         "method": summary.method,
         "seeds": len(summary.rows),
-        **_mean_scores(summary.rows),
+        **_known_scores(summary.rows),
         "map_sd": summary.deviation,
         **_bounds("difference", summary.difference),
         "improved": summary.improved,
@@ -125,9 +150,15 @@ def _csv_line(summary: Summary) -> dict[str, object]:
 
 def _mean_scores(rows: Sequence[LedgerRow]) -> dict[str, float | None]:
     """Return the mean of each score over the rows that have it."""
-    columns = ("map", "map50", "ap_small", "ap_medium", "ap_large")
+    columns = ("map", "map50", "ap_small", "ap_medium", "ap_large", "box_map", "box_map50")
     scores = {column: [v for row in rows if (v := getattr(row, column)) is not None] for column in columns}
     return {column: fmean(values) if values else None for column, values in scores.items()}
+
+
+def _known_scores(rows: Sequence[LedgerRow]) -> dict[str, float | None]:
+    """Return the means, without those of upright boxes where these decide and so are the other ones."""
+    scores = _mean_scores(rows)
+    return {name: score for name, score in scores.items() if score is not None or not name.startswith("box_")}
 
 
 def _bounds(name: str, value: Interval | None) -> dict[str, float | None]:
@@ -205,7 +236,8 @@ def _draw_curves(
     curves.set_xlim(left=1)
     banded = f" (baseline and best {IN_FRONT})" if len(ranked) > IN_FRONT else ""
     curves.set_xlabel(f"epoch\nbands{banded}: one standard deviation over seeds")
-    curves.set_ylabel("mAP50-95 on the validation set")
+    metric = deciding(next((row.metric for s in summaries for row in s.rows), "box"))
+    curves.set_ylabel(f"{metric}mAP50-95 on the validation set")
 
 
 def _draw_curve(curves: Any, summary: Summary, color: Any, in_front: bool, zorder: float) -> None:

@@ -9,23 +9,23 @@ from dataclasses import asdict
 from typing import Any
 from zipfile import is_zipfile
 
-from ultralytics.models.yolo.detect import DetectionTrainer
-
 from yolokd.commands.candidates import NATIVE
 from yolokd.commands.compare.identity import NMS_SETTINGS, ComparisonRun, digest
 from yolokd.commands.compare.ledger import TEACHER
 from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
 from yolokd.distiller import YoloDistiller
-from yolokd.models.checkpoint import load_model, load_teacher
+from yolokd.models.checkpoint import load_model, load_teacher, student_task
 from yolokd.models.detector import Detector
 from yolokd.models.disagreement import mean_disagreement
 from yolokd.models.evaluate import aligned_copy, score
+from yolokd.models.tasks import TASKS, Task
+from yolokd.models.teacher import seen_channels
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path, sha256
-from yolokd.training.provenance import versions
+from yolokd.training.results.provenance import versions
 from yolokd.training.resume import is_trained, saved_epoch
 
 VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", *NMS_SETTINGS)  # settings of training that scoring uses
@@ -37,14 +37,15 @@ def train_and_score(run: ComparisonRun, device: object) -> None:
     A teacher's run is only scored.
     """
     with bfloat16_on_cpu(), safe_loading(run.trusts_files):
+        task = TASKS[student_task(run.keys["student"], run.trusts_files)]
         if run.method == TEACHER:
-            model = _aligned_teacher(run)
+            model = _aligned_teacher(run, task)
         else:
-            _finish_training(run, device)
+            _finish_training(run, device, task)
             model = _trained_model(run)
         settings = {key: run.keys[key] for key in VALIDATION_KEYS if key in run.keys}
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
-        scores = asdict(score(model, settings, run.folder)) | _disagreement(run, model, settings)
+        scores = asdict(score(model, settings, run.folder, task)) | _disagreement(run, model, settings)
     with atomic_path(run.scores_path) as path:
         path.write_text(json.dumps({**scores, **versions()}), encoding="utf-8")
 
@@ -54,28 +55,33 @@ def _disagreement(run: ComparisonRun, student: Detector, settings: Mapping[str, 
     if not run.strongest_teacher:
         return {}
     teacher = load_teacher(run.strongest_teacher, run.trusts_files)
-    value = mean_disagreement(teacher, student, settings, run.folder, run.classes_map)
+    value = mean_disagreement(teacher, student, settings, run.folder, run.classes_map, run.teacher_channels)
     identity = sha256(run.strongest_teacher)
     if run.classes_map is not None:  # which classes are compared depends on it
         identity = digest([identity, run.classes_map])
     return {} if value is None else {"d_pred": value, "d_pred_teacher": identity[:12]}
 
 
-def _aligned_teacher(run: ComparisonRun) -> Detector:
+def _aligned_teacher(run: ComparisonRun, task: Task) -> Detector:
     """Return the teacher, its classes mapped to those of the data set."""
     model = load_teacher(run.keys["teacher"], run.trusts_files)
-    names = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=run.trusts_files)["names"]
-    return aligned_copy(model, names, pair_classes(model.names, names, run.classes_map).mapping)
+    data = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=run.trusts_files)
+    names, own = data["names"], model.yaml.get("channels", 3)
+    channels = seen_channels(own, data["channels"], run.teacher_channels)
+    return aligned_copy(model, names, pair_classes(model.names, names, run.classes_map).mapping, task, channels)
 
 
-def _finish_training(run: ComparisonRun, device: object) -> None:
-    """Train a run from its start or from its last checkpoint; do nothing if its training is complete."""
+def _finish_training(run: ComparisonRun, device: object, task: Task) -> None:
+    """Train a run from its start or from its last checkpoint; do nothing if its training is complete.
+
+    task: the student's.
+    """
     if run.method == NATIVE:
         _repair_half_written(run)
     if _is_trained(run):
         return
     if run.method == NATIVE:
-        _train_native(run, device)
+        _train_native(run, device, task)
     else:
         _train(run, device)
 
@@ -122,7 +128,7 @@ def _train(run: ComparisonRun, device: object) -> None:
     YoloDistiller().train(resume=str(run.folder), trust=run.trusts_files, device=device, **moved)
 
 
-def _train_native(run: ComparisonRun, device: object) -> None:
+def _train_native(run: ComparisonRun, device: object, task: Task) -> None:
     """Train, or resume, Ultralytics' own distillation."""
     last = run.weights / "last.pt"
     if last.exists():
@@ -133,4 +139,4 @@ def _train_native(run: ComparisonRun, device: object) -> None:
     # A resume needs these as well: a checkpoint names files where they were, and they may have moved since.
     settings |= {"distill_model": run.keys["teacher"], "data": run.keys["data"]}
     settings |= {"save_dir": str(run.folder), "seed": run.seed, "device": device}
-    DetectionTrainer(overrides=settings).train()
+    task.trainer(overrides=settings).train()

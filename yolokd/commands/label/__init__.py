@@ -22,7 +22,7 @@ from yolokd.errors import UserError
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.console import CONSOLE, make_progress, print_table
 from yolokd.runtime.files import sha256
-from yolokd.training.provenance import versions
+from yolokd.training.results.provenance import versions
 from yolokd.training.settings import check_device
 
 PICTURE = "sample.png"

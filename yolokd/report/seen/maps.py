@@ -55,12 +55,13 @@ class MapSettings:
     """What maps depend on beside the models.
 
     classes: how those of the two models are paired. imgsz: the side of the images in pixels. teacher_imgsz: as in
-    InferenceSettings. distance: PDF's, between class predictions.
+    InferenceSettings. teacher_channels: as in `seen_channels`. distance: PDF's, between class predictions.
     """
 
     classes: ClassPairing
     imgsz: int
     teacher_imgsz: int | None = None
+    teacher_channels: tuple[int, ...] | None = None
     distance: str = method_defaults("pdf")["distance"]
 
 
@@ -90,7 +91,8 @@ def observe(
         small = detector_teacher(student, "student").to(device)
         large = small
         if teacher is not None:
-            large = detector_teacher(teacher).with_settings(InferenceSettings(imgsz=settings.teacher_imgsz)).to(device)
+            large = detector_teacher(teacher).for_images(small.channels, settings.teacher_channels)
+            large = large.with_settings(InferenceSettings(imgsz=settings.teacher_imgsz)).to(device)
         levels = [_levels(small, large, as_images(sample, settings.imgsz).to(device), settings) for sample in samples]
     maps: LevelMaps = {}
     for at_one_level in zip(*levels, strict=True):

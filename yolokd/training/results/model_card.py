@@ -13,11 +13,18 @@ from ultralytics.utils.torch_utils import get_num_params
 
 from yolokd.data.dataset import data_name
 from yolokd.models.checkpoint import load_model
-from yolokd.training.provenance import flattened, versions
+from yolokd.training.results.provenance import flattened, versions
 
 NAME = "MODEL_CARD.md"
 TEMPLATE = "model_card.md.jinja"
 SCORES = ("precision", "recall", "mAP50", "mAP50-95")  # Ultralytics' names, in the order of the card's columns
+FINDS = {  # what a model of each task does with an object
+    "detect": "draws a box around each",
+    "segment": "marks the area of each",
+    "pose": "marks the keypoints of each",
+    "obb": "draws a rotated box around each",
+}
+HUB_TASKS = {"segment": "image-segmentation", "pose": "keypoint-detection"}  # others are object-detection
 TRAINING = ("imgsz", "batch", "optimizer", "lr0", "seed")  # Ultralytics' settings that the card names
 # What Markdown or HTML could read as markup, and what GitHub turns into links and mentions.
 MARKUP = re.compile(r"[\\`*_\[\]<>#|~$&:@]|(?<=www)\.", re.IGNORECASE)
@@ -69,10 +76,15 @@ def card_content(trainer: Any) -> dict[str, Any]:
     taught_by = f"taught by {', '.join(teacher['file'] for teacher in teachers)}" if teachers else "without a teacher"
     own = {key: value for key, value in record.items() if key not in ("teacher", "versions", "unlabelled")}
     settings = {"method": "none", **own, **{key: getattr(trainer.args, key) for key in TRAINING}}
-    metrics = trainer.validator.metrics
-    by_class = metrics.summary(decimals=3)
+    metrics, task = trainer.validator.metrics, trainer.plan.task
+    by_class = [
+        {**row, "scores": [round(float(score), 3) for score in getattr(metrics, task.part).class_result(i)]}
+        for i, row in enumerate(metrics.summary(decimals=3))
+    ]
     measured = {row["Class"] for row in by_class}
     return {
+        "task": task.name,
+        "finds": FINDS[task.name],
         "title": f"{name}, {taught_by}",
         "student": name,
         "millions": round(get_num_params(student) / 1e6, 2),
@@ -86,7 +98,7 @@ def card_content(trainer: Any) -> dict[str, Any]:
         "objects": int(metrics.nt_per_class.sum()),
         "split": trainer.args.split,
         "imgsz": trainer.args.imgsz,
-        "overall": [round(float(trainer.metrics[f"metrics/{score}(B)"]), 3) for score in SCORES],
+        "overall": [round(float(trainer.metrics[task.score_column(score)]), 3) for score in SCORES],
         "by_class": by_class,
         "unmeasured": [name for name in trainer.data["names"].values() if name not in measured],
         "chosen": trainer.args.val and trainer.args.split == "val",
@@ -113,16 +125,17 @@ def hub_metadata(content: Mapping[str, Any]) -> dict[str, Any]:
     the hub, so its type is `custom`.
     """
     scores = zip(SCORES, content["overall"], strict=True)
+    task = HUB_TASKS.get(content["task"], "object-detection")
     dataset = {"type": "custom", "name": content["data"], "split": content["split"]}
     result = {
-        "task": {"type": "object-detection"},
+        "task": {"type": task},
         "dataset": dataset,
         "metrics": [{"type": score.lower(), "name": score, "value": value} for score, value in scores],
     }
     return {
         "license": "agpl-3.0",
         "library_name": "ultralytics",
-        "pipeline_tag": "object-detection",
+        "pipeline_tag": task,
         "tags": ["ultralytics", "yolo", "yolokd", *(["knowledge-distillation"] if content["teachers"] else [])],
         "metrics": [score.lower() for score in SCORES],
         "model-index": [{"name": content["title"], "results": [result]}],

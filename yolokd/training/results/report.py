@@ -44,7 +44,9 @@ def _keep_beginning(trainer: Any) -> None:
     if detectors := [paired for paired in plan.teachers if not is_backbone(paired.file)]:
         teacher = load_teacher(detectors[-1].file, config.trust)
         classes = detectors[-1].pairing.classes
-    settings = MapSettings(classes, int(trainer.args.imgsz), config.teacher_imgsz, pdf_distance(config))
+    settings = MapSettings(
+        classes, int(trainer.args.imgsz), config.teacher_imgsz, config.teacher_channels, pdf_distance(config)
+    )
     names = [name for name, kind in KINDS.items() if kind.models != "teacher"]
     before = observe(trainer.ema.ema, teacher, samples, settings, trainer.device, names)
     record = Record(

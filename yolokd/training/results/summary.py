@@ -14,8 +14,6 @@ from yolokd.models.backbone import Backbone
 from yolokd.models.size import ModelSize, backbone_size, model_size
 from yolokd.runtime.console import make_console, table_width
 
-SCORE = "metrics/mAP50-95(B)"  # the name of the column in results.csv
-
 
 def teacher_sizes(trainer: Any) -> list[ModelSize]:
     """Return the sizes of a trainer's teachers, while it still has the whole models."""
@@ -36,26 +34,27 @@ def log_summary(trainer: Any) -> None:
 
 def run_summary(trainer: Any, teachers: Sequence[ModelSize]) -> str:
     """Return a table of a finished run as text: scores of teachers and student, and what each model costs."""
-    imgsz = trainer.args.imgsz
+    imgsz, task = trainer.args.imgsz, trainer.plan.task
+    column = task.score_column("mAP50-95")
     title = f"result on the validation set, images of {imgsz} pixels"
-    table = Table("model", "mAP50-95", "parameters", "GFLOPs", "file", title=title, title_justify="left")
+    table = Table("model", task.score_name, "parameters", "GFLOPs", "file", title=title, title_justify="left")
     scores = [None] * (len(teachers) - 1) + [trainer.teacher_score]  # a trainer keeps that of the last teacher
     for teacher, score in zip(teachers, scores, strict=True):
         table.add_row(f"teacher {teacher.name}", "not measured" if score is None else f"{score:.3f}", *teacher.cells())
-    if trainer.args.val and (first := _first_row(trainer.csv)):
-        table.add_row(f"student after epoch {first['epoch']}", f"{float(first[SCORE]):.3f}")
+    if trainer.args.val and (first := _first_row(trainer.csv, column)):
+        table.add_row(f"student after epoch {first['epoch']}", f"{float(first[column]):.3f}")
     student = model_size(trainer.ema.ema, trainer.best if trainer.best.exists() else trainer.last, imgsz)
-    table.add_row(f"student {student.name}", f"{trainer.metrics[SCORE]:.3f}", *student.cells())
+    table.add_row(f"student {student.name}", f"{trainer.metrics[column]:.3f}", *student.cells())
     console = make_console(width=table_width())
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
 
 
-def _first_row(path: Path) -> dict[str, str] | None:
-    """Return the first row of results.csv, or None if it holds no score."""
+def _first_row(path: Path, score: str) -> dict[str, str] | None:
+    """Return the first row of results.csv, or None if its column `score` is empty."""
     if not path.exists():
         return None
     with open(path, encoding="utf-8") as f:
         row = next(csv.DictReader(f, skipinitialspace=True), None)
-    return row if row is not None and row.get(SCORE) else None
+    return row if row is not None and row.get(score) else None
