@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -95,3 +97,17 @@ def test_the_valuable_region_equals_the_reference(stride: int, boxes: list[tuple
     arguments = 2, (64, 96), (8, 16, 32), stride, 0.25
     expected = reference.valuable_region(image.tolist(), corners.double().numpy(), *arguments)
     assert np.array_equal(valuable_region(Labels(image, corners), *arguments).numpy(), expected)
+
+
+def test_labels_of_rotated_boxes_are_the_upright_boxes_around_them() -> None:
+    """On images that are not square: a box is rotated in pixels, not in shares of width and height."""
+    height, width = 100, 200
+    for angle in (0.0, 0.3, torch.pi / 2, 2.0):
+        box = torch.tensor([[0.5, 0.4, 60 / width, 20 / height, angle]])
+        labels = Labels.from_centers(torch.zeros(1), box, height, width)
+        across = torch.tensor([30 * math.cos(angle), 30 * math.sin(angle)])
+        down = torch.tensor([-10 * math.sin(angle), 10 * math.cos(angle)])
+        corners = torch.stack([across + down, across - down, -across - down, -across + down])
+        corners = (corners + torch.tensor([100.0, 40.0])) / torch.tensor([width, height])
+        expected = torch.cat([corners.amin(0), corners.amax(0)])
+        assert torch.allclose(labels.corners[0], expected, atol=1e-5)
