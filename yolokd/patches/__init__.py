@@ -4,6 +4,7 @@
 - `safe_loading.safe_loading`: models and data sets run no code; it holds safe_models, safe_label_caches,
   no_ghostscript and no_autoinstall.
 - `safe_models.safe_models`: model files run no code.
+- `safe_models.own_exports`: files that this process has exported run all the same.
 - `tensor_sizes.checked_tensor_sizes`: a checkpoint takes no more memory than its file holds.
 - `label_cache.safe_label_caches`: label caches run no code.
 - `no_ghostscript.no_ghostscript`: images run no other program.
