@@ -94,7 +94,6 @@ BAD = {
     f"{OK} optimizer=best": "optimizer=best",
     f"{OK} device=7": "device=7",
     f"{OK} distill_model={{teacher}}": "distill_model",
-    f"{OK} quantize=8": "quantize=8",
     f"{OK} batch=-1": "batch=-1",
     f"{OK} compile=True": "compile=True",
     f"{OK} teacher_compile=True multi_scale=0.5": "compiles for one image size, and multi_scale=0.5 changes it",

@@ -13,7 +13,7 @@
 - `image_names.any_image_name`: predictions are saved under names that are not UTF-8.
 - `training_loop.bfloat16_on_cpu`: `amp=bf16` works on CPUs.
 - `training_loop.atomic_stripping`: a finished checkpoint is never left half written.
-- `training_loop.adapters_not_counted`: loggers count the student's own parameters only.
+- `training_loop.adapters_left_out`: loggers count, and quantization changes, the student's own layers only.
 - `ddp_on_cpu.ddp_on_cpu`: several processes train on CPUs.
 
 Each docstring says what is replaced, why, and what would make the replacement unnecessary.
