@@ -14,12 +14,14 @@ import numpy as np
 import onnx
 import pytest
 from helpers.data import NAMES
-from helpers.device import SCRIPT, detect
+from helpers.device import SCRIPT, as_array, assert_same, detect
 from helpers.models import SIZE, YOLO26N, YOLOV8N, calibrated_detector, save_trained_checkpoint
 from onnxruntime.transformers import float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from PIL import Image
 from ultralytics import YOLO
+
+from yolokd.exporter import export
 
 # An end-to-end model can't run on fewer anchors than it gives rows: narrow images need the larger size.
 KINDS = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
@@ -88,23 +90,6 @@ def ultralytics(model: Path, source: Path, **arguments: Any) -> list[np.ndarray]
     return [result.boxes.data.numpy() for result in results]
 
 
-def as_array(detections: list[Any]) -> np.ndarray:
-    """Return detections as (n, 6): box, score, class."""
-    return np.array([[*d.box, d.score, d.class_id] for d in detections]).reshape(-1, 6)
-
-
-def assert_same(found: np.ndarray, expected: np.ndarray, pixels: float = 0.01, score: float = 1e-4) -> None:
-    """Compare rows of detections, best first; two rows may change places if rounding decides which scores higher."""
-    assert found.shape == expected.shape
-    assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < score
-    partners = np.abs(found[:, None] - expected[None]).sum(2).argmin(0) if len(found) else np.arange(0)
-    assert sorted(partners) == list(range(len(found)))
-    found = found[partners]
-    assert (found[:, 5] == expected[:, 5]).all()
-    assert np.abs(found[:, 4] - expected[:, 4]).max(initial=0) < score
-    assert np.abs(found[:, :4] - expected[:, :4]).max(initial=0) < pixels
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_detections_equal_those_of_ultralytics_on_the_same_file(
     kind: str, models: dict[str, tuple[Path, Path]], photos: Path
@@ -170,6 +155,20 @@ def test_a_network_with_float16_input_runs(models: dict[str, tuple[Path, Path]],
     detections = as_array(detector(cv2.imread(str(photos / "0.jpg"))))
     assert len(detections) == len(expected) > 0
     assert np.abs(detections - expected).max() < 0.5  # the last bit of a coordinate
+
+
+@pytest.mark.parametrize(("quantize", "pixels"), [(16, 0.5), (8, 0.01)])
+def test_float16_and_int8_exports_run(
+    quantize: int, pixels: float, models: dict[str, tuple[Path, Path]], photos: Path, data: str, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copy(models["dynamic"][0], tmp_path / "m.pt")
+    path = export(checkpoint, data=data, imgsz=[128, SIZE], quantize=quantize).path
+    detector = detect.Detector(path)
+    assert detector.names == NAMES
+    found = [as_array(detector(cv2.imread(str(photo)))) for photo in sorted(photos.iterdir())]
+    assert sum(map(len, found)) > 10
+    for one, other in zip(found, ultralytics(path, photos, imgsz=[128, SIZE]), strict=True):
+        assert_same(one, other, pixels)
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])

@@ -17,6 +17,7 @@ from yolokd.commands.candidates import DEFAULT_METHODS
 from yolokd.commands.compare import DEFAULT_SEEDS, run_compare
 from yolokd.commands.compare.launchers import DEFAULT_CPUS
 from yolokd.commands.demo import run_demo
+from yolokd.commands.deploy.settings import DEFAULT_FORMATS, DeploySettings
 from yolokd.commands.help import HELP
 from yolokd.commands.label.settings import KEYS as LABEL_KEYS
 from yolokd.config.arguments import as_list, parse_value
@@ -93,6 +94,14 @@ def test_the_help_of_label_shows_the_defaults_of_its_settings() -> None:
     fields = {key: "" if field.is_required() else field.default for key, field in LABEL_KEYS.items()}
     shown = {key.name: key.default for key in HELP["label"].keys}
     assert shown.keys() == fields.keys()
+    assert {key: parse_value(default) for key, default in shown.items()} == fields
+
+
+def test_the_help_of_deploy_shows_the_defaults_of_its_settings() -> None:
+    in_words = {"model": "", "data": "the model's", "teacher": "the run's", "save_dir": "the run's"}
+    fields = {key: field.default for key, field in DeploySettings.model_fields.items()} | in_words
+    fields["formats"] = DEFAULT_FORMATS
+    shown = {key.name: key.default for key in HELP["deploy"].keys}
     assert {key: parse_value(default) for key, default in shown.items()} == fields
 
 

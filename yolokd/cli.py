@@ -164,6 +164,16 @@ def label(keys: Keys) -> None:
     run_label(**keys)
 
 
+def deploy(keys: Keys) -> int:
+    """Measure a checkpoint in the formats that you could ship: size, score, latency, memory.
+
+    Returns 1 if an export differs from the checkpoint or loses more than `limit`.
+    """
+    from yolokd.commands.deploy.run import run_deploy
+
+    return 0 if run_deploy(**keys) else 1
+
+
 def methods(keys: Keys) -> None:
     """List the methods, with their papers and constants."""
     from yolokd.commands.list_methods import list_methods
@@ -209,7 +219,8 @@ def demo(keys: Keys) -> None:
 
 
 COMMANDS: dict[str, Callable[[Keys], int | None]] = {
-    f.__name__: f for f in (train, check, val, predict, label, export, methods, bench, compare, report, show, demo)
+    f.__name__: f
+    for f in (train, check, val, predict, label, export, deploy, methods, bench, compare, report, show, demo)
 }
 
 

@@ -90,9 +90,12 @@ def save_trained_checkpoint(model: nn.Module, data: str, path: Path) -> Path:
     return path
 
 
-def label_with(model: nn.Module, data: Path, size: int, path: Path) -> None:
-    """Replace the labels of the validation set by a detector's predictions, so that it scores well without training."""
-    keys = {"imgsz": size, "conf": 0.3, "plots": False, "project": path.parent, "device": "cpu"}
+def label_with(model: nn.Module, data: Path, size: int, path: Path, **settings: Any) -> None:
+    """Replace the labels of the validation set by a detector's predictions, so that it scores well without training.
+
+    settings: further ones of Ultralytics' validation.
+    """
+    keys = settings | {"imgsz": size, "conf": 0.3, "plots": False, "project": path.parent, "device": "cpu"}
     predictions = YOLO(save_checkpoint(model, path)).val(data=data, save_txt=True, **keys).save_dir / "labels"
     for label in (data.parent / "labels" / "val").glob("*.txt"):
         predicted = predictions / label.name

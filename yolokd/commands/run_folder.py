@@ -8,11 +8,14 @@ from pathlib import Path
 from yolokd.errors import UserError
 
 
-def check_project(project: object) -> Path:
-    """Return the absolute path of a folder for runs. Raises UserError if it cannot be made or written."""
+def check_project(project: object, argument: str = "project") -> Path:
+    """Return the absolute path of a folder for runs. Raises UserError if it cannot be made or written.
+
+    argument: the key that names it.
+    """
     folder = Path(str(project)).absolute()
     if not _is_writable(folder):
-        raise UserError(f"project={project}", "is no folder that can be written", "give another one")
+        raise UserError(f"{argument}={project}", "is no folder that can be written", "give another one")
     return folder
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ultralytics.data.utils import img2label_paths
 
 
 def image_names_hash(dataset: Any) -> str:
@@ -23,4 +25,14 @@ def content_hash(dataset: Any) -> str:
         content.update(str(Path(file).stat().st_size).encode())
         for values in (label["cls"], label["bboxes"]):
             content.update(np.ascontiguousarray(values).tobytes())
+    return content.hexdigest()
+
+
+def files_hash(images: Iterable[Path]) -> str:
+    """Return a hash of images' names and sizes in bytes, and of their label files, without a scan by Ultralytics."""
+    content = hashlib.sha256()
+    for image in sorted(images):
+        label = Path(img2label_paths([str(image)])[0])
+        content.update(f"{image.name} {image.stat().st_size} ".encode(errors="surrogateescape"))
+        content.update(label.read_bytes() if label.is_file() else b"-")
     return content.hexdigest()

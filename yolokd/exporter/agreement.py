@@ -1,4 +1,4 @@
-"""Measures how closely PyTorch and ONNX Runtime agree on one image, in raw outputs and in detections."""
+"""Measures how closely PyTorch and the runtime of an exported file agree on an image: raw outputs, detections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ultralytics.utils.ops import process_mask, xywh2xyxy
 
 
 class Limits(BaseModel):
-    """The largest differences allowed between PyTorch and ONNX Runtime."""
+    """The largest differences allowed between PyTorch and the runtime of an exported file."""
 
     model_config = ConfigDict(frozen=True)
     raw: float  # largest relative L2 error of all outputs
@@ -30,10 +30,15 @@ class Limits(BaseModel):
 
 # float16 rounds a coordinate of 600 to a multiple of 0.5, and changes scores by up to 0.01. That is enough to move
 # small boxes, and to make NMS choose another box of the same object, which practically never happens in float32.
+# "reduced": runtimes that choose their arithmetic. OpenVINO computes in bfloat16 where the CPU can, NCNN in float16.
+# INT8 loses detections here and there: what that costs, only the mAP of a whole data set tells (`yolokd deploy`). Its
+# limits find files that are broken, such as one that rounds all scores to 0, whose relative error is 1.
 LIMITS: Mapping[str, Limits] = MappingProxyType(
     {
         "float32": Limits(raw=1e-4, scores=1e-4, iou=0.99, margin=1e-3, ties=False),
         "float16": Limits(raw=1e-2, scores=5e-2, iou=0.95, margin=2e-2, ties=True, own=0.9),
+        "reduced": Limits(raw=3e-2, scores=0.1, iou=0.9, margin=5e-2, ties=True, own=0.85),
+        "int8": Limits(raw=0.2, scores=0.9, iou=0.0, margin=0.1, ties=True, own=0.0),
     }
 )
 
@@ -77,7 +82,7 @@ class Prediction(NamedTuple):
     detections: Tensor  # (n, 6 + own) after NMS
 
 
-PredictionPair = tuple[Prediction, Prediction]  # of the same image: PyTorch's, then ONNX Runtime's
+PredictionPair = tuple[Prediction, Prediction]  # of the same image: PyTorch's, then the file's
 
 
 def postprocess(output: ImageOutput, layout: Layout, thresholds: Thresholds, max_det: int) -> Prediction:
@@ -106,7 +111,7 @@ def _candidates(raw: Tensor, layout: Layout, min_score: float) -> Tensor:
 
 
 def relative_errors(pairs: Sequence[PredictionPair], layout: Layout, margin: float) -> tuple[float, float]:
-    """Return the relative L2 errors of ONNX Runtime's raw outputs: of all outputs, and of the scores alone."""
+    """Return the relative L2 errors of the file's raw outputs: of all outputs, and of the scores alone."""
     final = pairs[0][1].output.final
     outputs = [
         _align_rows(expected.candidates, actual.output.rows, margin)
@@ -129,7 +134,7 @@ def _relative_l2(expected: Tensor, actual: Tensor) -> float:
 
 
 def _align_rows(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Pair final rows (n, 6 + own) of ONNX Runtime with PyTorch's nearest candidates; return (candidates, rows).
+    """Pair final rows (n, 6 + own) of the file with PyTorch's nearest candidates; return (candidates, rows).
 
     Rows are sorted by score, and the list has a fixed length. Rounding therefore decides which of two nearly equal
     rows comes first, and which of the lowest rows are on the list. So rows are paired by content, not by position,

@@ -1,10 +1,11 @@
-"""Exports a checkpoint with Ultralytics' exporter, completes the ONNX file, and checks its results."""
+"""Exports a checkpoint with Ultralytics' exporter, completes an ONNX file, and checks the file's results."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
@@ -20,21 +21,36 @@ from yolokd.config.ultralytics_keys import DEPRECATED
 from yolokd.data.dataset import Image, data_file, validation_images
 from yolokd.errors import UserError, first_line
 from yolokd.exporter.agreement import Thresholds
+from yolokd.exporter.backend_detector import BackendDetector
+from yolokd.exporter.calibration import write_calibration_set
 from yolokd.exporter.onnx_detector import precision_of
-from yolokd.exporter.parity import ExportReport, verify
+from yolokd.exporter.parity import ExportReport, print_report, verify
 from yolokd.exporter.staging import publish, staging_folder
 from yolokd.models.checkpoint import load_model
 from yolokd.models.tasks import TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 
+# Our extras that hold what formats need; other packages are called as what is imported.
+EXTRAS = {"openvino": "'yolokd[deploy]'", "nncf": "'yolokd[deploy]'", "modelopt": "'yolokd[int8]'"}
 
-def export(model: str | Path, *, data: str | None = None, trust: bool = False, **kwargs: Any) -> ExportReport:
+
+def export(
+    model: str | Path,
+    *,
+    data: str | None = None,
+    trust: bool = False,
+    into: Path | None = None,
+    show: bool = True,
+    **kwargs: Any,
+) -> ExportReport:
     """Export a checkpoint with Ultralytics' export arguments and check the result; the default is format="onnx".
 
-    An ONNX file is compared with the checkpoint on validation images of `data`, by default of the data set that the
-    checkpoint was trained on. The result is printed as a table and written beside the file as `NAME.parity.json`. The
-    report has `passed=False` if the two differ. trust=True loads a checkpoint that could run code.
+    The file is compared with the checkpoint on validation images of `data`, by default of the data set that the
+    checkpoint was trained on. The result is written beside the file as `NAME.parity.json`, and shown as a table. The
+    report has `passed=False` if the two differ. An INT8 file is calibrated on training images of `data`. trust=True
+    loads a checkpoint that could run code. into: a path as of a checkpoint, which gives the file another folder and
+    name than the checkpoint's.
     Raises UserError for a missing or broken checkpoint, a missing data set, and arguments that Ultralytics rejects.
 
         report = export("runs/detect/train/weights/best.pt", dynamic=True)
@@ -44,28 +60,44 @@ def export(model: str | Path, *, data: str | None = None, trust: bool = False, *
     args = _check_options(options)
     module, checkpoint = load_model(model, "model", trust)
     images: list[Image] = []
-    if args.format == "onnx":
+    try:
         _require_detector(module, model)
-        data = _choose_data(data, checkpoint)
+        data = choose_data(data, checkpoint)
         images = validation_images(data)
-    options |= _calibration_data(args, data)
-    path = Path(module.pt_path)
-    with staging_folder(path) as staging:
+    except UserError as e:
+        if args.format == "onnx":
+            raise
+        LOGGER.info(f"the file will not be compared with the checkpoint: {e}")
+    path = into or Path(module.pt_path)
+    with staging_folder(Path(module.pt_path), path.parent) as staging, TemporaryDirectory() as calibration:
+        options |= _calibration_options(args, data, Path(calibration))
         file = _run_exporter(module, staging / path.name, options, trust)
         report = _complete_and_verify(file, module, images, args)
         publish(staging)
-    return report.moved(staging, path.parent)
+    report = report.moved(staging, path.parent)
+    if show and report.parity:
+        print_report(report, _thresholds(args).conf)
+    return report
 
 
 def _complete_and_verify(file: Path, module: nn.Module, images: Sequence[Image], args: Any) -> ExportReport:
-    """Complete an ONNX file and compare it with its checkpoint, if it is of a precision that yolokd compares."""
+    """Complete an ONNX file, and compare an exported file with its checkpoint if it can be run here."""
     if args.format == "onnx":
         _complete_onnx(file, module)
-    if args.format == "onnx" and args.quantize != 8:
-        thresholds = Thresholds(0.25 if args.conf is None else args.conf, args.iou, args.agnostic_nms)
-        return verify(file, module, images, thresholds)
-    LOGGER.info(f"{file}: not compared with the checkpoint; yolokd compares ONNX files in float32 and float16 only")
-    return ExportReport(path=file)
+        return verify(file, module, images, _thresholds(args))
+    if not images:
+        return ExportReport(path=file)
+    precision = "int8" if args.quantize == 8 else "float32" if args.format == "torchscript" else "reduced"
+    try:
+        BackendDetector(file)
+    except Exception as e:  # whatever a runtime raises that is missing, or belongs to another machine
+        LOGGER.warning(f"{file}: not compared with the checkpoint, since it does not run here: {first_line(e)}")
+        return ExportReport(path=file, precision=precision)
+    return verify(file, module, images, _thresholds(args), precision)
+
+
+def _thresholds(args: Any) -> Thresholds:
+    return Thresholds(0.25 if args.conf is None else args.conf, args.iou, args.agnostic_nms)
 
 
 def _check_options(options: Mapping[str, Any]) -> Any:
@@ -93,15 +125,20 @@ def _require_detector(module: nn.Module, name: str | Path) -> None:
         raise UserError(f"model={name}", f"is not a YOLO detector but a {kind}", cure)
 
 
-def _calibration_data(args: Any, data: str | None) -> dict[str, str]:
-    """Return the `data` argument for Ultralytics: the images that an INT8 file is calibrated on."""
+def _calibration_options(args: Any, data: str | None, folder: Path) -> dict[str, Any]:
+    """Return Ultralytics' options for the images that an INT8 file is calibrated on, training images of the data set.
+
+    folder: where links to the images are put. If the user chose `split` or `fraction`, these count.
+    Raises UserError if no data set is known, or if its training images are missing.
+    """
     table = export_formats()
     takes_data = "data" in dict(zip(table["Argument"], table["Arguments"], strict=True))[args.format]
-    if data and not takes_data:
-        LOGGER.info(f"data={data}: not used, because format={args.format} is neither calibrated nor compared")
-    # In an ONNX file that is not calibrated, it would only put a local path into the file's metadata.
-    used = data and takes_data and (args.format != "onnx" or args.quantize == 8)
-    return {"data": data_file(data)} if used else {}
+    # In a file that is not calibrated, it would only put a local path into the file's metadata.
+    if not takes_data or args.quantize != 8:
+        return {}
+    if args.split != DEFAULT_CFG_DICT["split"] or args.fraction != DEFAULT_CFG_DICT["fraction"]:
+        return {"data": choose_data(data, {})}
+    return {"data": str(write_calibration_set(choose_data(data, {}), folder)), "split": "train"}
 
 
 def _run_exporter(module: nn.Module, checkpoint: Path, options: Mapping[str, Any], trust: bool) -> Path:
@@ -116,16 +153,18 @@ def _run_exporter(module: nn.Module, checkpoint: Path, options: Mapping[str, Any
             model.model.pt_path = str(checkpoint)
             return Path(model.export(**options))
     except ImportError as e:
-        raise UserError(f"format={options['format']}", f"needs {e.name or e}", f"pip install {e.name or ''}") from e
+        package = (e.name or str(e)).partition(".")[0]
+        cure = f"pip install {EXTRAS.get(package, package)}"
+        raise UserError(f"format={options['format']}", f"needs {package}, which is not installed", cure) from e
     except (AssertionError, SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
         raise UserError(f"format={options['format']}", first_line(e), "see Ultralytics' export settings") from e
 
 
-def _choose_data(data: str | None, checkpoint: Mapping[str, Any]) -> str:
+def choose_data(data: str | None, checkpoint: Mapping[str, Any]) -> str:
     """Return the data set file to check on: the one given, or the one that the checkpoint was trained on."""
     chosen = data or checkpoint.get("train_args", {}).get("data")
     if not chosen:
-        raise UserError("data", "the checkpoint names no data set for the check", "give data=path/to/data.yaml")
+        raise UserError("data", "the checkpoint names no data set", "give data=path/to/data.yaml")
     return data_file(chosen)
 
 

@@ -23,6 +23,7 @@ class OnnxDetector:
         self.names: dict[int, str] = ast.literal_eval(meta["names"])
         self.stride, self.batch = int(meta["stride"]), int(meta["batch"])
         self.height, self.width = ast.literal_eval(meta["imgsz"])
+        self.channels = int(self.input.shape[1])
         self.dynamic = any(isinstance(side, str) for side in self.input.shape)
         self.end2end = meta["end2end"] == "True"
         self.embeds_nms = ast.literal_eval(meta["args"]).get("nms") is True
@@ -43,15 +44,10 @@ class OnnxDetector:
         outputs = self.session.run(None, {self.input.name: images.numpy().astype(dtype)})
         return [torch.from_numpy(output).float() for output in outputs]
 
-    def max_detections(self) -> int:
-        """Return how many detections the model can give for one image."""
-        if not self.chooses_boxes:
-            return 300
-        # The file does not always state its number of rows, so run it once.
-        return self(torch.zeros(self.batch, self.input.shape[1], self.height, self.width))[0].shape[1]
-
 
 def precision_of(graph: onnx.ModelProto) -> str:
-    """Return "float16" if any weight of the graph is float16, else "float32"."""
+    """Return "int8" if the graph quantizes anything, else "float16" if any weight is float16, else "float32"."""
+    if any(node.op_type == "QuantizeLinear" for node in graph.graph.node):
+        return "int8"
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in graph.graph.initializer)
     return "float16" if half else "float32"

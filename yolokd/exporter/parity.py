@@ -1,4 +1,4 @@
-"""Checks that an ONNX file gives the same results as its checkpoint, on real images, at every input size it takes."""
+"""Checks that an exported file gives the same results as its checkpoint, on real images of every size it takes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ from yolokd.exporter.agreement import (
     relative_errors,
     worst_match,
 )
+from yolokd.exporter.backend_detector import BackendDetector
 from yolokd.exporter.onnx_detector import OnnxDetector, precision_of
+from yolokd.exporter.staging import record_path
 from yolokd.models.tasks import task_of
 from yolokd.runtime.console import make_console
 from yolokd.runtime.files import atomic_path, sha256
@@ -59,7 +61,7 @@ class ParityRow(BaseModel):
     raw: float
     scores: float
     torch_detections: int
-    onnx_detections: int
+    file_detections: int
     worst_iou: float
     worst_own: float
     passed: bool
@@ -68,13 +70,14 @@ class ParityRow(BaseModel):
 class ExportReport(BaseModel):
     """The result of an export.
 
-    path: the exported file. parity: the JSON file with the result of the check (ONNX only). rows: one per input size.
-    problem: why the file could not be checked. task: the model's.
+    path: the exported file. parity: the JSON file with the result of the check. precision: whose limits count. rows:
+    one per input size. problem: why the file could not be checked. task: the model's.
     """
 
     model_config = ConfigDict(frozen=True)
     path: Path
     parity: Path | None = None
+    precision: str = "float32"
     rows: tuple[ParityRow, ...] = ()
     passed: bool = True
     problem: str | None = None
@@ -86,32 +89,35 @@ class ExportReport(BaseModel):
         return self.model_copy(update={"path": target / self.path.relative_to(source), "parity": parity})
 
 
-def verify(path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds) -> ExportReport:
-    """Compare an ONNX file from Ultralytics' exporter with the PyTorch model that it was exported from.
+def verify(
+    path: Path, module: nn.Module, images: Sequence[Image], thresholds: Thresholds, precision: str | None = None
+) -> ExportReport:
+    """Compare a file from Ultralytics' exporter with the PyTorch model that it was exported from.
 
     images: (H, W, C) uint8, as OpenCV reads them. Raw outputs and detections must agree within LIMITS at each batch
-    size and image size that the file claims to take. Prints a table and writes it beside the file. A wrong or broken
-    file raises no error; the report says `passed=False`.
+    size and image size that the file claims to take. precision: a key of LIMITS; None for that of an ONNX file's
+    weights. Writes the result beside the file. A wrong or broken file raises no error; the report says `passed=False`.
     """
-    precision, rows, problem = "float32", list[ParityRow](), None
-    layout = _layout(module)
+    rows, problem, layout = list[ParityRow](), None, _layout(module)
     try:
-        graph = onnx.load(path)
-        precision = precision_of(graph)
-        onnx.checker.check_model(graph, full_check=True)
-        rows = _compare_runtimes(path, module, layout, images, thresholds, LIMITS[precision])
-    except Exception as e:  # ONNX and ONNX Runtime raise errors of many types; each means that the file is wrong
+        if path.suffix == ".onnx":
+            graph = onnx.load(path)
+            precision = precision or precision_of(graph)
+            onnx.checker.check_model(graph, full_check=True)
+        rows = _compare_runtimes(path, module, layout, images, thresholds, LIMITS[precision or "float32"])
+    except Exception as e:  # runtimes raise errors of many types; each means that the file is wrong
         problem = f"{type(e).__name__}: {first_line(e)}"
-    record = path.with_suffix(".parity.json")
     passed = problem is None and all(row.passed for row in rows)
-    report = ExportReport(path=path, parity=record, rows=tuple(rows), passed=passed, problem=problem, task=layout.task)
-    _write_json(report, record, precision)
-    if problem:
-        LOGGER.error(f"{path}: {problem}")
-        return report
-    print_report(report, precision)
-    if not any(row.torch_detections for row in rows):
-        LOGGER.warning(f"{path}: no detections were compared, because no score is above conf={thresholds.conf}")
+    report = ExportReport(
+        path=path,
+        parity=record_path(path),
+        precision=precision or "float32",
+        rows=tuple(rows),
+        passed=passed,
+        problem=problem,
+        task=layout.task,
+    )
+    _write_json(report, record_path(path))
     return report
 
 
@@ -131,10 +137,10 @@ def _compare_runtimes(
     limits: Limits,
 ) -> list[ParityRow]:
     """Run PyTorch and ONNX Runtime at every input size of the file; return one row for each size."""
-    exported = OnnxDetector(path)
+    exported = OnnxDetector(path) if path.suffix == ".onnx" else BackendDetector(path)
     if exported.names != check_class_names(module.names) or exported.stride != int(max(module.stride)):  # type: ignore[arg-type]
         raise ValueError(f"class names or stride differ from the checkpoint's: {exported.names}, {exported.stride}")
-    max_det, chooses_boxes = exported.max_detections(), exported.chooses_boxes
+    max_det, chooses_boxes = _max_detections(exported), exported.chooses_boxes
     reference = _reference_model(module, exported.end2end, max_det)
 
     def predict(batch: Tensor) -> Iterator[PredictionPair]:
@@ -155,6 +161,14 @@ def _compare_runtimes(
         ]
 
 
+def _max_detections(exported: OnnxDetector | BackendDetector) -> int:
+    """Return how many detections a model can give for one image."""
+    if not exported.chooses_boxes:
+        return 300
+    # The file does not always state its number of rows, so run it once.
+    return exported(torch.zeros(exported.batch, exported.channels, exported.height, exported.width))[0].shape[1]
+
+
 def _reference_model(module: nn.Module, end2end: bool, max_det: int) -> Any:
     """Return a fused float32 copy of the model that chooses its boxes as the exported model does.
 
@@ -167,7 +181,7 @@ def _reference_model(module: nn.Module, end2end: bool, max_det: int) -> Any:
     return reference
 
 
-def _input_shapes(exported: OnnxDetector, reference: Any) -> list[tuple[int, int, int]]:
+def _input_shapes(exported: OnnxDetector | BackendDetector, reference: Any) -> list[tuple[int, int, int]]:
     """Return each (batch, height, width) to check: one for a static file, two batch sizes at two heights if dynamic."""
     height, width = exported.height, exported.width
     if not exported.dynamic:
@@ -211,7 +225,7 @@ def _make_row(
         raw=raw,
         scores=scores,
         torch_detections=sum(len(expected.detections) for expected, _ in pairs),
-        onnx_detections=sum(len(actual.detections) for _, actual in pairs),
+        file_detections=sum(len(actual.detections) for _, actual in pairs),
         worst_iou=iou,
         worst_own=own,
         # NaN fails.
@@ -219,28 +233,34 @@ def _make_row(
     )
 
 
-def _write_json(report: ExportReport, path: Path, precision: str) -> None:
+def _write_json(report: ExportReport, path: Path) -> None:
     content = report.model_dump(mode="json", include={"passed", "problem", "rows"})
     header = {
-        "onnx": report.path.name,
+        "file": report.path.name,
         "sha256": sha256(report.path) if report.path.is_file() else None,
-        "precision": precision,
-        "limits": LIMITS[precision].model_dump() if precision in LIMITS else None,
+        "precision": report.precision,
+        "limits": LIMITS[report.precision].model_dump(),
         "versions": {library.__name__: library.__version__ for library in (torch, onnx, onnxruntime, ultralytics)},
     }
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
 
 
-def print_report(report: ExportReport, precision: str) -> None:
-    """Print how the file's results differ from the checkpoint's, one line for each size of the input."""
-    limits = LIMITS[precision]
-    table = Table(
-        title=f"{report.path.name} ({precision}) compared with its checkpoint", title_justify="left", box=SIMPLE_HEAD
-    )
+def print_report(report: ExportReport, conf: float) -> None:
+    """Print how the file's results differ from the checkpoint's, one line for each size of the input.
+
+    conf: the threshold above which detections were compared.
+    """
+    if report.problem:
+        LOGGER.error(f"{report.path}: {report.problem}")
+        return
+    limits = LIMITS[report.precision]
+    title = f"{report.path.name} ({report.precision}) compared with its checkpoint"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     raw, scores = f"outputs\nrelative L2\n≤ {limits.raw:.0e}", f"scores\nrelative L2\n≤ {limits.scores:.0e}"
     own = OWN_HEADINGS.get(report.task)
-    headings = ["batch", "size", raw, scores, "detections\ntorch/onnx", f"worst IoU\n≥ {limits.iou}"]
+    iou = f"worst IoU\n≥ {limits.iou}" if limits.iou else "worst IoU"
+    headings = ["batch", "size", raw, scores, "detections\ntorch/file", iou]
     for heading in (*headings, *([f"{own}\n≥ {limits.own}"] if own else []), "result"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in report.rows:
@@ -249,9 +269,11 @@ def print_report(report: ExportReport, precision: str) -> None:
             f"{row.height}x{row.width}",
             f"{row.raw:.1e}",
             f"{row.scores:.1e}",
-            f"{row.torch_detections}/{row.onnx_detections}",
+            f"{row.torch_detections}/{row.file_detections}",
             f"{row.worst_iou:.4f}",
             *([f"{row.worst_own:.4f}"] if own else []),
             Text("pass", "green") if row.passed else Text("FAIL", "red"),
         )
     make_console().print(table)
+    if report.rows and not any(row.torch_detections for row in report.rows):
+        LOGGER.warning(f"{report.path}: no detections were compared, because no score is above conf={conf}")

@@ -19,15 +19,21 @@ PREFIX = ".yolokd-export-"
 RECORD_SUFFIX = ".parity.json"
 
 
-@contextmanager
-def staging_folder(checkpoint: Path) -> Iterator[Path]:
-    """Yield a new hidden folder beside a checkpoint, with a link to the checkpoint in it, and remove it at the end.
+def record_path(file: Path) -> Path:
+    """Return the path of the record of an exported file's check: best.parity.json, best.torchscript.parity.json."""
+    return file.with_suffix(RECORD_SUFFIX) if file.suffix == ".onnx" else file.with_name(file.name + RECORD_SUFFIX)
 
+
+@contextmanager
+def staging_folder(checkpoint: Path, parent: Path | None = None) -> Iterator[Path]:
+    """Yield a new hidden folder in `parent`, with a link to the checkpoint in it, and remove it at the end.
+
+    parent: None for the checkpoint's own folder.
     One export at a time works in a folder; another one waits. So a folder that is there before is what a killed export
     left, and is removed. Log messages show the files of the hidden folder where `publish` will put them.
     Raises UserError for a disk that is full or cannot be written.
     """
-    parent = checkpoint.parent
+    parent = parent or checkpoint.parent
     with write_errors_as_user_errors(parent), _locked(parent):
         for left in parent.glob(f"{PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -44,7 +50,7 @@ def staging_folder(checkpoint: Path) -> Iterator[Path]:
 def publish(staging: Path) -> None:
     """Move all files of a staging folder into the folder that it lies in, where they replace older ones.
 
-    The record of an older check is removed before its ONNX file is replaced, and the new record comes last: a record
+    The record of an older check is removed before its file is replaced, and the new record comes last: a record
     never lies beside a file that it was not written for.
     """
     parent = staging.parent
@@ -53,8 +59,8 @@ def publish(staging: Path) -> None:
     for path in made:
         _sync(path)
     for path in made:
-        if path.suffix == ".onnx":
-            (parent / path.name).with_suffix(RECORD_SUFFIX).unlink(missing_ok=True)
+        if not path.name.endswith(RECORD_SUFFIX):
+            record_path(parent / path.name).unlink(missing_ok=True)
     sync_folder(parent)
     for path in made:
         if path.is_dir() and (parent / path.name).is_dir():  # a folder cannot replace one that holds files

@@ -41,17 +41,23 @@ class Scores:
     box_map50: float | None = None
 
 
+@dataclass(frozen=True)
+class ClassScores:
+    """A task's deciding mAP50-95 and mAP50, AP50-95 of each class that has a label, and the number of images scored."""
+
+    map: float
+    map50: float
+    by_class: dict[str, float]
+    images: int
+
+
 def score(model: Detector, settings: Mapping[str, Any], save_dir: Path, task: Task) -> Scores:
     """Validate a model on a task as Ultralytics does, and return its scores; the random states are left as they were.
 
     settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores by size, too.
     """
-    validator = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else task.validator
-    detects = task is TASKS["detect"]
-    with preserve_random_state():
-        args = {"rect": True, **settings, "mode": "val", "task": task.name, "plots": False}
-        args |= {} if detects else {"save_json": False}  # by size, Ultralytics scores upright boxes alone
-        metrics = validator(save_dir=save_dir, args=args)(model=model)
+    by_size = {} if task is TASKS["detect"] else {"save_json": False}  # Ultralytics scores upright boxes alone by size
+    metrics, _ = _validate(model, {"rect": True, **settings, **by_size}, save_dir, task)
     sizes = {
         f"ap_{size}": round(float(value), 5)
         for size in ("small", "medium", "large")
@@ -61,6 +67,28 @@ def score(model: Detector, settings: Mapping[str, Any], save_dir: Path, task: Ta
     if task.letter != "B":
         values |= {"box_map": "metrics/mAP50-95(B)", "box_map50": "metrics/mAP50(B)"}
     return Scores(metric=task.metric, **{key: float(metrics[column]) for key, column in values.items()}, **sizes)
+
+
+def score_by_class(model: Detector | str, settings: Mapping[str, Any], save_dir: Path, task: Task) -> ClassScores:
+    """Validate a model, or an exported file by its path, and return its scores by class.
+
+    settings: as those of `score`.
+    """
+    _, validator = _validate(model, settings, save_dir, task)
+    names, part = validator.metrics.names, getattr(validator.metrics, task.part)
+    by_class = {names[int(i)]: float(ap) for i, ap in zip(part.ap_class_index, part.ap, strict=True)}
+    return ClassScores(float(part.map), float(part.map50), by_class, len(validator.dataloader.dataset))
+
+
+def _validate(
+    model: Detector | str, settings: Mapping[str, Any], save_dir: Path, task: Task
+) -> tuple[dict[str, Any], Any]:
+    """Return the metrics of Ultralytics' validation and the validator; the random states are left as they were."""
+    is_rtdetr = not isinstance(model, str) and isinstance(model.model[-1], RTDETRDecoder)
+    validator = RTDETRValidator if is_rtdetr else task.validator
+    with preserve_random_state():
+        run = validator(save_dir=save_dir, args={**settings, "mode": "val", "task": task.name, "plots": False})
+        return run(model=model), run
 
 
 def check_teacher(

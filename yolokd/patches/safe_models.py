@@ -20,6 +20,7 @@ from yolokd.patches.patched import patched
 DATA_FORMATS = frozenset({"pt", "onnx", "dnn"})  # AutoBackend's names of formats that we know to run no code
 
 restricted_load = tasks.torch_safe_load
+all_backends, load_torchscript = AutoBackend._BACKEND_MAP, torch.jit.load
 
 
 @contextmanager
@@ -47,6 +48,18 @@ def safe_models() -> Iterator[None]:
         patched(torch.jit, "load", _refuse_format),
         patched(AutoBackend, "_BACKEND_MAP", backends),
     ):
+        yield
+
+
+@contextmanager
+def own_exports() -> Iterator[None]:
+    """Let exported models of all formats run inside the block, which may lie inside one of `safe_models`.
+
+    Replaces: what `safe_models` puts in the place of `torch.jit.load` and `AutoBackend._BACKEND_MAP`.
+    Why: files that this process has exported hold no stranger's programs, while the data set may be a stranger's.
+    Unnecessary once: `safe_models` is.
+    """
+    with patched(torch.jit, "load", load_torchscript), patched(AutoBackend, "_BACKEND_MAP", all_backends):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from logging import LogRecord
 from pathlib import Path
@@ -63,17 +63,37 @@ def atomic_stripping() -> Iterator[None]:
 
 
 @contextmanager
-def adapters_not_counted() -> Iterator[None]:
-    """Let loggers count a student's parameters without those of the criterion, which serve its training only.
+def adapters_left_out() -> Iterator[None]:
+    """Let Ultralytics count and quantize a student without the criterion, whose adapters serve its training only.
 
-    Replaces: `utils.torch_utils.get_num_params`.
-    Why: Ultralytics counts all parameters of the live model, adapters included; the finished student has none.
-    Unnecessary once: Ultralytics counts the parameters of the EMA model, which is what it saves.
+    Replaces: `utils.torch_utils.get_num_params`, `engine.trainer.prepare_qat` and `engine.trainer.restore_qat`.
+    Why: Ultralytics counts all parameters of the live model for its loggers, and ModelOpt quantizes all of its
+    convolutions. The finished student has no adapters, and what they compare should not be rounded twice.
+    Unnecessary once: Ultralytics counts those of the EMA model, and quantizes what it is told to.
     """
 
     def count(model: nn.Module) -> int:
         parameters = torch_utils.unwrap_model(model).named_parameters()
         return sum(parameter.numel() for name, parameter in parameters if not name.startswith("criterion."))
 
-    with patched(torch_utils, "get_num_params", count):
+    with (
+        patched(torch_utils, "get_num_params", count),
+        patched(engine, "prepare_qat", _without_criterion(engine.prepare_qat)),
+        patched(engine, "restore_qat", _without_criterion(engine.restore_qat)),
+    ):
         yield
+
+
+def _without_criterion(quantize: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function that quantizes a model: it takes the criterion off, and puts it on again."""
+
+    def call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        criterion = model._modules.pop("criterion", None)
+        try:
+            return quantize(model, *args, **kwargs)
+        finally:
+            if criterion is not None:
+                model.__dict__.pop("criterion", None)  # the plain loss, which the calibration has computed
+                model.add_module("criterion", criterion)
+
+    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,13 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
         raise UserError(f"batch={args.batch}", f"leaves nothing to some of {processes} devices", "give a larger one")
     images = images_per_batch(config, args.batch)
     check_memory("imgsz", args.imgsz, images, devices)
+    if args.quantize == 8 and find_spec("modelopt") is None:
+        problem = "trains with ModelOpt's fake quantizers, which are not installed"
+        raise UserError("quantize=8", problem, "pip install 'yolokd[int8]'")
     if not config.method_configs:
         return args
     if args.distill_model:
         raise UserError("distill_model", "is Ultralytics' own distillation", "use teacher=, or drop the teacher")
-    if args.quantize == 8:
-        raise UserError("quantize=8", "quantization-aware training does not work with a teacher", "drop quantize")
     if args.compile:
         raise UserError(f"compile={args.compile}", "does not work with a teacher", "drop compile")
     if config.teacher_compile and args.multi_scale:

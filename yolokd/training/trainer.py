@@ -21,7 +21,7 @@ from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.checkpoint import load_model
 from yolokd.patches.patched import patched
 from yolokd.patches.safe_loading import safe_loading
-from yolokd.patches.training_loop import adapters_not_counted, atomic_stripping, bfloat16_on_cpu
+from yolokd.patches.training_loop import adapters_left_out, atomic_stripping, bfloat16_on_cpu
 from yolokd.pyramid.boxes import Labels
 from yolokd.runtime import distributed
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE
@@ -120,7 +120,7 @@ class DistillationTrainer(DetectionTrainer):
             safe_loading(self.plan.config.trust),
             bfloat16_on_cpu(),
             atomic_stripping(),
-            adapters_not_counted(),
+            adapters_left_out(),
             worker_process(self.device, self.stop_request, self._resume_hint) if IS_DISTRIBUTED else nullcontext(),
             handle_signals(self.stop_request),
             os_errors_as_user_errors(self._resume_hint),

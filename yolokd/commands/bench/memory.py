@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ import torch
 from yolokd.commands.bench.candidate import BenchSetting, Candidate
 from yolokd.patches.safe_imports import safe_imports
 from yolokd.runtime.console import warnings_only
+from yolokd.runtime.memory import peak_resident_mib
 
 
 def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:
@@ -44,13 +43,4 @@ def _report_peak(sender: Any, setting: BenchSetting, method: str, amp: object) -
     if candidate.trainer.device.type == "cuda":
         sender.send(torch.cuda.max_memory_reserved(candidate.trainer.device) / 2**20)
         return
-    sender.send(_peak_resident_mib())
-
-
-def _peak_resident_mib() -> float:
-    """Return the largest amount of resident memory that this process has had, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, getrusage would include what the parent process held when it started this one
-        line = next(text for text in status.read_text().splitlines() if text.startswith("VmHWM:"))
-        return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes, as on macOS
+    sender.send(peak_resident_mib())

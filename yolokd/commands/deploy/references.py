@@ -1,0 +1,52 @@
+"""The models beside which an export is shown: the teacher, and a baseline that had none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yolokd.commands.deploy.ledger import BASELINE, TEACHER
+from yolokd.commands.deploy.settings import DeploySettings
+from yolokd.config.arguments import as_list
+from yolokd.models.checkpoint import load_model, load_teacher
+from yolokd.models.detector import Detector
+from yolokd.runtime.console import CONSOLE
+from yolokd.runtime.files import sha256
+
+
+def find_references(settings: DeploySettings, module: Detector, run: Path) -> list[tuple[str, Path]]:
+    """Return the role and the checkpoint of each model to compare with.
+
+    If the user names no teacher, it is the one that the run's distill.yaml names, as long as it is the same file as in
+    the training. Raises UserError for a checkpoint that cannot be loaded.
+    """
+    teachers = settings.teacher or _teachers_of_run(module, run)
+    for teacher in teachers:
+        load_teacher(teacher, settings.trust)
+    baselines = [settings.baseline] if settings.baseline else []
+    for baseline in baselines:
+        load_model(baseline, "baseline", settings.trust)
+    return [(TEACHER, Path(t)) for t in teachers] + [(BASELINE, Path(b)) for b in baselines]
+
+
+def _teachers_of_run(module: Detector, run: Path) -> list[str]:
+    record = getattr(module, "yolokd", None)
+    taught_by = record.get("teacher") if isinstance(record, dict) else None
+    hashes = {teacher.get("sha256") for teacher in as_list(taught_by) if isinstance(teacher, dict)}
+    if not hashes:
+        return []
+    named = [str(file) for file in as_list(_read_yaml(run / "distill.yaml").get("teacher") or [])]
+    found = [file for file in named if Path(file).is_file() and sha256(file) in hashes]
+    if len(found) < len(hashes):
+        CONSOLE.print("the teacher is not where the run found it, and is not measured; teacher= can name it")
+    return found
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
