@@ -47,7 +47,7 @@ def score(model: Detector, settings: Mapping[str, Any], save_dir: Path, task: Ta
     settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores by size, too.
     """
     validator = RTDETRValidator if isinstance(model.model[-1], RTDETRDecoder) else task.validator
-    detects = task is TASKS["detect"]
+    detects = task.name == "detect"
     with preserve_random_state():
         args = {"rect": True, **settings, "mode": "val", "task": task.name, "plots": False}
         args |= {} if detects else {"save_json": False}  # by size, Ultralytics scores upright boxes alone
