@@ -177,7 +177,8 @@ def test_ratios_compare_steps_of_the_same_round() -> None:
         {"imgsz": "wide"},
         {"pdf.distance": "l1"},
         {"batch": 64},
-        {"teacher": "rtdetr-l.yaml"},
+        {"teacher": "yolov8n-cls.yaml"},
+        {"student": "rtdetr-l.yaml", "method": "native"},
         {"project": __file__},
     ],
 )

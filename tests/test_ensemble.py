@@ -192,7 +192,7 @@ def test_check_says_that_all_teach_throughout(
 
 def test_bench_says_what_an_ensemble_costs(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run_bench(
-        teacher=f"{YOLOV8N},{YOLO26N}", teachers="ensemble", imgsz=32, batch=2, method="none,fitnet", rounds=2,
+        teacher=f"{YOLOV8N},{YOLO26N}", teachers="ensemble", imgsz=32, batch=2, method="none,fitnet", rounds=1,
         data=data, project=str(tmp_path), memory=False, device="cpu",
     )  # fmt: skip
     with open(out / "bench.csv", encoding="utf-8") as f:

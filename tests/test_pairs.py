@@ -14,7 +14,15 @@ from helpers.pairs_table import markdown, read_pairs, write_pairs
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "runs/reference/pairs/pairs.csv"
-FEW = [("v9", "11"), ("v10", "v3"), ("26", "v8-p2"), ("RT-DETR", "12"), ("v6", "26"), ("v3-tiny", "v5-p6")]
+FEW = [
+    ("v9", "11"),
+    ("v10", "v3"),
+    ("26", "v8-p2"),
+    ("RT-DETR", "12"),
+    ("v6", "26"),
+    ("v3-tiny", "v5-p6"),
+    ("v8", "RT-DETR"),
+]
 # Built as one of the families is: other sizes, blocks and backbones. YOLO-World and YOLOE have tests of their own.
 LIKE_ANOTHER = ("yolov3-spp", "yolov8-ghost", "yolov8-ghost-p2", "yolov8-ghost-p6")
 OTHER_SIZES = ("yolov9", "yolov10", "rtdetr-")

@@ -24,6 +24,7 @@ from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 MODELS = Path(__file__).parents[1] / "data" / "models"
 YOLOV8N, YOLOV8S = str(MODELS / "yolov8n.yaml"), str(MODELS / "yolov8s.yaml")
 YOLO26N, YOLO26S = str(MODELS / "yolo26n.yaml"), str(MODELS / "yolo26s.yaml")
+RTDETR = str(MODELS / "rtdetr-tiny.yaml")
 SIZE = 160  # pixels; the image size that `save_trained_checkpoint` writes into checkpoints
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from helpers.data import two_images
 from yolokd import UserError
-from yolokd.distillation.criterion import DistillationCriterion
+from yolokd.distillation.query_criterion import make_criterion
 from yolokd.training.plan import TrainPlan, make_plan
 
 # {what is compared: the method that stands for it}
@@ -56,8 +56,8 @@ def _problem(common: Mapping[str, object], method: str) -> str | None:
 def _train(plan: TrainPlan) -> None:
     """Take a few steps on one batch."""
     student = plan.student.train()
-    student.args = plan.args
-    criterion = DistillationCriterion(student, [(p.teacher, p.pairing) for p in plan.teachers], plan.config, seed=0)
+    student.args, student.nc = plan.args, plan.data["nc"]  # as a trainer sets them
+    criterion = make_criterion(student, [(p.teacher, p.pairing) for p in plan.teachers], plan.config, seed=0)
     criterion.begin_epoch(0, epochs=1, steps=10 * STEPS)
     student.criterion = criterion
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
@@ -65,7 +65,9 @@ def _train(plan: TrainPlan) -> None:
     batch = two_images()
     for _ in range(STEPS):
         optimizer.zero_grad()
+        criterion.begin_step(batch["img"])
         loss, items = student.loss(batch)
+        items |= getattr(criterion, "items", {})  # an RT-DETR's loss returns those of its own alone
         loss.sum().backward()
         assert all(torch.isfinite(torch.as_tensor(value)).all() for value in items.values()), items
         for method in plan.config.method_configs:

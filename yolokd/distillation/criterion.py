@@ -31,7 +31,7 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 class DistillationLosses:
     """The distillation losses of a batch, M methods at L levels.
 
-    losses: (M, L) unscaled, times the number of labelled images; carry gradient. gains: (M, L) in force, without
+    losses: (M, L) unscaled, times the scale of the student's own loss; carry gradient. gains: (M, L) in force, without
     gradient. weighted: (M,) unscaled, summed over levels by their weights. Of an ensemble, L counts the levels of all
     teachers, and gains and weights are divided by the number of teachers: the student learns from the mean loss.
     """
@@ -86,12 +86,15 @@ class DistillationCriterion(nn.Module):
             assert student is not None
             # TensorBoard's trace reads every property in inference mode, whose tensors no training can use later.
             with torch.inference_mode(False):
-                self.base = student.init_criterion()
+                self._adopt(student.init_criterion())
         return self._base
 
     @base.setter
     def base(self, criterion: Any) -> None:
-        self._base = criterion
+        self._adopt(criterion)
+
+    def _adopt(self, criterion: Any) -> None:
+        vars(self)["_base"] = criterion  # an RT-DETR's is a module, and would otherwise become a submodule
         self.observer.watch_assigner(criterion)
 
     def update(self) -> None:
@@ -139,7 +142,8 @@ class DistillationCriterion(nn.Module):
         if any(self._factors()):
             student, measuring = self._student(), self._measuring
             assert student is not None
-            self.observer.watch_head(dense_heads(head_of(student), self.stage.pairing.student_strides))
+            head = head_of(student)
+            self.observer.watch_head(head, dense_heads(head, self.stage.pairing.student_strides))
             for stage in self.active:
                 stage.teacher.start(images, stage.requested_outputs(measuring))
 
@@ -167,20 +171,30 @@ class DistillationCriterion(nn.Module):
         """
         labelled = labelled_count(batch)
         task, items = self._task_loss(preds, batch, labelled)
+        scaled, own_items = self.distil(task, preds, batch, labelled)
+        return torch.cat([task.flatten(), scaled]), items | own_items
+
+    def distil(self, task: Tensor, preds: Any, batch: dict[str, Any], scale: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the methods' losses with their gains, (M,), and detached items by name; end the step.
+
+        task: the student's own loss. preds: what its head returns in training; None if it does not predict at every
+        position. scale: what the means over the batch are multiplied by, as `task` is.
+        """
         factors = self._factors()
         if any(factors):
-            distilled = self._distil(task, factors, preds, batch)
+            distilled = self._distil(task, factors, preds, batch, scale)
             scaled = (distilled.gains * distilled.losses).sum(1)
             weighted = distilled.weighted
             in_force = torch.where(weighted > 0, scaled / weighted, distilled.gains.sum(1)).detach()
-            weighted = weighted.detach() / labelled
+            weighted = weighted.detach() / scale
         else:
             self.recorder.record_idle()
             scaled = weighted = in_force = task.new_zeros(len(factors))
         self._step += 1
+        items: dict[str, Tensor] = {}
         for i, method in enumerate(self.config.method_configs):
             items |= {f"{method.name}_loss": weighted[i], f"{method.name}_gain": in_force[i]}
-        return torch.cat([task.flatten(), scaled]), items
+        return scaled, items
 
     def _task_loss(self, preds: Any, batch: dict[str, Any], labelled: int) -> Losses:
         """Return the YOLO loss of the batch's first `labelled` images."""
@@ -193,7 +207,9 @@ class DistillationCriterion(nn.Module):
         # Unlabelled images have no boxes in the batch, and so would teach the head that all of them is background.
         return self.base(_first_images(preds, labelled), batch | first)  # type: ignore[no-any-return]
 
-    def _distil(self, task: Tensor, factors: Sequence[float], preds: Any, batch: dict[str, Any]) -> DistillationLosses:
+    def _distil(
+        self, task: Tensor, factors: Sequence[float], preds: Any, batch: dict[str, Any], scale: int
+    ) -> DistillationLosses:
         """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
         stages, measuring = self.active, self._measuring
         outputs = [stage.teacher(batch["img"], stage.requested_outputs(measuring)) for stage in stages]
@@ -201,7 +217,7 @@ class DistillationCriterion(nn.Module):
         # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
         labelled = labelled_count(batch)
         level_losses = [
-            [[loss * labelled for loss in of_method] for of_method in stage.losses(levels, labelled)]
+            [[loss * scale for loss in of_method] for of_method in stage.losses(levels, labelled)]
             for stage, (levels, _) in zip(stages, taught, strict=True)
         ]
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
@@ -224,6 +240,7 @@ class DistillationCriterion(nn.Module):
     ) -> list[tuple[list[Level], list[Tensor]]]:
         """Return for each teacher that teaches now its levels, and the student's maps there."""
         observed = self.observer.take(len(batch["img"]))
+        preds = {"feats": observed.neck_maps} if preds is None else preds
         predictions = average_predictions(
             [stage.predictions(preds, output) for stage, output in zip(stages, outputs, strict=True)],
             [stage.select_student.index for stage in stages],

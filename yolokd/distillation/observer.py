@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,13 @@ class Observed:
 
     assigned: (B, anchors) bool, the positions that the YOLO loss assigned to objects; None if no method wants them.
     box_maps, class_maps: {(stride, depth): the (B, C, H, W) map that entered the layer of that number in the branch of
-    the student's head}.
+    the student's head}. neck_maps: those that entered a head that does not predict at every position.
     """
 
     assigned: Tensor | None = None
     box_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     class_maps: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    neck_maps: list[Tensor] = field(default_factory=list)
 
 
 class StepObserver:
@@ -49,17 +50,21 @@ class StepObserver:
     def _note_assigned(self, _assigner: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
         self._assigned = output[3]
 
-    def watch_head(self, heads: Mapping[int, Head]) -> None:
-        """Note the wanted maps of the next forward pass of the student's head. heads: by stride.
+    def watch_head(self, head: nn.Module | None, parts: Mapping[int, Head]) -> None:
+        """Note the wanted maps of the next forward pass of the student's head.
 
+        parts: of the head by stride; without any, the maps that enter it are noted: it does not return them.
         The hooks stay until `take`: a checkpoint or a copy of the student must hold none.
         """
         self.discard()
-        for stride, head in heads.items():
+        if head is not None and not parts:
+            entering = self._observed.neck_maps
+            self._hooks.append(head.register_forward_pre_hook(lambda _head, inputs: entering.extend(inputs[0])))
+        for stride, part in parts.items():
             for depth in self._depths:
                 for layers, maps in (
-                    (head.box_layers, self._observed.box_maps),
-                    (head.class_layers, self._observed.class_maps),
+                    (part.box_layers, self._observed.box_maps),
+                    (part.class_layers, self._observed.class_maps),
                 ):
                     note = partial(_note_map, maps, (stride, depth))
                     self._hooks.append(layers[depth - 1].register_forward_hook(note))
@@ -75,7 +80,7 @@ class StepObserver:
             return observed
         assert assigned is not None
         padded = F.pad(assigned, (0, 0, 0, images - len(assigned)))
-        return Observed(padded, observed.box_maps, observed.class_maps)
+        return replace(observed, assigned=padded)
 
     def discard(self) -> None:
         """Forget what was noted, and remove the hooks from the student's head."""

@@ -27,7 +27,7 @@ from yolokd.exporter.onnx_detector import precision_of
 from yolokd.exporter.parity import ExportReport, print_report, verify
 from yolokd.exporter.staging import publish, staging_folder
 from yolokd.models.checkpoint import load_model
-from yolokd.models.tasks import TASKS, task_of
+from yolokd.models.tasks import TASKS, YOLO_TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 
@@ -120,8 +120,8 @@ def _check_options(options: Mapping[str, Any]) -> Any:
 
 def _require_detector(module: nn.Module, name: str | Path) -> None:
     task = task_of(module)
-    if task is None or getattr(module, "task", None) != task.name:
-        kind, cure = type(module).__name__, f"give a model of the tasks {', '.join(TASKS)}"
+    if task in (None, TASKS["rtdetr"]) or getattr(module, "task", None) != task.name:
+        kind, cure = type(module).__name__, f"give a YOLO of the tasks {', '.join(YOLO_TASKS)}"
         raise UserError(f"model={name}", f"is not a YOLO detector but a {kind}", cure)
 
 

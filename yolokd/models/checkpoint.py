@@ -14,7 +14,7 @@ from ultralytics.nn import tasks
 from yolokd.config.validate import validate
 from yolokd.errors import UserError, describe_invalid, first_line
 from yolokd.models.detector import Detector, check_attributes, describe_kind
-from yolokd.models.tasks import TASKS, task_of
+from yolokd.models.tasks import TASKS, YOLO_TASKS, key_of, task_of
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.tensor_sizes import TensorSizeError, checked_tensor_sizes
 from yolokd.runtime.console import warnings_only
@@ -116,22 +116,22 @@ def load_student(path: object, data: Mapping[str, Any], trust: bool) -> Detector
         raise UserError(name, "is neither .yaml nor .pt", cure)
     task = task_of(model)
     if task is None:
-        problem = f"is {describe_kind(model)}; yolokd trains plain YOLO detectors so far"
-        raise UserError(name, problem, f"give a YOLO of the tasks {', '.join(TASKS)}, for example yolov8n.yaml")
+        problem = f"is {describe_kind(model)}; yolokd trains YOLO and RT-DETR models"
+        raise UserError(name, problem, f"give a YOLO of the tasks {', '.join(YOLO_TASKS)}, for example yolov8n.yaml")
     check_attributes(model, name)
     if str(path).endswith(".pt"):
         with preserve_random_state():  # Ultralytics will build it, too, and take the weights from the checkpoint
-            _build(model.yaml, name, task.name, data, trust)
+            _build(model.yaml, name, key_of(task), data, trust)
     return model
 
 
 def student_task(path: object, trust: bool) -> str:
-    """Return the name of the task of a student's file; "detect" if it cannot be read, which `load_student` reports."""
+    """Return the key in TASKS of a student's file; "detect" if it cannot be read, which `load_student` reports."""
     file = Path(str(path))
     try:
         if file.suffix == ".pt" and file.exists():
             task = task_of(load_model(file, "student", trust)[0])
-            return task.name if task is not None else "detect"
+            return key_of(task) if task is not None else "detect"
         with safe_loading(trust), warnings_only():
             # A .pt that Ultralytics will download says in its name what its .yaml says.
             head = str(tasks.yaml_model_load(file.with_suffix(".yaml"))["head"][-1][-2]).lower()

@@ -56,7 +56,7 @@ def score(model: Detector, settings: Mapping[str, Any], save_dir: Path, task: Ta
 
     settings: Ultralytics' for validation (data, imgsz, batch, device, split, …); `save_json=True` scores by size, too.
     """
-    by_size = {} if task is TASKS["detect"] else {"save_json": False}  # Ultralytics scores upright boxes alone by size
+    by_size = {} if task.name == "detect" else {"save_json": False}  # Ultralytics scores upright boxes alone by size
     metrics, _ = _validate(model, {"rect": True, **settings, **by_size}, save_dir, task)
     sizes = {
         f"ap_{size}": round(float(value), 5)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from ultralytics.models.rtdetr.train import RTDETRTrainer
+from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.models.yolo.detect import DetectionTrainer, DetectionValidator
 from ultralytics.models.yolo.obb import OBBTrainer, OBBValidator
 from ultralytics.models.yolo.pose import PoseTrainer, PoseValidator
 from ultralytics.models.yolo.segment import SegmentationTrainer, SegmentationValidator
-from ultralytics.nn.modules.head import OBB, Detect, Pose, Segment
-from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, SegmentationModel
+from ultralytics.nn.modules.head import OBB, Detect, Pose, RTDETRDecoder, Segment
+from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, RTDETRDetectionModel, SegmentationModel
 
 from yolokd.models.detector import PROMPTED_HEADS, Detector, head_of
 
@@ -57,7 +59,8 @@ class Task:
         return self.model(cfg, nc=data["nc"], ch=data["channels"], verbose=False, **shape)
 
 
-# Detection is the last, because all heads inherit from its head.
+# Detection comes after the other tasks of YOLO models, because all their heads inherit from its head. An RT-DETR, which
+# detects, too, is built and trained by classes of its own.
 TASKS = {
     "segment": Task(
         "segment", Segment, SegmentationModel, SegmentationTrainer, SegmentationValidator,
@@ -70,7 +73,13 @@ TASKS = {
     "detect": Task(
         "detect", Detect, DetectionModel, DetectionTrainer, DetectionValidator, "box", "box", "B", "", "shapes"
     ),
+    "rtdetr": Task(
+        "detect", RTDETRDecoder, RTDETRDetectionModel, RTDETRTrainer, RTDETRValidator, "box", "box", "B", "", "shapes"
+    ),
 }  # fmt: skip
+
+
+YOLO_TASKS = tuple(key for key in TASKS if key != "rtdetr")
 
 
 def task_of(model: Detector) -> Task | None:
@@ -79,6 +88,11 @@ def task_of(model: Detector) -> Task | None:
     if isinstance(head, PROMPTED_HEADS):
         return None
     return next((task for task in TASKS.values() if isinstance(head, task.head)), None)
+
+
+def key_of(task: Task) -> str:
+    """Return the key of a task in TASKS."""
+    return next(key for key, value in TASKS.items() if value is task)
 
 
 def scored_task(teacher: Detector, student: Task, data: Mapping[str, Any]) -> Task | None:

@@ -54,7 +54,8 @@ class Run:
     @property
     def task(self) -> Task:
         """Return the student's task."""
-        return task_of(self.student) or TASKS["detect"]
+        task = task_of(self.student)
+        return TASKS[task.name if task is not None else "detect"]
 
     @property
     def imgsz(self) -> int:

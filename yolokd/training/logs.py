@@ -39,6 +39,18 @@ class MeanLosses:
         vars(trainer)["tloss"] = None if means is None else LossMeans(means)
 
 
+class ItemsOfCriterion:
+    """The attribute `loss_items` of a trainer of RT-DETRs, which Ultralytics sets without those of yolokd's methods."""
+
+    def __get__(self, trainer: Any, _owner: type | None = None) -> dict[str, Tensor] | None:
+        items: dict[str, Tensor] | None = vars(trainer).get("loss_items")
+        return items
+
+    def __set__(self, trainer: Any, items: dict[str, Tensor] | None) -> None:
+        criterion = trainer.criterion if items is not None else None
+        vars(trainer)["loss_items"] = items if items is None or criterion is None else items | criterion.items
+
+
 def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) -> str:
     """Return one log line: what the teacher teaches where, and how hard each method pulls, beside the YOLO loss.
 

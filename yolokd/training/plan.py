@@ -100,6 +100,8 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
         _check_stages(config, args.epochs)
         _check_classes_map(config, models.values(), data)
     heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
+    if not heads:
+        _check_student_without_scores(f"student={settings.get('model')}", config)
     teachers = tuple(_pair_teacher(file, model, config, data, strides, heads) for file, model in models.items())
     return TrainPlan(config, data, args, student, teachers)
 
@@ -223,6 +225,18 @@ def _check_fit(file: str, teacher: Teacher, config: DistillationConfig) -> None:
             f"has no class scores and boxes per position, which {needing[0]} needs",
             "use a YOLO teacher, or methods that compare feature maps alone, such as dfd",
         )
+
+
+def _check_student_without_scores(argument: str, config: DistillationConfig) -> None:
+    """Raise UserError for what an RT-DETR cannot learn: no position of its maps has a class score or a box."""
+    for name in (method.name for method in config.method_configs):
+        method = registered()[name]
+        if method.wants_dense_head() and not (method.wants_mean_logits and not method.wants_logits):
+            problem = f"has no class scores and boxes per position, which {name} needs"
+            raise UserError(argument, problem, "use a YOLO student, or methods that compare feature maps, such as dfd")
+    if config.unlabelled is not None:
+        problem = "would not keep images without labels apart in its loss"
+        raise UserError(f"unlabelled={config.unlabelled}", f"an RT-DETR {problem}", "drop it, or use a YOLO student")
 
 
 def _check_methods(config: DistillationConfig, levels: Sequence[LevelShape]) -> None:

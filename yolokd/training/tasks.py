@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ultralytics.models.rtdetr.train import RTDETRTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 
 from yolokd.models.checkpoint import student_task
+from yolokd.training import logs
 from yolokd.training.trainer import DistillationTrainer
 
 
@@ -31,6 +33,12 @@ class OBBDistillationTrainer(DistillationTrainer, OBBTrainer):
     TASK = "obb"
 
 
+class RTDETRDistillationTrainer(DistillationTrainer, RTDETRTrainer):
+    """Ultralytics' trainer of RT-DETRs with a teacher of their feature maps."""
+
+    loss_items = logs.ItemsOfCriterion()
+
+
 TRAINERS = {
     trainer.TASK: trainer
     for trainer in (
@@ -39,7 +47,7 @@ TRAINERS = {
         PoseDistillationTrainer,
         OBBDistillationTrainer,
     )
-}
+} | {"rtdetr": RTDETRDistillationTrainer}
 
 
 def make_trainer(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ultralytics.utils import LOGGER
 
 from yolokd.data.dataset import sample_batch
-from yolokd.distillation.criterion import DistillationCriterion
+from yolokd.distillation.query_criterion import make_criterion
 from yolokd.models.backbone import Backbone
 from yolokd.models.evaluate import check_teacher
 from yolokd.models.precision import choose_precision, name_of
@@ -36,7 +36,7 @@ def attach_criterion(trainer: Any) -> None:
     trainer.plan = plan = replace(plan, teachers=optimize_teachers(plan, precisions, images, batch))
     trainer.model.yolokd = provenance(plan)
     pairs = [(paired.teacher, paired.pairing) for paired in plan.teachers]
-    criterion = DistillationCriterion(trainer.model, pairs, plan.config, trainer.args.seed)
+    criterion = make_criterion(trainer.model, pairs, plan.config, trainer.args.seed)
     trainer.model.criterion = criterion.to(trainer.device)
 
 

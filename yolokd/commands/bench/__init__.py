@@ -20,6 +20,7 @@ from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolok
 from yolokd.commands.bench.rounds import BenchRow, ensemble_costs, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
+from yolokd.commands.native import check_native
 from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list, parse_value
 from yolokd.config.defaults import defaults
@@ -72,8 +73,8 @@ def run_bench(
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
     distilled = [m for m in methods if m not in (PLAIN, NATIVE)]
-    if NATIVE in methods and any(map(is_backbone, as_list(teacher))):
-        raise UserError("method=native", "takes no timm backbone as a teacher", "give method=none,fitnet, say")
+    if NATIVE in methods:
+        check_native(student, as_list(teacher), bool(other_keys.get("trust")))
     amps = [on_cuda] if amp is None else [parse_value(str(a)) for a in as_list(amp)]
     rows: list[BenchRow] = []
     out: Path | None = None

@@ -169,11 +169,12 @@ class Candidate:
             self._methods_end = self._moment()
 
         def noting(*args: Any, **kwargs: Any) -> Any:
-            losses, items = compute(*args, **kwargs)
+            output = compute(*args, **kwargs)
+            losses = next(iter(output.values())) if isinstance(output, dict) else output[0]  # an RT-DETR's, a YOLO's
             if losses.requires_grad:
                 losses.register_hook(end)
             self._methods_begin, self._runs_before_losses = self._moment(), len(self._teacher_runs)
-            return losses, items
+            return output
 
         return noting
 

@@ -19,6 +19,7 @@ from yolokd.commands.compare.identity import (
     training_hash,
 )
 from yolokd.commands.compare.ledger import TEACHER
+from yolokd.commands.native import check_native
 from yolokd.config.arguments import as_list
 from yolokd.config.parse import check_keys
 from yolokd.config.schema import DistillationConfig, normalize_teachers, teacher_files
@@ -114,8 +115,8 @@ def plan_runs(
     if not inputs.teachers and {*methods} != {PLAIN}:
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
         raise UserError("teacher", "is missing", f"give teacher=yolov8l.pt, for example{or_drop}")
-    if NATIVE in methods and inputs.teachers and is_backbone(inputs.teachers[-1]):
-        raise UserError("method=native", "takes no timm backbone as a teacher", "drop native")
+    if NATIVE in methods:
+        check_native(inputs.keys["student"], inputs.teachers[-1:], bool(keys.get("trust")))
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
     if inputs.teachers and inputs.strongest is None:
         CONSOLE.print("teacher: is a timm backbone, which detects nothing: it is not scored")
