@@ -19,6 +19,7 @@ from yolokd import UserError, YoloDistiller
 from yolokd.commands.bench.candidate import BenchSetting, Candidate
 from yolokd.config.parse import parse, split_keys
 from yolokd.distillation.query_criterion import QueryCriterion
+from yolokd.exporter.export_model import export
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import read_pyramid
 from yolokd.models.tapped_detector import detector_teacher
@@ -83,6 +84,11 @@ def test_the_checkpoint_is_ultralytics_own(run: Path) -> None:
     assert type(model) is RTDETRDetectionModel
     assert {type(m).__module__.split(".")[0] for m in model.modules()} == {"ultralytics", "torch"}
     assert model.yolokd["method"] == "fitnet+sl2"
+
+
+def test_an_export_that_would_not_be_checked_is_refused(run: Path) -> None:
+    with pytest.raises(UserError, match="is not a YOLO detector but a RTDETRDetectionModel"):
+        export(str(run / "weights" / "best.pt"))
 
 
 def test_without_a_teacher_it_trains_as_in_ultralytics(data: str, tmp_path: Path) -> None:
