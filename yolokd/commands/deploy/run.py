@@ -105,7 +105,8 @@ class Deployment:
     ) -> list[DeployRow]:
         """Measure all models and formats that have no row yet; return the rows of all.
 
-        Raises UserError if the rows of deploy.csv are those of another checkpoint, or were measured otherwise.
+        Raises UserError if the rows of deploy.csv are those of another checkpoint, or were measured otherwise, and if
+        the checkpoint itself cannot be measured.
         """
         student = self._new_row(STUDENT, CHECKPOINT, checkpoint)
         ledger.check_same(self._rows, student, self._places.csv)
@@ -122,6 +123,8 @@ class Deployment:
                     progress.update(task, description=f"{name}: {what}")
 
                 self._measure(row, file, each, say)
+                if row is student and (problem := self._rows[row.key].problem):
+                    raise UserError(f"model={checkpoint}", problem, "all else would be compared with it")
                 progress.advance(task)
         return [self._rows[row.key] for row, _, _ in planned]
 
