@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.models import YOLOV8N
 from helpers.results import repeatable_rows, states_equal, weights
 
@@ -27,6 +28,7 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_training_is_the_same_again_beside_busy_processes(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     """All settings are the defaults, `teacher_precision=auto` among them."""
     runs = [YoloDistiller(teacher=teacher, student=YOLOV8N) for _ in range(2)]

@@ -155,6 +155,7 @@ def test_a_run_names_all_its_teachers(run: Path, teachers: list[str]) -> None:
     assert all(origin["sha256"] in card for origin in record["teacher"])
 
 
+@pytest.mark.slow
 def test_a_resumed_ensemble_ends_as_one_that_was_not_stopped_and_keeps_its_teachers(
     run: Path, data: str, teachers: list[str], tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_check_says_that_all_teach_throughout(
         assert f"teacher {name}, which teaches throughout, in an ensemble" in told
 
 
+@pytest.mark.slow
 def test_bench_says_what_an_ensemble_costs(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run_bench(
         teacher=f"{YOLOV8N},{YOLO26N}", teachers="ensemble", imgsz=32, batch=2, method="none,fitnet", rounds=1,

@@ -70,6 +70,7 @@ def test_it_exports_to_an_int8_file_without_calibration(distilled: YoloDistiller
         export(distilled.trainer.best, format="torchscript", imgsz=64)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_as_one_that_was_not(
     distilled: YoloDistiller, teacher: str, settings: dict[str, Any]
 ) -> None:

@@ -202,6 +202,7 @@ def settings(data: str, tmp_path: Path) -> dict[str, Any]:
     return SHORT | {"data": data, "save_dir": str(tmp_path / "run")}
 
 
+@pytest.mark.slow
 def test_an_end_to_end_student_of_two_teachers_that_was_resumed_has_one(
     settings: dict[str, Any], teacher: str, tmp_path: Path
 ) -> None:

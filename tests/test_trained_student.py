@@ -45,6 +45,7 @@ def runs_of(student: Path, data: str, teacher: str, project: Path, **keys: Any) 
     return plan_runs(methods, 0, "val", project, {"student": str(student), "teacher": teacher, **given})[0]
 
 
+@pytest.mark.slow
 def test_all_candidates_of_a_comparison_go_on_from_the_same_checkpoint(
     trained: Path, data: str, teacher: str, tmp_path: Path
 ) -> None:
