@@ -13,6 +13,8 @@ from yolokd.runtime.console import CONSOLE, make_console
 MAX_WIDTH = 110  # in characters: longer lines are hard to read
 KEY_WIDTH = 28
 MODEL = Key("model", "", "required: a checkpoint, such as runs/distill/train/weights/best.pt")
+SOURCE = Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml")
+SPLIT = Key("split", "none", "of a source that is a data set: train (none), val or test")
 TRUST = yolokd_keys()["trust"]
 TEACHER = yolokd_keys()["teacher"]
 
@@ -88,7 +90,7 @@ HELP: Mapping[str, Help] = {
         ),
         (
             Key("teacher", "", "required: the trained model that labels, a .pt file"),
-            Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml"),
+            SOURCE,
             Key("conf", "0.4", "the least score of a detection that becomes a label"),
             Key("iou", "0.7", "of two boxes of a class that overlap by more, one is kept"),
             Key("max_det", "300", "the largest number of labels in an image"),
@@ -96,7 +98,7 @@ HELP: Mapping[str, Help] = {
             Key("imgsz", "none", "the image size in pixels; none: the one that the teacher was trained with"),
             Key("batch", "16", "images at a time"),
             Key("device", "none", "where the teacher runs, such as 0 or cpu"),
-            Key("split", "none", "of a source that is a data set: train (none), val or test"),
+            SPLIT,
             Key("val", "none", "the .yaml whose validation images, with a person's labels, the data set gets"),
             Key("copy", "False", "copy the images; otherwise the data set links to them"),
             Key("project", "runs/label", "the folder in which the data set gets a folder"),
@@ -211,9 +213,9 @@ HELP: Mapping[str, Help] = {
         (
             Key("teacher", "", "required: the large model, a .pt file"),
             Key("student", "", "required: the small model; a .yaml has random weights"),
-            Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml"),
+            SOURCE,
             Key("method", "dfd,pdf,frs", "the methods whose maps are drawn, beside the attention of both models"),
-            Key("split", "none", "of a source that is a data set: train (none), val or test"),
+            SPLIT,
             Key("imgsz", "none", "the image size in pixels; none: the one that the student was trained with"),
             Key("count", "16", "draw at most so many images, evenly spread"),
             yolokd_keys()["classes_map"],

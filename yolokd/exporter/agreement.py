@@ -52,7 +52,7 @@ class Thresholds(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What the rows of a model's output mean. task: its name. classes: their number. kpt_shape: of pose models."""
+    """Says what the rows of a model's output mean. task: its name. classes: their number. kpt_shape: of pose models."""
 
     task: str
     classes: int

@@ -44,7 +44,7 @@ SCORE50 = {  # what mAP50 counts, by task
 
 @dataclass(frozen=True)
 class Result:
-    """What a run has reached. score, score50: mAP of best.pt, None if it was not measured.
+    """Holds what a run has reached. score, score50: mAP of best.pt, None if it was not measured.
 
     taught_by: the names of all teachers. teacher, teacher_score, teacher_size: the last one that detects, its mAP50-95,
     and its size.

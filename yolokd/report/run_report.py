@@ -31,7 +31,7 @@ NAME = "report.html"
 
 @dataclass(frozen=True)
 class Seen:
-    """What the models make of some validation images. teacher: None without one."""
+    """Holds what the models make of some validation images. teacher: None without one."""
 
     samples: Sequence[Sample]
     teacher: Sequence[Boxes] | None

@@ -61,7 +61,7 @@ class GroupView:
 
 
 class Found:
-    """What teacher and student find in images, and how it differs.
+    """Holds what teacher and student find in images, and how it differs.
 
     teacher: None for a run without one. objectness: whether classes do not count, because the models share none.
     """

@@ -52,7 +52,7 @@ KINDS: Mapping[str, MapKind] = {
 
 @dataclass(frozen=True)
 class MapSettings:
-    """What maps depend on beside the models.
+    """Holds what maps depend on beside the models.
 
     classes: how those of the two models are paired. imgsz: the side of the images in pixels. teacher_imgsz: as in
     InferenceSettings. teacher_channels: as in `seen_channels`. distance: PDF's, between class predictions.
