@@ -180,6 +180,8 @@ def test_ratios_compare_steps_of_the_same_round() -> None:
         {"teacher": "yolov8n-cls.yaml"},
         {"student": "rtdetr-l.yaml", "method": "native"},
         {"project": __file__},
+        {"teachers": "ensmble"},
+        {"teachers": "ensemble"},
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object], data: str, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from ultralytics.nn.tasks import ClassificationModel
 
 from yolokd import UserError
 from yolokd.cli import _errors_as_user_errors
+from yolokd.commands import check
+from yolokd.training.plan import make_plan
 from yolokd.training.settings import training_keys
 from yolokd.version import __version__
 
@@ -238,6 +240,15 @@ def test_check_shows_the_pairing_and_writes_nothing(files: dict[str, str], tmp_p
     assert "ready to train" in done.stdout.splitlines()[-1]
     assert "data: none is given" not in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_counts_methods_that_run_the_head_of_a_teacher_with_more_classes(data: str, tmp_path: Path) -> None:
+    model = random_detector(YOLOV8N)
+    model = type(model)(model.yaml, nc=3, verbose=False)
+    model.names = {0: "cat", 1: "box", 2: "disc"}
+    teacher = save_checkpoint(model, tmp_path / "t.pt")
+    plan = make_plan({"teacher": str(teacher), "model": YOLOV8N, "data": data, "method": "crosskd", "imgsz": 64})
+    assert list(check._models_table(plan, 64).columns[0].cells)[-1].startswith("adapters to teacher t.pt")
 
 
 def test_a_trained_student_validates_predicts_and_its_run_repeats(

@@ -29,13 +29,14 @@ from ultralytics.utils import SETTINGS
 
 from yolokd.commands.compare import run_compare
 from yolokd.commands.compare.grounds import name_configurations
-from yolokd.commands.compare.identity import ComparisonRun
+from yolokd.commands.compare.identity import ComparisonRun, fingerprint
 from yolokd.commands.compare.ledger import OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED, VERSIONS, LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.report import report
 from yolokd.commands.compare.row import make_row
 from yolokd.commands.compare.show import draw_plot, markdown, summary_cells, terminal_table
 from yolokd.commands.compare.statistics import interval, ratio, summarize
+from yolokd.data.dataset import load_data
 from yolokd.errors import UserError
 from yolokd.runtime.files import sha256
 from yolokd.runtime.lock import LOCK_FILE
@@ -324,6 +325,14 @@ def test_showing_a_ledger_takes_no_other_keys(tmp_path: Path) -> None:
         run_compare(csv=str(tmp_path / "c.csv"), method="none")
 
 
+def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    append(path, row("none", 0, 0.4))
+    path.write_text(path.read_text().rstrip() + ",1\n")
+    with pytest.raises(UserError, match="line 2 has more cells than there are columns"):
+        read(path)
+
+
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "hash,method\nx", "\x00"])
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "c.csv"
@@ -599,6 +608,18 @@ def test_adding_a_test_split_does_not_change_the_runs(keys: dict[str, Any], tmp_
     assert not {run.hash for run in tested} & {run.hash for run in after}
     assert not {run.scores_path for run in tested} & {run.scores_path for run in after}
     assert [run.teacher_row for run in tested] == ["", "", tested[0].hash]
+
+
+@pytest.mark.parametrize("line", ["channels: 1", "kpt_shape: [4, 2]", "flip_idx: [1, 0]"])
+def test_a_data_set_that_is_read_in_another_way_gives_other_runs(
+    line: str, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    card, own = Path(keys["data"]), tmp_path / "d.yaml"
+    prints = []
+    for more in ("", "channels: 3", line):
+        own.write_text(f"path: {card.parent}\n{card.read_text()}\n{more}\n")
+        prints.append(fingerprint(load_data(str(own)), "train"))
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_an_image_that_ultralytics_repairs_does_not_change_the_runs(keys: dict[str, Any], tmp_path: Path) -> None:

@@ -283,10 +283,19 @@ def test_a_list_may_name_images_anywhere_and_those_that_are_gone_are_named(
     assert sorted(str(p.relative_to(folder / "labels")) for p in folder.rglob("*.txt")) == ["train/0.txt", "val/0.txt"]
 
 
-def test_a_data_set_gives_its_split_and_its_own_validation_images(keys: dict[str, Any], files: dict[str, str]) -> None:
+def test_a_data_set_gives_its_split_and_its_own_validation_images(
+    keys: dict[str, Any], files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     data_file = run_label(**keys | {"source": files["data"], "split": "val"})
     assert len(list(data_file.parent.glob("images/*.jpg"))) == 3
     assert yaml.safe_load(data_file.read_text())["val"] == f"{files['images']}/val"
+    assert "it has 3 of these images, too" in capsys.readouterr().out
+
+
+def test_images_that_all_lie_in_the_folder_to_be_written_are_refused(keys: dict[str, Any]) -> None:
+    images = run_label(**keys | {"name": "images"}).parent / "images"
+    with pytest.raises(UserError, match="all its images lie in"):
+        run_label(**keys | {"source": str(images)})
 
 
 def test_a_source_of_unreadable_images_alone_gives_no_data_set(keys: dict[str, Any], tmp_path: Path) -> None:

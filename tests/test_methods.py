@@ -720,6 +720,23 @@ def test_half_precision_maps_give_float32_losses(name: str) -> None:
     assert float(loss) == pytest.approx(float(build(name)(level)), rel=0.05)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_half_precision_teacher_teaches_a_float32_student(name: str) -> None:
+    level = like(random_level(2, 4, 4), Tensor.float)
+    method = build(name).float()
+    expected = float(method(level))
+    level = like(level, Tensor.float)
+    level.teacher = level.teacher.bfloat16()
+    assert float(method(level)) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("scope", ["level", "batch"])
+def test_scores_that_are_nan_give_a_loss_that_is_nan(scope: str) -> None:
+    level = random_level(2, 4, 4)
+    level.student_logits[0, 0, 0, 0] = math.nan
+    assert math.isnan(float(build("pdf", scope=scope)(level)))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.floats(0, 80))
 def test_attention_is_a_distribution_of_mean_one(b: int, c: int, h: int, w: int, scale: float) -> None:

@@ -161,6 +161,7 @@ def test_a_run_without_a_teacher_has_a_card_that_says_so(tiny: dict[str, Any]) -
     d = distil(None, YOLOV8N, tiny | {"epochs": 1}, "none")
     card = (d.trainer.wdir / "MODEL_CARD.md").read_text()
     assert "without a teacher" in card
+    assert "yolokd export" in card
     assert "knowledge-distillation" not in front_matter(card)["tags"]
 
 

@@ -25,12 +25,16 @@ from helpers.results import rows, states_equal, weights
 from helpers.runs import TINY, captured_log, distil, train_and_stop
 
 from yolokd import UserError, YoloDistiller
-from yolokd.commands.report import run_report
+from yolokd.commands.compare.ledger import LedgerRow, read
+from yolokd.commands.compare.report import verdicts
+from yolokd.commands.report import result_sentence, run_report
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import RequestedOutputs
-from yolokd.report.history import read_history
+from yolokd.report.facts import settings_tables
+from yolokd.report.history import History, read_history
 from yolokd.report.kept import NAME, Record, read_kept, write_kept
 from yolokd.report.page import MAX_BYTES
+from yolokd.report.plots import loss_plots
 from yolokd.report.seen.detections import match
 from yolokd.report.seen.samples import SAMPLES, Boxes, as_images, validation_samples
 from yolokd.runtime.files import sha256
@@ -315,6 +319,31 @@ def test_the_rows_of_a_run_are_its_history(made: Reported) -> None:
         assert history.column(name) == pytest.approx([row[name] for row in written], nan_ok=True)
 
 
+def test_losses_of_other_heads_are_those_of_yolo() -> None:
+    columns = {f"train/{name}_loss": [1.0] for name in ("box", "l1", "seg", "pose", "angle", "fitnet")}
+    titles = [plot.title for plot in loss_plots(History([1], columns, 1.0), ["fitnet"])]
+    assert titles[:-1] == ["YOLO loss: boxes", *(f"YOLO loss: {name}" for name in ("l1", "seg", "pose", "angle"))]
+    assert titles[-1] == "Distillation loss: fitnet"
+
+
+def test_a_run_that_goes_on_in_another_folder_with_another_method_has_a_report_that_says_so(
+    settings: dict[str, Any], teacher: str, tmp_path: Path
+) -> None:
+    train_and_stop(YoloDistiller(method="none", student=YOLOV8N), settings | {"epochs": 2})
+    elsewhere, keys = tmp_path / "elsewhere", {"teacher": teacher, "method": "fitnet", "force": True}
+    YoloDistiller().train(resume=settings["save_dir"], save_dir=str(elsewhere), **keys)
+    shown = text_of((elsewhere / REPORT).read_text())
+    assert "yolov8n, taught by teacher.pt" in shown
+    assert "Distillation loss: fitnet" in shown
+    config = yaml.safe_load((elsewhere / "distill.yaml").read_text())
+    assert (config["method"], config["model"], config["epochs"]) == ("fitnet", YOLOV8N, 2)
+
+
+def test_settings_name_a_backbones_weights_without_their_folder() -> None:
+    (changed, _) = settings_tables({"teacher": "timm:vit@/home/me/w.safetensors"})
+    assert changed.rows == [["teacher", "timm:vit"]]
+
+
 def test_the_report_of_a_comparison_is_one_page(tmp_path: Path) -> None:
     csv = Path(__file__).parents[1] / "runs/reference/compare/bccd-fresh.csv"
     page = run_report(csv=str(shutil.copy(csv, tmp_path)))
@@ -322,3 +351,16 @@ def test_the_report_of_a_comparison_is_one_page(tmp_path: Path) -> None:
     with opened(page, 390) as visit:
         assert (visit.requests, visit.complaints) == ([page.as_uri()], [])
         assert visit.overflow() <= 0
+
+
+def test_a_comparison_that_closes_no_gap_does_not_say_that_it_does(tmp_path: Path) -> None:
+    ledger = Path(__file__).parents[1] / "runs/reference/compare/bccd-fresh.csv"
+    rows = list(read(ledger).values())
+    better = [replace_score(row, "fitnet+pdf", 0.0) for row in rows]
+    assert "it closes 57% (45% to 66%) of the gap" in result_sentence(*verdicts(better))
+    worse = [replace_score(row, "fitnet+pdf", -0.1) for row in rows if row.method != "native"]
+    assert "gap" not in result_sentence(*verdicts(worse))
+
+
+def replace_score(row: LedgerRow, method: str, change: float) -> LedgerRow:
+    return row.model_copy(update={"map": row.map + change * (row.method == method)})

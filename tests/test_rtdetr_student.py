@@ -89,6 +89,7 @@ def test_the_checkpoint_is_ultralytics_own(run: Path) -> None:
 def test_an_export_that_would_not_be_checked_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match="is not a YOLO detector but a RTDETRDetectionModel"):
         export(str(run / "weights" / "best.pt"))
+    assert "yolokd export" not in (run / "weights" / "MODEL_CARD.md").read_text()
 
 
 def test_without_a_teacher_it_trains_as_in_ultralytics(data: str, tmp_path: Path) -> None:

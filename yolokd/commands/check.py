@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -20,6 +21,7 @@ from yolokd.models.tasks import scored_task, task_of
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.head import Head
 from yolokd.pyramid.level import Level, LevelShape, level_name
+from yolokd.pyramid.pairing import ClassSelection
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training.plan import PairedTeacher, TrainPlan, check_data, make_plan, training_imgsz, with_unlabelled_images
@@ -132,7 +134,9 @@ def _models_table(plan: TrainPlan, imgsz: int) -> Table:
         config = plan.config
         methods = build_methods(config.method_configs, paired.pairing.levels, seed=0, adapter=config.adapter)
         classes = len(paired.pairing.classes.student) or 1
-        levels = [_random_level(shape, imgsz, classes, paired.teacher.heads) for shape in paired.pairing.levels]
+        select = ClassSelection(paired.pairing.classes.teacher)  # as in a training
+        heads = {stride: replace(head, select=select) for stride, head in paired.teacher.heads.items()}
+        levels = [_random_level(shape, imgsz, classes, heads) for shape in paired.pairing.levels]
         flops = sum(_gflops(method, levels) for method in methods)
         name = f"adapters to teacher {paired.name} (in training only)"
         table.add_row(name, f"{get_num_params(methods):,}", f"{flops:.2f}")

@@ -212,7 +212,7 @@ def _scores_table(runs: Sequence[DemoRun], seed: int) -> Table:
 
 def _summarize(teacher: float, alone: float, distilled: float) -> str:
     return (
-        f"distillation changed the student's mAP50-95 by {distilled - alone:+.3f}; the teacher, which is larger and "
-        f"trained longer, scores {teacher - alone:.3f} above the student alone. This is one seed each: it shows how "
-        "distillation works, not how much it helps"
+        f"distillation changed the student's mAP50-95 by {distilled - alone:+.3f}; the teacher's differs by "
+        f"{teacher - alone:+.3f} from that of the student alone. This is one seed each: it shows how distillation "
+        "works, not how much it helps"
     )

@@ -10,11 +10,11 @@ from ultralytics.utils.torch_utils import select_device
 from yolokd.commands.candidates import PLAIN
 from yolokd.commands.compare.ledger import TEACHER, read
 from yolokd.commands.compare.report import Verdict, verdicts
-from yolokd.commands.compare.show import HEADERS, draw_plot
+from yolokd.commands.compare.show import deciding, draw_plot, headers_of
 from yolokd.commands.compare.statistics import Summary
 from yolokd.config.arguments import did_you_mean
 from yolokd.errors import UserError
-from yolokd.report.facts import Table, percent
+from yolokd.report.facts import Table
 from yolokd.report.page import render, write_page
 from yolokd.report.plots import Plot, as_svg
 from yolokd.report.run_report import write_report
@@ -63,7 +63,7 @@ def _report_comparison(csv: Path) -> Path:
             "title": verdict.title,
             "sentence": result_sentence(verdict),
             "plot": _plot(verdict),
-            "table": Table("", HEADERS, verdict.lines),
+            "table": Table("", headers_of(verdict.metric), verdict.lines),
         }
         for verdict in verdicts(rows)
     ]
@@ -87,9 +87,11 @@ def result_sentence(verdict: Verdict) -> str:
     seeds = f"{best.pairs} common seed{'s' if best.pairs != 1 else ''}"
     against = "plain training" if baseline.method == PLAIN else baseline.method
     difference = f"{best.difference} against {against}, over {seeds}"
-    text = f"{best.method} changes mAP50-95 by {difference}: {best.verdict}"
-    if best.gap_closed is not None:
-        text += f"; it closes {percent(best.gap_closed.mean)} of the gap to the teacher"
+    text = f"Best of {len(others)} methods: " if len(others) > 1 else ""
+    text += f"{best.method} changes {deciding(verdict.metric)}mAP50-95 by {difference}: {best.verdict}"
+    gap = best.gap_closed
+    if gap is not None and gap.excludes_zero and gap.mean > 0:
+        text += f"; it closes {gap.mean:.0%} ({gap.low:.0%} to {gap.high:.0%}) of the gap to the teacher"
     return f"{text}."
 
 

@@ -45,8 +45,8 @@ def adapted_error(adapt: nn.Module, level: Level) -> Tensor:
 def generator(channels: int, hidden: float = 1.0) -> nn.Sequential:
     """Return the generator of MGD, 3x3-ReLU-3x3: (B, C, H, W) -> (B, C, H, W).
 
-    hidden: the number of channels between the two convolutions, as a fraction of C; 1 is MGD's. Ours: a smaller one
-    costs that much less, because nearly all of a generator's time goes into its second convolution.
+    hidden: the number of channels between the two convolutions, as a fraction of C; 1 is MGD's. Ours: a smaller one;
+    the time of both convolutions falls in proportion to it.
     """
     between = max(round(hidden * channels), 1)
     return nn.Sequential(

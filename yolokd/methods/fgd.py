@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ class FGD(Method):
     F_T: the teacher's map. F_S: the adapted student map. M: 1 inside labelled boxes, else 0. S: the scale, one over the
     area of the smallest box that covers a position; one over the number of background positions outside. R: a
     GlobalContext block. C, H, W: channels, height and width of F_T. L_focal sums over positions: by S each box counts
-    once, and so does the background. On the teacher's side only R is trained.
+    once, less what smaller boxes cover of it, and so does the background. On the teacher's side only R is trained.
 
     alpha, beta: the paper's α and β, the weights of boxes and background. gamma: γ, the weight of the attention loss.
     lambda_: λ, the weight of the global loss. temperature: T, of both attentions.
@@ -39,9 +40,9 @@ class FGD(Method):
 
     Of a batch with unlabelled images it sees the labelled ones alone.
 
-    A box covers the cells that it touches, as in the paper's equation, so that S over a box sums to 1. In the released
-    code a box covers one column more at the right and one row more below. They count in its area even beyond the
-    border, so that S over such a box sums to less than 1.
+    A box covers the cells that it touches, as in the paper's equation, so that S over a box that no smaller one
+    overlaps sums to 1. In the released code a box covers one column more at the right and one row more below.
+    They count in its area even beyond the border, so that S over such a box sums to less than 1.
     """
 
     needs_labels = True  # else all of an unlabelled image would count as background
@@ -104,6 +105,8 @@ class GlobalContext(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return R(F) of F: (B, C, H, W) -> (B, C, H, W)."""
+        if not torch.is_autocast_enabled(maps.device.type):
+            maps = maps.to(self.key.weight.dtype)  # a teacher in half precision beside a student in float32
         attention = self.key(maps).float().flatten(2).softmax(2)
         context = recomputed(lambda m, a: (m.float().flatten(2) * a).sum(2), maps, attention)[:, :, None, None]
         output: Tensor = maps + self.transform(context.to(maps.dtype))

@@ -43,7 +43,8 @@ class PDF(Method):
     models agree weighs as much as one on which they disagree. `batch`: all positions of the batch at all levels
     together, as in the authors' code. An image or level then counts more, the more the models disagree there, and a
     level also by its number of positions. With balanced gains, each level's gradient is brought to its target all the
-    same: what remains is how images of the batch and batches in a row count. Each process takes its own images.
+    same. The two scopes then differ only in how much one image of a batch weighs beside another, and one batch beside
+    the next. Each process takes its own images.
     box: the weight of the disagreement of boxes (ours; the paper's §5 names it as future work). It adds
     box · max_c P_T · (1 − IoU) to D, with the IoU of the boxes that both models predict at the position. max_c P_T is
     there because neither box means anything where the teacher sees nothing.
@@ -127,7 +128,7 @@ def position_weights(disagreement: Tensor, weighting: Weighting) -> Tensor:
         return d.new_ones(b, h, w)
     if weighting == "soft":
         total = d.sum(1, keepdim=True)
-        return ((d * (h * w) / total.where(total > 0, 1)).where(total > 0, 1)).view(b, h, w)
+        return ((d * (h * w) / total.where(total != 0, 1)).where(total != 0, 1)).view(b, h, w)  # NaN stays NaN
     fraction = 0.25 if weighting.endswith("25") else 0.5
     count = max(round(fraction * h * w), 1)
     index = d.topk(count, dim=1, largest=weighting.startswith("most")).indices

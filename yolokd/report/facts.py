@@ -12,6 +12,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.data.dataset import data_name
+from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.size import ModelSize, model_size
 from yolokd.models.tasks import Task
 from yolokd.pyramid.level import level_name
@@ -22,6 +23,7 @@ from yolokd.report.run import Run
 from yolokd.runtime.files import sha256
 
 DEPLOY = "deploy.csv"
+UNREADABLE = ("ap_by_class", "sha256", "validation")  # columns of deploy.csv that are made for programs
 MAX_ROWS = 200  # ours: of a table of deploy.csv that is shown
 
 
@@ -47,7 +49,7 @@ class Result:
     """Holds what a run has reached. score, score50: mAP of best.pt, None if it was not measured.
 
     taught_by: the names of all teachers. teacher, teacher_score, teacher_size: the last one that detects, its mAP50-95,
-    and its size.
+    and its size. knows_all: whether it has all classes of the data set, without which its score says little.
 
     task: the student's, which says what the scores compare.
     """
@@ -61,6 +63,7 @@ class Result:
     taught_by: str
     teacher: str | None
     teacher_score: float | None
+    knows_all: bool
     student_size: ModelSize
     teacher_size: ModelSize | None
     seconds: float
@@ -75,26 +78,27 @@ class Result:
         reached = f"{trained} reaches {self.task.score_name} {self.score:.3f}"
         if self.teacher_size is None:
             return f"{reached}, {taught}."
-        size = f"{percent(self.student_size.parameters / self.teacher_size.parameters)} of its parameters"
-        if not self.teacher_score:
-            return f"{reached}, {taught}, with {size}."
+        size = percent(self.student_size.parameters / self.teacher_size.parameters)
+        if not self.teacher_score or not self.knows_all:
+            return f"{reached}, {taught}, with {size} of the parameters of {self.teacher}."
         share = f"{percent(self.score / self.teacher_score)} of what its teacher {self.teacher} reaches"
-        return f"{reached}: {share} ({self.teacher_score:.3f}), with {size}."
+        return f"{reached}: {share} ({self.teacher_score:.3f}), with {size} of its parameters."
 
     @property
     def cards(self) -> list[tuple[str, str, str]]:
         """Return (name, number, remark) of the numbers that matter most."""
         small, large = self.student_size, self.teacher_size
-        cards = [(self.task.score_name, _score(self.score), f"teacher {_score(self.teacher_score)}" if large else "")]
+        teacher = f"teacher {_score(self.teacher_score)}{'' if self.knows_all else ', without some classes'}"
+        cards = [(self.task.score_name, _score(self.score), teacher if large else "")]
         cards.append(("mAP50", _score(self.score50), SCORE50[self.task.name]))
         cards.append(("parameters", _short(small.parameters), f"teacher {_short(large.parameters)}" if large else ""))
         cards.append(("GFLOPs", f"{small.gflops:.1f}", f"teacher {large.gflops:.1f}" if large else "an image"))
-        cards.append(("training time", duration(self.seconds), f"{self.epochs} epochs"))
+        cards.append(("training time", duration(self.seconds), f"{self.epochs} epoch{'s' if self.epochs != 1 else ''}"))
         return cards
 
 
-def result(run: Run, history: History, record: Record) -> Result:
-    """Return what a run has reached. record: what was kept of it."""
+def result(run: Run, history: History, record: Record, pairing: Pairing | None) -> Result:
+    """Return what a run has reached. record: what was kept of it. pairing: with the last teacher that detects."""
     metrics = {**run.metrics, **record.scores}
     columns = [run.task.score_column(name) for name in ("mAP50-95", "mAP50")]
     best = history.best_epoch(columns[0])
@@ -110,6 +114,7 @@ def result(run: Run, history: History, record: Record) -> Result:
         taught_by=run.taught_by,
         teacher=Path(run.teacher.pt_path).name if run.teacher is not None else None,
         teacher_score=record.teacher_score,
+        knows_all=pairing is not None and all(pairing.classes.mapping.get(label) for label in run.data["names"]),
         student_size=model_size(run.student, run.best, run.imgsz),
         teacher_size=model_size(run.teacher, Path(run.teacher.pt_path), run.imgsz) if run.teacher is not None else None,
         seconds=history.seconds,
@@ -197,6 +202,8 @@ def settings_tables(settings: Mapping[str, Any]) -> list[Table]:
 def _value(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
+    if isinstance(value, str) and is_backbone(value):
+        return teacher_name(value)
     if isinstance(value, str):
         return PurePath(value).name if PurePath(value).is_absolute() else value
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
@@ -211,11 +218,12 @@ def deploy_tables(folder: Path) -> list[Table]:
     for path in sorted(path for path in folder.rglob(DEPLOY) if not path.is_symlink()):
         try:
             with open(path, encoding="utf-8", newline="") as f:
-                headers, *rows = [row for row in csv.reader(f) if row][: MAX_ROWS + 1]
-        except (OSError, ValueError, csv.Error):  # ValueError: also an empty file, and one that is no text
+                lines = [row for row in csv.reader(f) if row][: MAX_ROWS + 1]
+                shown = [column for column, header in enumerate(lines[0]) if header not in UNREADABLE]
+        except (OSError, ValueError, IndexError, csv.Error):  # also an empty file, and one that is no text
             continue
-        cells = [[_number(cell) for cell in row[: len(headers)]] + [""] * (len(headers) - len(row)) for row in rows]
-        tables.append(Table(str(path.relative_to(folder)), headers, cells))
+        headers, *rows = [[_number(row[column]) if column < len(row) else "" for column in shown] for row in lines]
+        tables.append(Table(str(path.relative_to(folder)), headers, rows))
     return tables
 
 

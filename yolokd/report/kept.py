@@ -29,8 +29,8 @@ class Skipped(BaseModel):
 class Record(BaseModel):
     """Facts of a run.
 
-    images: the names of those in the report. teacher_score: mAP50-95 of the last teacher on the validation set.
-    skipped: by split. scores: of the finished student, by Ultralytics' names.
+    images: the names of those in the report. teacher_score: mAP50-95 of the last teacher that detects, on the
+    validation set. skipped: by split. scores: of the finished student, by Ultralytics' names.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -94,15 +94,19 @@ def score_plot(history: History, teacher_score: float | None, task: Task) -> Plo
             _line(axes, history, scores50, color=COLORS[0], label="student, mAP50", alpha=0.55)
             axes.plot(best, scores[history.epochs.index(best)], "o", color=COLORS[0], markersize=5)
             if teacher_score is not None:
-                axes.axhline(teacher_score, color=COLORS[1], linestyle="--", label="teacher, mAP50-95")
+                axes.axhline(teacher_score, color=COLORS[1], linestyle="--", label=f"teacher, {task.score_name}")
             axes.set_ylim(bottom=0)
 
-    caption = f"Higher is better. The dot marks epoch {best:g}, whose weights are in best.pt."
+    caption = f"Higher is better. The dot marks the highest score, at epoch {best:g}."
     return Plot("Score", caption, as_svg(draw, (5.2, 3.0)))
 
 
-def loss_plots(history: History) -> list[Plot]:
-    """Return a plot for each loss, of the training and, where it has one, of the validation."""
+def loss_plots(history: History, methods: Sequence[str]) -> list[Plot]:
+    """Return a plot for each loss, of the training and, where it has one, of the validation.
+
+    methods: the names of the run's methods, whose losses are not those of YOLO.
+    """
+    of_methods = {f"{method}_loss" for method in methods}
     names = [name.removeprefix("train/") for name in history.columns if name.startswith("train/")]
     plots = []
     for name in (name for name in names if name.endswith("_loss") and _has_values(history.column(f"train/{name}"))):
@@ -114,10 +118,11 @@ def loss_plots(history: History) -> list[Plot]:
                 if validated:
                     _line(axes, history, history.column(f"val/{name}"), color=COLORS[1], label="validation")
 
-        if name in LOSSES:
-            title, caption = f"YOLO loss: {LOSSES[name]}", "Good: both fall. If only the training's falls, it overfits."
+        short = LOSSES.get(name, name.removesuffix("_loss"))
+        if name in of_methods:
+            title, caption = f"Distillation loss: {short}", "Before its gain. Good: it falls."
         else:
-            title, caption = f"Distillation loss: {name.removesuffix('_loss')}", "Before its gain. Good: it falls."
+            title, caption = f"YOLO loss: {short}", "Good: both fall. If only the training's falls, it overfits."
         plots.append(Plot(title, caption, as_svg(draw)))
     return plots
 
@@ -151,10 +156,11 @@ def balance_plots(history: History, config: DistillationConfig, epochs: int) -> 
 
         balanced = "Balanced means: the black line follows the dotted one, whatever the losses do. "
         reading = "How hard the method pulls at each level of the student's neck, beside the YOLO loss. "
-        levels_say = "A level at 0 is not taught, because the teacher sees nothing there."
+        levels_say = "A level that stays at 0 while others do not is one where the teacher sees nothing."
         text = reading + (balanced if config.balance != "off" else "The gains are fixed. ") + levels_say
         plots.append(Plot(f"Pull of {method.name}", text, as_svg(draw_ratios)))
-        text = "What the method's loss is multiplied by. It keeps the pull at its target, and falls with the schedule."
+        fixed, follows = ": the fixed gain, times its schedule.", ", so that the pull follows its target."
+        text = f"What the method's loss is multiplied by{fixed if config.balance == 'off' else follows}"
         plots.append(Plot(f"Gains of {method.name}", text, as_svg(draw_gains)))
     return plots
 
@@ -172,7 +178,8 @@ def share_plot(history: History) -> Plot | None:
                 _line(axes, history, values, color=color, label=level)
             axes.set_ylim(0, 1)
 
-    return Plot("Where the teacher sees objects", "The levels are weighted by these shares.", as_svg(draw))
+    caption = "The teacher's confidence at each level. level_weights and level_floor say how it weights the levels."
+    return Plot("Where the teacher sees objects", caption, as_svg(draw))
 
 
 def factor(config: DistillationConfig, method: str, epoch: float, epochs: int) -> float:

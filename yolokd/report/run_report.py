@@ -13,6 +13,7 @@ from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import DistillationConfig
 from yolokd.models.detector import dense_heads, read_pyramid
 from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teacher import seen_channels
 from yolokd.pyramid.pairing import ClassPairing, Pairing, pair_classes, pair_levels
 from yolokd.report import facts, plots
 from yolokd.report.history import read_history
@@ -47,9 +48,12 @@ def write_report(folder: Path, given: Mapping[str, Any], device: torch.device) -
     run, kept, history = open_run(folder, given), read_kept(folder), read_history(folder)
     pairing = _pair(run)
     seen = _look(run, pairing, device)
-    found = facts.result(run, history, kept.record)
-    curves = [plots.score_plot(history, kept.record.teacher_score, run.task), *plots.loss_plots(history)]
-    balance = [*plots.balance_plots(history, run.config, int(run.args.epochs)), plots.share_plot(history)]
+    found = facts.result(run, history, kept.record, pairing)
+    methods = [method.name for method in run.config.method_configs]
+    curves = [plots.score_plot(history, kept.record.teacher_score, run.task), *plots.loss_plots(history, methods)]
+    balance: list[plots.Plot | None] = [*plots.balance_plots(history, run.config, int(run.args.epochs))]
+    if pairing is not None and pairing.levels[0].teacher_head is not None:  # others have no confidence to share out
+        balance.append(plots.share_plot(history))
     content = {
         "title": f"{found.student}, {f'taught by {found.taught_by}' if found.taught_by else 'without a teacher'}",
         "folder": folder.absolute().name,
@@ -97,7 +101,9 @@ def _look(run: Run, pairing: Pairing | None, device: torch.device) -> Seen:
     student = [only_classes(b, wanted) for b in detect(run.best, samples, run.imgsz, device, trust)]
     teacher = None
     if run.teacher is not None and pairing is not None:
-        found = detect(Path(run.teacher.pt_path), samples, run.imgsz, device, trust)
+        own = run.teacher.yaml.get("channels", 3)
+        channels = seen_channels(own, run.data["channels"], run.config.teacher_channels)
+        found = detect(Path(run.teacher.pt_path), samples, run.imgsz, device, trust, channels)
         mapped = [in_data_classes(boxes, pairing.classes.mapping) for boxes in found]
         teacher = [only_classes(boxes, wanted) for boxes in mapped]
     paired = pairing.classes if pairing is not None else ClassPairing((), ())

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from yolokd.errors import UserError, first_line
 
 DISK_FULL_BYTES = 2**20  # ours: a disk with fewer free bytes counts as full
@@ -41,6 +43,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values in a .yaml file; none if it cannot be read or holds others. It runs no code."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from ultralytics.utils import LOGGER, YAML
 
+from yolokd.config.parse import split_keys
 from yolokd.pyramid.level import floored
+from yolokd.runtime.files import atomic_path, read_yaml
 from yolokd.training.plan import TrainPlan
 
 MEASUREMENTS = ("level/", "clip/", "distill/")  # how the names of yolokd's columns of results.csv begin
 LEAST_SHARE = 0.01  # ours: a level with less of the teacher's confidence is as good as not taught
+DISTILL_YAML = "distill.yaml"
 OF_ONE_RUN = frozenset({"save_dir", "resume", "mode", "task", "cfg"})  # settings that a repeated run must not take
 
 
@@ -149,8 +152,14 @@ def rotate_results_csv(path: Path, metrics: Mapping[str, Any], epoch: int) -> No
         path.rename(path.with_stem(f"results-to-{epoch}"))
 
 
-def write_distill_yaml(save_dir: Path, keys: Mapping[str, Any]) -> None:
-    """Write distill.yaml, from which `yolokd train cfg=` repeats the run. keys: yolokd's own, and the run's name."""
-    settings = YAML.load(save_dir / "args.yaml")
+def write_distill_yaml(save_dir: Path, keys: Mapping[str, Any], resumed: Path | None = None) -> None:
+    """Write distill.yaml, from which `yolokd train cfg=` repeats the run.
+
+    keys: yolokd's own, and the run's name. resumed: the folder of the run that goes on, whose distill.yaml keeps the
+    run's name and Ultralytics' settings, as the run began with them.
+    """
+    begun = read_yaml(resumed / DISTILL_YAML) if resumed is not None else {}
+    settings = split_keys(begun or read_yaml(save_dir / "args.yaml")).ultralytics
     repeated = {key: value for key, value in settings.items() if key not in OF_ONE_RUN}
-    YAML.save(save_dir / "distill.yaml", repeated | dict(keys))
+    with atomic_path(save_dir / DISTILL_YAML) as temporary:
+        YAML.save(temporary, dict(keys) | repeated if begun else repeated | dict(keys))

@@ -75,7 +75,7 @@ def _with_precision(
 
 
 def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int, save_dir: Path) -> float | None:
-    """Log the score of each teacher on the validation set; return the last one's mAP50-95 as `check_teacher` does.
+    """Log the score of each teacher on the validation set; return mAP50-95 of the last one that detects.
 
     args: Ultralytics' settings of the training. batch: images per batch of the training. Ultralytics validates with
     twice as many, in float32. On GPUs that could need more memory than the training, so half precision and the plain
@@ -107,4 +107,4 @@ def score_teachers(plan: TrainPlan, args: Any, device: torch.device, batch: int,
     known = [score for score in scores if score is not None]
     if plan.config.teachers == "stages" and known != sorted(known):
         LOGGER.warning("teacher: a later teacher scores lower than an earlier one; name the weakest teacher first")
-    return scores[-1] if scores and not isinstance(plan.teachers[-1].model, Backbone) else None
+    return scores[-1] if scores else None

@@ -73,8 +73,9 @@ class DistillationTrainer(DetectionTrainer):
         self.stop_request = SharedStopRequest(self._resume_hint)
         self.last_before, self.finished = resume.stamp(self.last), False
         self._add_own_callbacks()
-        if IS_MAIN and not self.resume:
-            logs.write_distill_yaml(self.save_dir, self.plan.config.flat() | {"name": keys.get("name")})
+        if IS_MAIN:
+            resumed = self.saved_run.folder if self.saved_run is not None else None
+            logs.write_distill_yaml(self.save_dir, self.plan.config.flat() | {"name": keys.get("name")}, resumed)
 
     def _init_ultralytics(self, cfg: Any, keys: dict[str, Any], callbacks: dict[str, Any] | None) -> None:
         """Call Ultralytics' constructor without yolokd's keys, which it rejects, and put these into `args` after it."""

@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -35,6 +35,15 @@ from yolokd.training.settings import check_device
 
 REAL_BATCHES = 8  # batches of the real epoch with which a benchmark is compared
 TOLERANCE = 0.10  # largest relative difference from the real epoch that counts as agreement
+
+
+def _is_ensemble(teachers: object, count: int) -> bool:
+    """Return whether all `count` teachers teach at once, by the value of `teachers`."""
+    example = "for example teachers=ensemble"
+    validate("teachers", teachers, Literal["stages", "ensemble"], "must be stages or ensemble", example)
+    if teachers == "ensemble" and count < 2:
+        raise UserError("teachers=ensemble", "needs several teachers", "for example teacher=[a.pt,b.pt]")
+    return teachers == "ensemble"
 
 
 def run_bench(
@@ -76,14 +85,14 @@ def run_bench(
     if NATIVE in methods:
         check_native(student, as_list(teacher), bool(other_keys.get("trust")))
     amps = [on_cuda] if amp is None else [parse_value(str(a)) for a in as_list(amp)]
+    names = [str(t) for t in as_list(teacher)]
+    ensemble = _is_ensemble(other_keys.pop("teachers", "stages"), len(names))
     rows: list[BenchRow] = []
     out: Path | None = None
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only():
         source = data_file(data)
         trust = bool(other_keys.get("trust"))
-        names = [str(t) for t in as_list(teacher)]
         checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in names}
-        ensemble = other_keys.pop("teachers", None) == "ensemble"
         teachers = [*([tuple(names)] if ensemble else []), *((t,) for t in names)]
         shared = source, folder, tuple(other_keys.items())
         settings = [

@@ -42,7 +42,9 @@ def execute_all(runs: Sequence[ComparisonRun], launch: Launcher, path: Path, ima
                         failures[run.hash] = str(error)
                     else:
                         _record(run, path, images, time_left if waiting else "")
-                epochs_done = _epochs_done(runs)
+                unfinished = list(waiting.values())
+                # A run that has ended counts whole: `patience=` may have stopped it early.
+                epochs_done = total - sum(run.epochs for run in unfinished) + _epochs_done(unfinished)
                 time_left = estimate.describe(epochs_done, monotonic())
                 before, places = places, execution.places()
                 _print_moves(waiting.values(), before, places)

@@ -181,8 +181,17 @@ def digest(content: object) -> str:
 
 
 def fingerprint(data: Mapping[str, Any], *splits: str) -> str:
-    """Return the hash of a data set's classes, and of some splits' images (names and sizes) and labels."""
+    """Return the hash of a data set's classes, of how its images and labels are read, and of some splits' files.
+
+    Images count by names and sizes, labels by their content.
+    """
     content = hashlib.sha256(json.dumps(sorted(data["names"].items())).encode())
+    # Defaults are left out, because earlier versions did not count these keys.
+    reading = {key: data[key] for key in ("kpt_shape", "flip_idx") if data.get(key)}
+    if data.get("channels", 3) != 3:
+        reading["channels"] = data["channels"]
+    if reading:
+        content.update(json.dumps(reading, sort_keys=True).encode())
     for split in splits:
         for image in sorted(split_images(data[split])) if data.get(split) else ():
             content.update(f"{split}/{image.name} {image.stat().st_size}".encode(errors="surrogateescape"))

@@ -94,6 +94,9 @@ def read(path: Path) -> dict[str, LedgerRow]:
         with open(path, newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             for line in reader:
+                if None in line:
+                    problem = f"is no comparison's CSV: line {reader.line_num} has more cells than there are columns"
+                    raise UserError(f"csv={path}", problem, cure)
                 row = LedgerRow.model_validate(_empty_numbers_as_none(line))
                 rows[row.hash] = row
             if reader.fieldnames not in (COLUMNS, OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED):

@@ -92,12 +92,13 @@ def terminal_table(lines: Sequence[tuple[str, ...]], width: int, metric: str = "
 
     metric: what the deciding mAP compares.
     """
-    headers, *shown = _measured([_headers(metric), *lines])
+    headers, *shown = _measured([headers_of(metric), *lines])
     optional = [header for header in OPTIONAL if header in headers]
     return fit_table(headers, shown, width, optional, ("method", "verdict"), "the files below hold all columns")
 
 
-def _headers(metric: str) -> tuple[str, ...]:
+def headers_of(metric: str) -> tuple[str, ...]:
+    """Return HEADERS, with what the deciding mAP compares in its columns."""
     return tuple(deciding(metric) + h if h.startswith("mAP") else h for h in HEADERS)
 
 
@@ -116,7 +117,7 @@ def _measured(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 def markdown(lines: Sequence[tuple[str, ...]], title: str, metric: str = "box") -> str:
     """Return lines in the order of HEADERS as a Markdown table. metric: what the deciding mAP compares."""
     cells = (tuple(" ".join(cell.replace("|", "\\|").splitlines()) for cell in line) for line in lines)
-    headers, *shown = _measured([_headers(metric), *cells])
+    headers, *shown = _measured([headers_of(metric), *cells])
     rows = [headers, tuple("---" for _ in headers), *shown]
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 

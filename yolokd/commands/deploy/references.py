@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from yolokd.commands.deploy.ledger import BASELINE, TEACHER
 from yolokd.commands.deploy.settings import DeploySettings
@@ -13,7 +10,7 @@ from yolokd.config.arguments import as_list
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector
 from yolokd.runtime.console import CONSOLE
-from yolokd.runtime.files import sha256
+from yolokd.runtime.files import read_yaml, sha256
 
 
 def find_references(settings: DeploySettings, module: Detector, run: Path) -> list[tuple[str, Path]]:
@@ -37,16 +34,8 @@ def _teachers_of_run(module: Detector, run: Path) -> list[str]:
     hashes = {teacher.get("sha256") for teacher in as_list(taught_by) if isinstance(teacher, dict)}
     if not hashes:
         return []
-    named = [str(file) for file in as_list(_read_yaml(run / "distill.yaml").get("teacher") or [])]
+    named = [str(file) for file in as_list(read_yaml(run / "distill.yaml").get("teacher") or [])]
     found = [file for file in named if Path(file).is_file() and sha256(file) in hashes]
     if len(found) < len(hashes):
         CONSOLE.print("the teacher is not where the run found it, and is not measured; teacher= can name it")
     return found
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}

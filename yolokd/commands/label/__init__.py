@@ -16,8 +16,9 @@ from yolokd.commands.label.labelled_set import LabelledImage, LabelledSet, locke
 from yolokd.commands.label.sample import draw_sample
 from yolokd.commands.label.settings import LabelSettings, check_label_settings
 from yolokd.commands.run_folder import check_project
-from yolokd.data.dataset import load_data
+from yolokd.data.dataset import load_data, split_images
 from yolokd.data.sources import ImageSource, read_source
+from yolokd.data.unlabelled import copies
 from yolokd.errors import UserError
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.console import CONSOLE, make_progress, print_table
@@ -41,6 +42,8 @@ def run_label(**keys: Any) -> Path:
     source = read_source("source", settings.source, settings.split, settings.trust)
     folder = check_project(settings.project) / (settings.name or _source_name(settings.source))
     images = [image for image in source.images if not image.is_relative_to(folder)]
+    if not images:
+        raise UserError(f"source={settings.source}", f"all its images lie in {folder}, which it writes", "give a name=")
     with safe_loading(settings.trust):
         teacher = LabellingTeacher(settings.teacher, settings.detection, device, settings.trust)
         data = _describe_data(settings, source, teacher)
@@ -84,6 +87,8 @@ def _write(
             "validation: no val= was given, so data.yaml validates on these images and labels themselves: the scores "
             "tell how well a student imitates the teacher, not how well it detects"
         )
+    elif leaked := copies([str(image.source) for image in done], map(str, split_images(data["val"]))):
+        CONSOLE.print(f"validation: it has {len(leaked)} of these images, too, so its scores will be too high")
     CONSOLE.print(picture, labelled.finish(data), sep="\n")
     return labelled.data_file
 
@@ -127,6 +132,7 @@ def _make_record(
             **settings.detection.model_dump(),
             "val": val,
             "copy": settings.copy_images,
+            "batch": settings.batch,  # Ultralytics pads the images of a batch to a common shape
         },
         "teacher": str(teacher.path.absolute()),
         "source": str(Path(settings.source).absolute()),

@@ -90,8 +90,9 @@ class LabelledSet:
             raise UserError(argument, f"{self.folder} holds something else", ANOTHER)
         try:
             begun = yaml.safe_load((self.folder / RECORD).read_text(encoding="utf-8"))["settings"]
+            begun.setdefault("batch", record["settings"]["batch"])  # which older records lack
             differing = [key for key, value in record["settings"].items() if begun[key] != value]
-        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as e:
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as e:
             raise UserError(argument, f"its {RECORD} is none of yolokd's", ANOTHER) from e
         if differing:
             key = differing[0]

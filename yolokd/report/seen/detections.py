@@ -13,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from ultralytics import YOLO
 from ultralytics.utils.metrics import box_iou
 
+from yolokd.data.dataset import Image
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.report.seen.samples import Boxes, Sample
 from yolokd.runtime.console import warnings_only
@@ -23,15 +24,38 @@ IOU = 0.5  # ours: two boxes that overlap by as much are of one object
 Mask = npt.NDArray[np.bool_]
 
 
-def detect(file: Path, samples: Sequence[Sample], imgsz: int, device: torch.device, trust: bool = False) -> list[Boxes]:
-    """Return what a checkpoint detects in each image with a score of at least CONF, as `yolokd predict` does."""
+def detect(
+    file: Path,
+    samples: Sequence[Sample],
+    imgsz: int,
+    device: torch.device,
+    trust: bool = False,
+    channels: Sequence[int] | None = None,
+) -> list[Boxes]:
+    """Return what a checkpoint detects in each image with a score of at least CONF, as `yolokd predict` does.
+
+    channels: those of the images that it sees, in its own order, three as RGB; None: all, as they are.
+    """
     with safe_loading(trust), warnings_only():
         model = YOLO(str(file))
-        images = [sample.image for sample in samples]
+        images = [_select(sample.image, channels) for sample in samples]
         keys = {"conf": CONF, "imgsz": imgsz, "device": str(device), "verbose": False, "save": False}
         results = [model.predict(image, **keys)[0] for image in images]
     found = [result.boxes if result.boxes is not None else result.obb for result in results]
     return [Boxes(r.xyxyn.cpu().numpy(), r.cls.cpu().numpy().astype(np.int64), r.conf.cpu().numpy()) for r in found]
+
+
+def _select(image: Image, channels: Sequence[int] | None) -> Image:
+    """Return an image (height, width, channels), three channels as BGR, with these channels of it, counted as RGB."""
+    if channels is None:
+        return image
+    selected = _swapped(image)[..., list(channels)]
+    return np.ascontiguousarray(_swapped(selected))
+
+
+def _swapped(image: Image) -> Image:
+    """Return an image of three channels as RGB if it is BGR, and as BGR if it is RGB; others as they are."""
+    return image[..., ::-1] if image.shape[2] == 3 else image
 
 
 def in_data_classes(boxes: Boxes, mapping: Mapping[int, Sequence[int]]) -> Boxes:

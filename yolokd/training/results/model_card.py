@@ -13,6 +13,7 @@ from ultralytics.utils.torch_utils import get_num_params
 
 from yolokd.data.dataset import data_name
 from yolokd.models.checkpoint import load_model
+from yolokd.models.tasks import TASKS, task_of
 from yolokd.training.results.provenance import flattened, versions
 
 NAME = "MODEL_CARD.md"
@@ -84,6 +85,7 @@ def card_content(trainer: Any) -> dict[str, Any]:
     measured = {row["Class"] for row in by_class}
     return {
         "task": task.name,
+        "exportable": task_of(student) is not TASKS["rtdetr"],
         "finds": FINDS[task.name],
         "title": f"{name}, {taught_by}",
         "student": name,

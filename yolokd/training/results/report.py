@@ -29,12 +29,25 @@ from yolokd.runtime.threads import use_all_cores
 
 
 def keep_beginning(trainer: Any) -> None:
-    """Keep what the report shows of a run's beginning, as a callback of Ultralytics; a resumed run has it already."""
-    if IS_MAIN and trainer.plan.config.report and not trainer.resume:
+    """Keep what the report shows of a run's beginning, as a callback of Ultralytics."""
+    if IS_MAIN and trainer.plan.config.report:
         # Ultralytics draws some images by chance to time their disk, whenever it lists them.
         without_maps = "the report will go without the maps before the training"
         with _failures_as_warnings(lambda: without_maps), preserve_random_state(), warnings_only():
-            _keep_beginning(trainer)
+            if trainer.saved_run is None:
+                _keep_beginning(trainer)
+            else:
+                _take_over(trainer)
+
+
+def _take_over(trainer: Any) -> None:
+    """Keep what a resumed run has kept; if its teacher is now another one, without the former one's score."""
+    kept, state = read_kept(trainer.saved_run.folder), trainer.saved_run.state
+    same = state is not None and state["teachers"] == [paired.sha256 for paired in trainer.plan.teachers]
+    trainer.teacher_score = kept.record.teacher_score if same else None
+    if kept.record.images:
+        record = kept.record.model_copy(update={"teacher_score": trainer.teacher_score})
+        write_kept(Path(trainer.save_dir), record, kept.before)
 
 
 def _keep_beginning(trainer: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 from ultralytics.utils import LOGGER
 
-from yolokd.models.backbone import Backbone
+from yolokd.models.backbone import Backbone, is_backbone
 from yolokd.models.size import ModelSize, backbone_size, model_size
 from yolokd.runtime.console import make_console, table_width
 
@@ -38,8 +38,9 @@ def run_summary(trainer: Any, teachers: Sequence[ModelSize]) -> str:
     column = task.score_column("mAP50-95")
     title = f"result on the validation set, images of {imgsz} pixels"
     table = Table("model", task.score_name, "parameters", "GFLOPs", "file", title=title, title_justify="left")
-    scores = [None] * (len(teachers) - 1) + [trainer.teacher_score]  # a trainer keeps that of the last teacher
-    for teacher, score in zip(teachers, scores, strict=True):
+    detectors = [index for index, paired in enumerate(trainer.plan.teachers) if not is_backbone(paired.file)]
+    for index, teacher in enumerate(teachers):
+        score = trainer.teacher_score if index in detectors[-1:] else None  # a trainer keeps that of the last detector
         table.add_row(f"teacher {teacher.name}", "not measured" if score is None else f"{score:.3f}", *teacher.cells())
     if trainer.args.val and (first := _first_row(trainer.csv, column)):
         table.add_row(f"student after epoch {first['epoch']}", f"{float(first[column]):.3f}")

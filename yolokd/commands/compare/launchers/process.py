@@ -16,6 +16,8 @@ from yolokd.commands.compare.train_and_score import train_and_score
 from yolokd.patches.safe_imports import safe_imports
 from yolokd.runtime.lock import LOCK_FILE, inherit_lock
 
+_STARTING = threading.Lock()  # starting a process changes the environment of all threads for a moment
+
 
 @contextmanager
 def locked(run: ComparisonRun) -> Iterator[None]:
@@ -44,7 +46,7 @@ def start_process(run: ComparisonRun, device: object, claim: Claim | None = None
     if run.scores_path.exists():
         return
     process = multiprocessing.get_context("spawn").Process(target=_run_in_process, args=(run, device, claim))
-    with safe_imports():
+    with _STARTING, safe_imports():
         process.start()
     try:
         while process.is_alive():
