@@ -22,7 +22,7 @@ from yolokd.commands.compare.plan import plan_runs
 from yolokd.models import backbone as backbone_module
 from yolokd.models.backbone import Backbone, backbone_teacher, load_backbone
 from yolokd.models.checkpoint import load_model
-from yolokd.models.teacher import Teacher
+from yolokd.models.teacher import InferenceSettings, Teacher
 from yolokd.training.plan import make_plan
 from yolokd.training.settings import training_keys, with_absolute_paths
 
@@ -114,6 +114,8 @@ def test_maps_of_other_layouts_strides_and_fixed_sizes_cover_the_image(monkeypat
         assert m.shape[-2:] == (224 // level, 224 // level)
     torch.testing.assert_close(hiera(images)[0], hiera(resized)[0])
     assert patch14(torch.rand(1, 3, 70, 90))[0].shape[-2:] == (5, 7)  # of the image stretched to 70 x 98 pixels
+    low = patch14.bfloat16()(images.bfloat16())[0]  # images are also resized in half precision
+    assert (low.float() - patch14.float()(images)[0]).norm() < 0.05 * low.float().norm()
 
 
 def test_a_backbone_is_frozen_and_copies_in_other_precisions_give_nearly_the_same_maps(
@@ -125,7 +127,10 @@ def test_a_backbone_is_frozen_and_copies_in_other_precisions_give_nearly_the_sam
     assert not teacher.has_logits
     assert teacher.names == {}
     assert isinstance(teacher, Teacher)
-    assert not teacher(images).maps[16].requires_grad
+    maps = teacher(images).maps[16]
+    assert not maps.requires_grad
+    low = teacher.with_settings(InferenceSettings(torch.bfloat16))(images).maps[16].float()
+    assert 0 < (low - maps).norm() < 0.05 * maps.norm()
 
 
 def settings(data: str, teacher: Any, **more: Any) -> dict[str, Any]:
@@ -150,6 +155,13 @@ def test_what_a_backbone_cannot_do_is_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         make_plan(training_keys(settings(data, sources[CONVNEXT]) | keys))
+
+
+def test_weights_under_other_names_are_refused(sources: dict[str, str], tmp_path: Path) -> None:
+    weights = torch.load(sources[CONVNEXT].partition("@")[2], weights_only=True)
+    torch.save({f"backbone.{name}": value for name, value in weights.items()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="its weights do not fit"):
+        load_backbone(f"timm:{CONVNEXT}@{tmp_path / 'w.pth'}")
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path: Path) -> None:

@@ -285,7 +285,8 @@ def test_the_log_names_the_weights_of_the_levels_that_the_teacher_has() -> None:
     values = {"P3": (0.9, 2.7), "P4": (0.1, 0.6), "P5": (math.nan, math.nan)}  # another teacher has P5
     means = {f"{level}/share": share for level, (share, _) in values.items()}
     means |= {f"{level}/fitnet_ratio": ratio for level, (_, ratio) in values.items()}
-    line = balance_summary(SimpleNamespace(config=config), means, clip=0.5)  # type: ignore[arg-type]
+    weights = {"P3": 0.78, "P4": 0.22}
+    line = balance_summary(SimpleNamespace(config=config), means, clip=0.5, weights=weights)  # type: ignore[arg-type]
     assert "fitnet P3 2.7, P4 0.6." in line
     assert "Teacher's confidence by level: P3 90.00%, P4 10.00%; weights of the levels: P3 78.00%, P4 22.00%." in line
     assert "P5" not in line

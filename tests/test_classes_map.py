@@ -88,6 +88,12 @@ def test_the_map_is_beside_pairing_by_name() -> None:
     )
 
 
+def test_the_teacher_teaches_no_class_that_the_student_does_not_learn(street: str, coco: str) -> None:
+    plan = make_plan({"teacher": coco, "model": YOLOV8N, "data": street, "classes": [1, 2], "classes_map": MAP})
+    assert plan.teachers[0].pairing.classes.student == (1,)
+    assert plan.names == {1: "pedestrian", 2: "tree"}
+
+
 def test_a_class_in_the_map_is_not_paired_by_its_own_name() -> None:
     pairing = pair_classes({0: "Bus", 1: "van"}, {0: "bus", 1: "truck"}, {"bus ": "Truck"})
     assert (pairing.teacher, pairing.student) == (((0,),), (1,))

@@ -610,6 +610,14 @@ def test_adding_a_test_split_does_not_change_the_runs(keys: dict[str, Any], tmp_
     assert [run.teacher_row for run in tested] == ["", "", tested[0].hash]
 
 
+def test_native_needs_equal_levels_and_all_channels(keys: dict[str, Any], tmp_path: Path) -> None:
+    teacher = str(save_checkpoint(random_detector("yolov8n-p2.yaml"), tmp_path / "p2.pt"))
+    with pytest.raises(UserError, match="method=native: needs equal strides"):
+        plan_runs(["none", "native"], 0, "val", tmp_path, training(keys) | {"teacher": teacher})
+    with pytest.raises(UserError, match="teacher_channels: does not reach"):
+        plan_runs(["none", "native"], 0, "val", tmp_path, training(keys) | {"teacher_channels": [3, 2, 1]})
+
+
 @pytest.mark.parametrize("line", ["channels: 1", "kpt_shape: [4, 2]", "flip_idx: [1, 0]"])
 def test_a_data_set_that_is_read_in_another_way_gives_other_runs(
     line: str, keys: dict[str, Any], tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from yolokd.models.checkpoint import load_model
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import Teacher
 from yolokd.pyramid.boxes import decode_distances
+from yolokd.pyramid.level import LevelShape
+from yolokd.pyramid.pairing import ClassPairing, Pairing
+from yolokd.training.logs import level_weights
 
 NAMES = ({0: "disc"}, {0: "box", 1: "disc", 2: "cloud"})  # the teachers' classes; the data set has disc and box
 
@@ -144,6 +148,16 @@ def test_all_teachers_pull_together_as_hard_as_the_balance_says(run: Path) -> No
         assert np.mean(ratios) == pytest.approx(1, rel=0.3)
         assert first[f"train/{method}_loss"] > 0
     assert sum(first[f"level/{level}/share"] for level in ("P3", "P4", "P5")) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_weights_of_levels_are_a_mean_over_the_teachers_that_have_them() -> None:
+    def stage(strides: list[int], weights: list[float]) -> Any:
+        levels = tuple(LevelShape(stride, 4, 4) for stride in strides)
+        pairing = Pairing(levels, (8, 16, 32), ClassPairing((), ()))
+        return SimpleNamespace(pairing=pairing, level_weights=lambda: torch.tensor(weights))
+
+    found = level_weights([stage([8, 16, 32], [0.5, 0.25, 0.25]), stage([16], [1.0])])
+    assert found == pytest.approx({"P3": 0.25, "P4": 0.625, "P5": 0.125})
 
 
 def test_a_run_names_all_its_teachers(run: Path, teachers: list[str]) -> None:

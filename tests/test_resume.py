@@ -167,6 +167,21 @@ def test_another_method_resumes_if_forced(tiny: dict[str, Any], teacher: str) ->
     assert any("start anew" in line for line in lines)
 
 
+def test_constants_that_change_shapes_resume_if_forced(tiny: dict[str, Any], teacher: str) -> None:
+    folder = train_one_epoch(tiny | {"mgd.hidden": 1.0}, teacher, method="mgd")
+    with captured_log() as lines:
+        d = YoloDistiller()
+        d.train(resume=str(folder), force=True, **{"mgd.hidden": 0.5})
+    assert d.trainer.plan.config.method_configs[0].constants["hidden"] == 0.5
+    assert any("start anew" in line for line in lines)
+    assert len(rows(d.trainer)) == 2
+
+
+def test_the_same_setting_written_in_another_way_is_no_change(tiny: dict[str, Any], teacher: str) -> None:
+    folder = train_one_epoch(tiny | {"levels": [16]}, teacher)
+    YoloDistiller().train(resume=str(folder), levels=16)
+
+
 def test_other_classes_are_refused(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     folder = train_one_epoch(tiny, teacher)
     other = write_dataset(tmp_path / "other", names={0: "disc", 1: "crate"})

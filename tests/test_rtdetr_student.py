@@ -22,7 +22,9 @@ from yolokd.distillation.query_criterion import QueryCriterion
 from yolokd.exporter.export_model import export
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import read_pyramid
+from yolokd.models.evaluate import score
 from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.tasks import TASKS
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.threads import training_threads
 from yolokd.training.plan import make_plan
@@ -120,8 +122,14 @@ def test_methods_that_need_scores_per_position_are_refused_by_name(
 
 
 def test_images_without_labels_are_refused(data: str, teacher: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unlabelled=.*: an RT-DETR would not keep images without labels apart"):
+    with pytest.raises(UserError, match=r"unlabelled=.*: an RT-DETR's loss would count the objects"):
         make_plan(training_keys(settings(data, teacher, tmp_path, unlabelled=data)))
+
+
+def test_a_yolo_is_scored_for_an_rtdetr_student(data: str, teacher: str, tmp_path: Path) -> None:
+    settings = {"data": data, "imgsz": 64, "device": "cpu", "batch": 4}
+    model = load_model(teacher, "teacher")[0]
+    assert score(model, settings, tmp_path, TASKS["rtdetr"]) == score(model, settings, tmp_path, TASKS["detect"])
 
 
 def test_an_rtdetr_teaches_an_rtdetr_and_a_yolo(data: str, tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from helpers.cli import run_yolokd
 from helpers.data import write_dataset
+from helpers.models import YOLOV8N
 
 from yolokd import UserError, YoloDistiller
 from yolokd.config.arguments import parse_value
 from yolokd.config.train_settings import TYPES, check_types
+from yolokd.training.plan import check_data, make_plan
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,13 @@ def test_a_batch_of_one_position_is_refused(batch: int, images: int, tiny: dict[
     with pytest.raises(UserError, match=rf"imgsz=32 batch={batch}: leaves one position"):
         YoloDistiller(method="none").train(**tiny | {"imgsz": 32, "batch": batch, "data": str(data)})
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_of_one_position_at_the_smallest_size_is_refused(tiny: dict[str, Any], tmp_path: Path) -> None:
+    data = str(write_dataset(tmp_path / "d", train=13))
+    plan = make_plan({**tiny, "model": YOLOV8N, "method": "none", "data": data, "imgsz": 96, "multi_scale": 0.5})
+    with pytest.raises(UserError, match=r"imgsz=96 batch=4 multi_scale=0[.]5: leaves one position"):
+        check_data(plan)
 
 
 def test_all_defaults_of_ultralytics_pass_the_schema() -> None:

@@ -65,7 +65,7 @@ def _print_teachers(plan: TrainPlan, imgsz: int) -> None:
             CONSOLE.print(
                 f"level {level} of the student has no partner in teacher {name}: it learns from the labels alone"
             )
-        CONSOLE.print(paired.pairing.classes.describe(plan.data["names"], paired.teacher.names))
+        CONSOLE.print(paired.pairing.classes.describe(plan.names, paired.teacher.names))
         if not isinstance(paired.model, Backbone):
             for line in _describe_tasks(plan, paired):
                 CONSOLE.print(f"teacher {name}: {line}")

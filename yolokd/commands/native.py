@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from yolokd.errors import UserError
 from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import student_task
+from yolokd.models.detector import Detector, read_pyramid
 
 
 def check_native(student: object, teachers: Sequence[object], trust: bool) -> None:
@@ -16,3 +17,11 @@ def check_native(student: object, teachers: Sequence[object], trust: bool) -> No
             raise UserError("method=native", "takes no timm backbone as a teacher", "give method=none,fitnet, say")
     if any(student_task(model, trust) == "rtdetr" for model in (student, *teachers)):
         raise UserError("method=native", "distils between YOLO models only", "give method=none,fitnet, say")
+
+
+def check_same_levels(student: Detector, teacher: Detector) -> None:
+    """Raise UserError if two models' maps have other strides: Ultralytics' own distillation pairs them in order."""
+    strides = [list(read_pyramid(model)) for model in (student, teacher)]
+    if strides[0] != strides[1]:
+        problem = f"needs equal strides, and the student has {strides[0]}, the teacher {strides[1]}"
+        raise UserError("method=native", problem, "drop native")

@@ -83,6 +83,12 @@ def load_data(
     return loaded | {"names": {0: "item"}, "nc": 1} if single_cls else loaded
 
 
+def learned_names(data: Mapping[str, Any], classes: object) -> dict[int, str]:
+    """Return the classes of a data set that a training learns. classes: Ultralytics' setting; None: all."""
+    wanted = classes if isinstance(classes, list | tuple) else [classes]
+    return {index: name for index, name in data["names"].items() if classes is None or index in wanted}
+
+
 def _check_names(argument: str, data: Mapping[str, Any]) -> None:
     """Raise UserError unless each class of a data set has a name; Ultralytics has turned numbers into text."""
     cure = "list one name for each class in the .yaml"

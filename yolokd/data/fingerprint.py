@@ -23,7 +23,8 @@ def content_hash(dataset: Any) -> str:
     content = hashlib.sha256()
     for file, label in zip(dataset.im_files, dataset.labels, strict=True):
         content.update(str(Path(file).stat().st_size).encode())
-        for values in (label["cls"], label["bboxes"]):
+        keypoints = [] if label.get("keypoints") is None else [label["keypoints"]]
+        for values in (label["cls"], label["bboxes"], *keypoints, *label.get("segments", ())):
             content.update(np.ascontiguousarray(values).tobytes())
     return content.hexdigest()
 

@@ -102,7 +102,9 @@ class Backbone(Network):
         """Return the (B, C, H, W) maps of (B, 3, H, W) images in 0..1."""
         sides = self.size or tuple(ceil(side / self.multiple) * self.multiple for side in images.shape[-2:])
         if sides != tuple(images.shape[-2:]):
-            images = F.interpolate(images, size=sides, mode="bilinear", align_corners=False, antialias=True)
+            # In float32: CPUs cannot resize in half precision.
+            resized = F.interpolate(images.float(), size=sides, mode="bilinear", align_corners=False, antialias=True)
+            images = resized.to(images.dtype)
         images = (images - self.mean) / self.std
         if self.is_grid:
             maps: list[Tensor] = self.model.forward_intermediates(
@@ -132,7 +134,12 @@ def load_backbone(source: str) -> Backbone:
             strides, channels = info.reduction(), info.channels()
             is_grid = len(set(strides)) == 1
             kind = {"num_classes": 0} if is_grid else {"features_only": True}
+            torch.manual_seed(0)
             model = _create(timm, name, pretrained=True, **kind, **own)
+            if weights is not None:
+                torch.manual_seed(1)  # what the file lacks is random, and differs
+                if module_hash(_create(timm, name, pretrained=True, **kind, **own)) != module_hash(model):
+                    raise ValueError("they lack some of the model's layers")
     except Exception as e:  # whatever timm, its hub and the models raise
         if weights is not None:
             problem = f"its weights do not fit: {type(e).__name__}: {first_line(e)}"

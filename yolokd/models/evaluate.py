@@ -85,7 +85,7 @@ def _validate(
 ) -> tuple[dict[str, Any], Any]:
     """Return the metrics of Ultralytics' validation and the validator; the random states are left as they were."""
     is_rtdetr = not isinstance(model, str) and isinstance(model.model[-1], RTDETRDecoder)
-    validator = RTDETRValidator if is_rtdetr else task.validator
+    validator = RTDETRValidator if is_rtdetr else TASKS[task.name].validator  # a YOLO may teach an RT-DETR
     with preserve_random_state():
         run = validator(save_dir=save_dir, args={**settings, "mode": "val", "task": task.name, "plots": False})
         return run(model=model), run

@@ -273,7 +273,7 @@ def seen_channels(own: int, channels: int, chosen: Sequence[int] | None) -> tupl
     if channels == 1:
         return (0,) * own
     problem = f"takes {own} channels, the data {channels}"
-    raise UserError("teacher", problem, "say which it sees, for example teacher_channels=[3,2,1]")
+    raise UserError("teacher", problem, f"say which it sees, for example teacher_channels={[*range(own, 0, -1)]}")
 
 
 def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:

@@ -163,7 +163,7 @@ def pair_levels(
         raise UserError(
             "teacher",
             f"strides {sorted(teacher)} and the student's {sorted(student)} have none in common",
-            "choose models whose heads share a stride",
+            "choose models with maps at a common stride",
         )
     strides = tuple(sorted(student))
     return [

@@ -114,7 +114,7 @@ def result(run: Run, history: History, record: Record, pairing: Pairing | None) 
         taught_by=run.taught_by,
         teacher=Path(run.teacher.pt_path).name if run.teacher is not None else None,
         teacher_score=record.teacher_score,
-        knows_all=pairing is not None and all(pairing.classes.mapping.get(label) for label in run.data["names"]),
+        knows_all=pairing is not None and all(pairing.classes.mapping.get(label) for label in run.names),
         student_size=model_size(run.student, run.best, run.imgsz),
         teacher_size=model_size(run.teacher, Path(run.teacher.pt_path), run.imgsz) if run.teacher is not None else None,
         seconds=history.seconds,

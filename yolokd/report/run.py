@@ -14,7 +14,7 @@ from ultralytics.utils.checks import check_imgsz
 
 from yolokd.config.parse import parse, split_keys, without_trust
 from yolokd.config.schema import DistillationConfig
-from yolokd.data.dataset import load_data
+from yolokd.data.dataset import learned_names, load_data
 from yolokd.errors import UserError
 from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_teacher
@@ -50,6 +50,11 @@ class Run:
     def taught_by(self) -> str:
         """Return the names of all teachers; empty without one."""
         return ", ".join(map(teacher_name, self.config.teacher_files)) if self.config.method_configs else ""
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Return the classes that the student learned."""
+        return learned_names(self.data, self.args.classes)
 
     @property
     def task(self) -> Task:

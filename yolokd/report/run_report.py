@@ -90,7 +90,7 @@ def _pair(run: Run) -> Pairing | None:
     levels = pair_levels(teacher.pyramid, strides, {s: head.shape for s, head in teacher.heads.items()}, heads)
     if run.config.levels is not None:
         levels = [shape for shape in levels if shape.stride in run.config.levels]
-    classes = pair_classes(run.teacher.names, run.data["names"], run.config.classes_map)
+    classes = pair_classes(run.teacher.names, run.names, run.config.classes_map)
     return Pairing(tuple(levels), tuple(strides), classes)
 
 
@@ -121,7 +121,7 @@ def _before(kept: Kept, samples: Sequence[Sample]) -> Mapping[str, Any]:
 def _describe_classes(run: Run, pairing: Pairing | None) -> str:
     if run.teacher is None or pairing is None:
         return ""
-    return pairing.classes.describe(run.data["names"], run.teacher.names)
+    return pairing.classes.describe(run.names, run.teacher.names)
 
 
 def _pictures(run: Run, pairing: Pairing | None, seen: Seen) -> dict[str, Any]:

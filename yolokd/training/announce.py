@@ -37,7 +37,7 @@ def log_pairing(plan: TrainPlan) -> None:
                 f"{name}, {level_name(level.stride)}: student {level.student_channels} channels, "
                 f"teacher {level.teacher_channels}"
             )
-        LOGGER.info(f"{name}, {paired.pairing.classes.describe(plan.data['names'], paired.teacher.names)}")
+        LOGGER.info(f"{name}, {paired.pairing.classes.describe(plan.names, paired.teacher.names)}")
     if plan.unlabelled:
         ratio = plan.config.unlabelled_ratio
         LOGGER.info(f"unlabelled images: {len(plan.unlabelled)}, of which a batch has {ratio:g} for each labelled one")

@@ -12,7 +12,8 @@ from torch import Tensor
 from ultralytics.utils import LOGGER, YAML
 
 from yolokd.config.parse import split_keys
-from yolokd.pyramid.level import floored
+from yolokd.distillation.stage import Stage
+from yolokd.pyramid.level import level_name
 from yolokd.runtime.files import atomic_path, read_yaml
 from yolokd.training.plan import TrainPlan
 
@@ -54,11 +55,11 @@ class ItemsOfCriterion:
         vars(trainer)["loss_items"] = items if items is None or criterion is None else items | criterion.items
 
 
-def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) -> str:
+def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float, weights: Mapping[str, float]) -> str:
     """Return one log line: what the teacher teaches where, and how hard each method pulls, beside the YOLO loss.
 
     means: the measurements of an epoch by column name (`P3/pdf_ratio`, `P3/share`, …). clip: the mean factor by which
-    the student's gradients were clipped.
+    the student's gradients were clipped. weights: of the levels.
     """
     shares = {key.partition("/")[0]: v for key, v in means.items() if key.endswith("/share") and not isnan(v)}
     ratios = (
@@ -66,14 +67,22 @@ def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float) ->
         for method in plan.config.method_configs
     )
     config = plan.config
-    floor = 1.0 if config.level_weights == "uniform" else config.level_floor
-    weights = {level: floored(share, floor, len(shares)) for level, share in shares.items()}
     return (
         f"distillation: {taught_levels(shares, config.level_weights, config.level_floor)}. "
         f"Its gradient as a multiple of the YOLO loss's: {'; '.join(ratios)}. "
         f"Teacher's confidence by level: {_percentages(shares)}; weights of the levels: {_percentages(weights)}. "
         f"Student's gradients were clipped to {clip:.3g} of their norm."
     )
+
+
+def level_weights(stages: Sequence[Stage]) -> dict[str, float]:
+    """Return how much each level counts, by name: a mean over the teachers that teach at the moment."""
+    weights: dict[str, float] = {}
+    for stage in stages:
+        for shape, weight in zip(stage.pairing.levels, stage.level_weights().tolist(), strict=True):
+            name = level_name(shape.stride)
+            weights[name] = weights.get(name, 0.0) + weight / len(stages)
+    return dict(sorted(weights.items()))
 
 
 def taught_levels(shares: Mapping[str, float], level_weights: str, level_floor: float = 0.0) -> str:
@@ -120,7 +129,7 @@ def add_measurements(trainer: Any, metrics: Mapping[str, Any], dropped: int) -> 
     dropped: the steps of the epoch without distillation.
     """
     clip, means = trainer.steps.mean_clip_coefficient(), trainer.criterion.recorder.means()
-    LOGGER.info(balance_summary(trainer.plan, means, clip))
+    LOGGER.info(balance_summary(trainer.plan, means, clip, level_weights(trainer.criterion.active)))
     measured = distillation_metrics(means, clip, dropped)
     trainer.metrics = without_measurements(trainer.metrics) | measured
     return without_measurements(metrics) | measured

@@ -14,7 +14,7 @@ from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
-from yolokd.data.dataset import check_images, load_data, sample_batch
+from yolokd.data.dataset import check_images, learned_names, load_data, sample_batch
 from yolokd.data.unlabelled import unlabelled_images
 from yolokd.distillation.stage import build_methods
 from yolokd.errors import UserError
@@ -73,6 +73,11 @@ class TrainPlan:
         """Return the student's task."""
         return TASKS[self.args.task]
 
+    @property
+    def names(self) -> dict[int, str]:
+        """Return the classes that the student learns."""
+        return learned_names(self.data, self.args.classes)
+
 
 def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     """Check a run given as one flat mapping of Ultralytics' and yolokd's keys (`model` is the student).
@@ -102,7 +107,8 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
     if not heads:
         _check_student_without_scores(f"student={settings.get('model')}", config)
-    teachers = tuple(_pair_teacher(file, model, config, data, strides, heads) for file, model in models.items())
+    names = learned_names(data, args.classes)
+    teachers = tuple(_pair_teacher(file, model, config, data, names, strides, heads) for file, model in models.items())
     return TrainPlan(config, data, args, student, teachers)
 
 
@@ -111,10 +117,14 @@ def _pair_teacher(
     model: Detector | Backbone,
     config: DistillationConfig,
     data: Mapping[str, Any],
+    names: Mapping[int, str],
     strides: Mapping[int, int],
     heads: Mapping[int, HeadShape],
 ) -> PairedTeacher:
-    """Pair a teacher with the student. strides, heads: the student's channels and head at each stride."""
+    """Pair a teacher with the student.
+
+    names: of the classes that the student learns. strides, heads: its channels and head at each stride.
+    """
     if isinstance(model, Backbone):
         teacher = backbone_teacher(model, list(strides), config.levels)
     else:
@@ -124,7 +134,7 @@ def _pair_teacher(
     _check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
     levels = _chosen_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config)
-    pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, data["names"], config.classes_map))
+    pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, names, config.classes_map))
     _check_methods(config, levels)
     content = model.sha256 if isinstance(model, Backbone) else sha256(model.pt_path)
     return PairedTeacher(file, content, model, teacher, pairing)
@@ -204,10 +214,20 @@ def _check_last_batch(plan: TrainPlan, images: int) -> None:
     images: the number of training images.
     """
     args, stride = plan.args, max(map(int, plan.student.stride))
-    if training_imgsz(args.imgsz, plan) > stride or 1 not in (args.batch, images % max(int(args.batch), 1)):
+    grid = max(32, stride)  # multi_scale draws multiples of it
+    smallest = max(int(training_imgsz(args.imgsz, plan) * (1 - args.multi_scale)) // grid * grid, grid)
+    if smallest > stride or 1 not in (args.batch, images % max(int(args.batch), 1)):
         return
     problem = f"leaves one position of one image at stride {stride} in a batch, and BatchNorm needs two values"
-    raise UserError(f"imgsz={args.imgsz} batch={args.batch}", problem, f"give imgsz={2 * stride}, or another batch")
+    multi_scale = f" multi_scale={args.multi_scale}" if args.multi_scale else ""
+    argument = f"imgsz={args.imgsz} batch={args.batch}{multi_scale}"
+    raise UserError(argument, problem, "give another batch, or larger images")
+
+
+def check_task(plan: TrainPlan, trained: str) -> None:
+    """Raise UserError if a trainer's task is not the student's; the trainer was chosen by what the file's name says."""
+    if plan.task.name != trained:
+        raise UserError("student", f"has the task {plan.task.name}", "give the path of a file that exists")
 
 
 def _check_distinct(teacher: object, student: object) -> None:
@@ -235,8 +255,8 @@ def _check_student_without_scores(argument: str, config: DistillationConfig) -> 
             problem = f"has no class scores and boxes per position, which {name} needs"
             raise UserError(argument, problem, "use a YOLO student, or methods that compare feature maps, such as dfd")
     if config.unlabelled is not None:
-        problem = "would not keep images without labels apart in its loss"
-        raise UserError(f"unlabelled={config.unlabelled}", f"an RT-DETR {problem}", "drop it, or use a YOLO student")
+        problem = "an RT-DETR's loss would count the objects in images without labels as background"
+        raise UserError(f"unlabelled={config.unlabelled}", problem, "drop it, or use a YOLO student")
 
 
 def _check_methods(config: DistillationConfig, levels: Sequence[LevelShape]) -> None:

@@ -17,6 +17,7 @@ import torch
 from ultralytics.utils import LOCAL_RANK, LOGGER
 from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
+from yolokd.config.arguments import as_list
 from yolokd.config.parse import method_names, split_keys, without_trust
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import data_file
@@ -29,7 +30,7 @@ from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN
 from yolokd.runtime.files import remove_temporary_files
 from yolokd.training.plan import TrainPlan, check_data, make_plan, with_unlabelled_images
 from yolokd.training.sidecar import State, load_sidecar, sidecar_error, sidecar_path, sidecars
-from yolokd.training.state import check_state, restore_state
+from yolokd.training.state import check_state, optimizer_fits, restore_state
 
 # yolokd's keys that a resumed run may be given anew; the content of files is compared later.
 CHANGEABLE = frozenset({"teacher", "unlabelled", "report", "trust", "force"})
@@ -105,7 +106,7 @@ def _is_of_checkpoint(state: State, model: Detector) -> bool:
 def _check_unchanged(keys: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for key, value in split_keys(keys).distillation.items():
         is_new = key == "unlabelled" and (value is None) != (saved.get(key) is None)
-        if is_new or (key not in CHANGEABLE and saved.get(key) != value):
+        if is_new or (key not in CHANGEABLE and as_list(saved.get(key)) != as_list(value)):
             raise UserError(key, "cannot change in a resumed run", "start a new run, drop it, or give force=True")
 
 
@@ -179,8 +180,7 @@ def optimizer_matches(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
         return False
     if state is not None and state["own"].get("method") != plan.config.method:
         return False
-    saved = [len(group["params"]) for group in (checkpoint.get("optimizer") or {}).get("param_groups", [])]
-    return saved == [len(group["params"]) for group in trainer.optimizer.param_groups]
+    return optimizer_fits(checkpoint.get("optimizer"), trainer.optimizer)
 
 
 def drop_unfit_optimizer(trainer: Any, checkpoint: dict[str, Any]) -> bool:

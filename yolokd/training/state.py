@@ -101,6 +101,15 @@ def _check_tensors(part: str, saved: Mapping[str, Tensor], live: Mapping[str, Te
             raise ValueError(f"its {part}.{key} has the shape {shapes}")
 
 
+def optimizer_fits(saved: Mapping[str, Any] | None, live: Optimizer) -> bool:
+    """Return whether the state of an optimizer is that of the live one's parameters."""
+    try:
+        _check_optimizer(saved or {"param_groups": [], "state": {}}, live)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_optimizer(saved: Mapping[str, Any], live: Optimizer) -> None:
     """Raise ValueError unless the saved values of each parameter are those of its group, in the parameter's shape."""
     counts = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], live.param_groups)]

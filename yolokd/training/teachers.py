@@ -14,8 +14,10 @@ from ultralytics.utils import LOGGER
 from yolokd.data.dataset import sample_batch
 from yolokd.distillation.query_criterion import make_criterion
 from yolokd.models.backbone import Backbone
+from yolokd.models.detector import Detector, dense_heads, head_of
 from yolokd.models.evaluate import check_teacher
 from yolokd.models.precision import choose_precision, name_of
+from yolokd.pyramid.pairing import Pairing
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training.plan import PairedTeacher, TrainPlan, training_imgsz
@@ -35,9 +37,19 @@ def attach_criterion(trainer: Any) -> None:
     batch = images_per_batch(plan.config, trainer.batch_size // WORLD_SIZE)
     trainer.plan = plan = replace(plan, teachers=optimize_teachers(plan, precisions, images, batch))
     trainer.model.yolokd = provenance(plan)
-    pairs = [(paired.teacher, paired.pairing) for paired in plan.teachers]
+    pairs = [(paired.teacher, _with_live_head(paired.pairing, trainer.model)) for paired in plan.teachers]
     criterion = make_criterion(trainer.model, pairs, plan.config, trainer.args.seed)
     trainer.model.criterion = criterion.to(trainer.device)
+
+
+def _with_live_head(pairing: Pairing, student: Detector) -> Pairing:
+    """Return a pairing with the shapes of the student's head as it is now: weights that it loads may have changed them.
+
+    Ultralytics builds a head whose hidden layers are as wide as those of the weights.
+    """
+    heads = dense_heads(head_of(student), pairing.student_strides)
+    levels = (replace(level, student_head=heads[level.stride].shape if heads else None) for level in pairing.levels)
+    return replace(pairing, levels=tuple(levels))
 
 
 def optimize_teachers(

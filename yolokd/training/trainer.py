@@ -32,7 +32,7 @@ from yolokd.runtime.threads import use_all_cores
 from yolokd.training import announce, logs, results, resume
 from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
 from yolokd.training.optimizer import EveryBatch, OptimizerSteps
-from yolokd.training.plan import TrainPlan
+from yolokd.training.plan import TrainPlan, check_task
 from yolokd.training.settings import with_absolute_paths
 from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.state import capture_state, capture_streams, restore_streams
@@ -59,7 +59,7 @@ class DistillationTrainer(DetectionTrainer):
         if IS_DISTRIBUTED:
             keys["device"] = distributed.init_process_group(resume.device_of_run(keys, self.saved_run))
         self.plan: TrainPlan = resume.plan_run(cfg, keys, self.saved_run)
-        assert self.plan.task.name == self.TASK, "tasks.make_trainer chooses the class"
+        check_task(self.plan, self.TASK)
         self._lock = FolderLock()
         with self._lock.released_on_error():
             self._init_ultralytics(cfg, keys, _callbacks)

@@ -19,7 +19,7 @@ from yolokd.commands.compare.identity import (
     training_hash,
 )
 from yolokd.commands.compare.ledger import TEACHER
-from yolokd.commands.native import check_native
+from yolokd.commands.native import check_native, check_same_levels
 from yolokd.config.arguments import as_list
 from yolokd.config.parse import check_keys
 from yolokd.config.schema import DistillationConfig, normalize_teachers, teacher_files
@@ -116,6 +116,8 @@ def plan_runs(
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
         raise UserError("teacher", "is missing", f"give teacher=yolov8l.pt, for example{or_drop}")
     if NATIVE in methods:
+        if keys.get("teacher_channels") is not None:
+            raise UserError("teacher_channels", "does not reach Ultralytics' own distillation", "drop native")
         check_native(inputs.keys["student"], inputs.teachers[-1:], bool(keys.get("trust")))
     trainings = _plan_trainings(inputs, methods, checked_seeds, split, project)
     if inputs.teachers and inputs.strongest is None:
@@ -172,7 +174,7 @@ def _plan_trainings(
     content: SharedContent | None = None
     for method in methods:
         keys = _method_keys(inputs, method) | QUIET
-        plan = _check_training(method, keys, split)
+        plan = _check_training(method, keys, split, inputs.strongest)
         if content is None:
             # Before files are hashed: the scan repairs some of them.
             images = check_data(plan)
@@ -190,10 +192,15 @@ def _method_keys(inputs: Inputs, method: str) -> dict[str, Any]:
     return keys | {"teacher": inputs.teachers[-1]} if method == NATIVE else keys
 
 
-def _check_training(method: str, keys: Mapping[str, Any], split: str) -> TrainPlan:
-    """Return the checked plan of a method's trainings; raise UserError if they could not be trained or scored."""
+def _check_training(method: str, keys: Mapping[str, Any], split: str, strongest: Detector | None) -> TrainPlan:
+    """Return the checked plan of a method's trainings; raise UserError if they could not be trained or scored.
+
+    strongest: the teacher of Ultralytics' own distillation.
+    """
     # Ultralytics' own distillation is checked like plain training: both train in Ultralytics' trainer.
     plan = make_plan(training_keys({**keys, "method": PLAIN} if method == NATIVE else keys))
+    if method == NATIVE and strongest is not None:
+        check_same_levels(plan.student, strongest)
     _check_scorable(keys)
     if next(split_images(plan.data.get(split) or []), None) is None:
         raise UserError(f"split={split}", "is not in the data set", "give split=val, or a set that has it")
