@@ -161,6 +161,9 @@ class Detector:
         # With an end-to-end head or an embedded NMS, the output is final rows of x1, y1, x2, y2, score, class, own.
         chosen = meta["end2end"] or meta["args"].get("nms") is True
         self.final: bool = chosen or (bool(outputs) and self.task == "detect" and outputs[0].shape[-1:] == [6])
+        channels = sources[0].shape[1] if len(sources) == 1 and len(sources[0].shape) == 4 else 3
+        if isinstance(channels, int) and channels != 3:
+            raise DetectError(f"this model takes images of {channels} channels, not of 3")
         fits = len(sources) == 1 and outputs and _is_image(sources[0]) and self._is_result(outputs[0]) and has_masks
         if not fits:
             tensors = ", ".join(f"{node.name} {node.type} {node.shape}" for node in (*sources, *outputs))

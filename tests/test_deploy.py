@@ -20,12 +20,21 @@ import yaml
 from helpers.cli import run_yolokd
 from helpers.data import NAMES, write_dataset
 from helpers.device import detect
-from helpers.models import YOLOV8N, YOLOV8S, calibrated_detector, label_with, save_trained_checkpoint
+from helpers.models import (
+    YOLOV8N,
+    YOLOV8S,
+    calibrate,
+    calibrated_detector,
+    label_with,
+    random_detector,
+    save_trained_checkpoint,
+)  # fmt: skip
 from ultralytics import YOLO
 
 from yolokd.commands.deploy import ledger
 from yolokd.commands.deploy.latency import LatencyRequest, RuntimeFailure, measure_in_process
 from yolokd.commands.deploy.run import run_deploy
+from yolokd.commands.deploy.show import verdict
 from yolokd.data.dataset import validation_images
 from yolokd.errors import UserError
 from yolokd.runtime.files import sha256
@@ -74,9 +83,12 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
 
 
 def test_each_format_gets_a_row_with_size_score_latency_and_memory(deployed: Deployed) -> None:
-    assert deployed.done.returncode == 0, deployed.done.stderr
-    assert deployed.done.stderr.strip() == ""
     found = rows(deployed.run)
+    # OpenVINO computes in bfloat16 where the CPU can; boxes of a random detector then change places.
+    differing = {name for name in FORMATS[:-1] if found[name]["parity"] != "pass"}
+    assert differing <= {"openvino"}
+    assert deployed.done.returncode == len(differing), deployed.done.stderr
+    assert deployed.done.stderr.strip() == ""
     assert list(found) == ["checkpoint", *FORMATS, "teacher"]
     for name in ("checkpoint", *FORMATS[:-1], "teacher"):
         row = found[name]
@@ -88,7 +100,6 @@ def test_each_format_gets_a_row_with_size_score_latency_and_memory(deployed: Dep
         assert int(row["images"]) == 6
         assert name in deployed.done.stdout
     for name in FORMATS[:-1]:
-        assert found[name]["parity"] == "pass"
         path = deployed.run / "deploy" / found[name]["file"]
         size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]))
         assert float(found[name]["megabytes"]) == pytest.approx(size / 1e6, abs=1e-5)
@@ -151,7 +162,7 @@ def test_nothing_is_measured_twice_and_limits_refuse(deployed: Deployed, capsys:
     assert not run_deploy(**keys, limit=loss / 2)
     shown = capsys.readouterr().out
     assert "refused" in shown
-    assert f"lose more than limit={loss / 2:g}: " in shown
+    assert f"lose more than limit={loss / 2:g}, or have no score: " in shown
     assert run_deploy(**keys, limit=loss + 1e-4)
 
 
@@ -216,6 +227,51 @@ def test_files_that_are_in_the_way_are_kept(deployed: Deployed, tmp_path: Path) 
     with pytest.raises(UserError, match="is a link"):
         run_deploy(**keys)
     assert (tmp_path / "deploy" / "best.onnx").read_text() == "mine"
+
+
+def test_a_teacher_is_scored_with_the_classes_map_and_classes_have_the_data_sets_names(tmp_path: Path) -> None:
+    run, keys = make_run(tmp_path)
+    data = tmp_path / "data" / "data.yaml"
+    data.write_text(yaml.safe_dump(yaml.safe_load(data.read_text()) | {"names": {0: "Disc", 1: "box"}}))
+    content = torch.load(keys["model"], weights_only=False)
+    content["model"].yolokd["classes_map"] = {"circle": "disc"}
+    torch.save(content, keys["model"])
+    content["model"].names = {0: "circle", 1: "box"}
+    torch.save(content, tmp_path / "t.pt")
+    keys |= {"model": str(keys["model"]), "formats": "torchscript", "teacher": str(tmp_path / "t.pt")}
+    run_deploy(**keys)
+    found = rows(run)
+    assert float(found["checkpoint"]["map"]) > 0.2
+    assert found["teacher"]["ap_by_class"] == found["checkpoint"]["ap_by_class"]
+    for row in found.values():
+        assert json.loads(row["ap_by_class"]).keys() == {"Disc", "box"}
+
+
+def test_a_student_of_one_class_for_all_is_measured(tmp_path: Path) -> None:
+    run, keys = make_run(tmp_path)
+    content = torch.load(keys["model"], weights_only=False)
+    model = random_detector(YOLOV8N, {0: "item"})
+    calibrated = calibrate(model, validation_images(str(tmp_path / "data" / "data.yaml")), SIZE)
+    content |= {"model": calibrated, "train_args": content["train_args"] | {"single_cls": True}}
+    torch.save(content, keys["model"])
+    run_deploy(**keys | {"model": str(keys["model"]), "formats": "torchscript"})
+    assert rows(run)["torchscript"]["worst_class"] == "item"
+
+
+def test_a_split_without_labels_is_named(tmp_path: Path) -> None:
+    _, keys = make_run(tmp_path)
+    for label in (tmp_path / "data" / "labels" / "val").iterdir():
+        label.unlink()
+    with pytest.raises(UserError, match="was not scored: the images of the split val have no labels"):
+        run_deploy(**keys | {"model": str(keys["model"])})
+
+
+def test_a_format_that_runs_but_was_not_scored_is_not_to_be_shipped(deployed: Deployed) -> None:
+    row = ledger.read(deployed.run / "deploy.csv")["student", "onnx", ""]
+    assert verdict(row, None) == "ok"
+    assert (
+        verdict(row.model_copy(update={"problem": "was not scored: no memory", "difference": None}), 0.1) == "unscored"
+    )
 
 
 def test_a_file_that_no_runtime_reads_is_a_failure_and_not_a_crash(tmp_path: Path) -> None:

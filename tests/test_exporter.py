@@ -30,7 +30,7 @@ from ultralytics.nn.tasks import ClassificationModel, DetectionModel
 from yolokd.data.dataset import validation_images
 from yolokd.distiller import load_yolo
 from yolokd.errors import UserError
-from yolokd.exporter import parity
+from yolokd.exporter import export_model, parity
 from yolokd.exporter.agreement import Limits, Thresholds
 from yolokd.exporter.export_model import export
 from yolokd.exporter.parity import ExportReport, verify
@@ -187,6 +187,20 @@ def test_other_formats_are_compared_with_the_runtime_that_is_at_hand(
     assert f"saved as '{report.path}'" in log
     assert PREFIX not in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.pt", "m.torchscript", "m.torchscript.parity.json"]
+
+
+def test_an_onnx_file_made_on_the_way_to_another_format_replaces_none(
+    copied: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exporter(module: Any, checkpoint: Path, options: Any, trust: bool) -> Path:
+        checkpoint.with_suffix(".onnx").write_bytes(b"made on the way")
+        return run_exporter(module, checkpoint, options, trust)
+
+    run_exporter, before = export_model._run_exporter, copied.read_bytes()
+    monkeypatch.setattr(export_model, "_run_exporter", exporter)
+    export(checkpoints["v8"], format="torchscript", into=copied.with_suffix(".pt"))
+    assert copied.read_bytes() == before
+    assert copied.with_suffix(".torchscript").exists()
 
 
 def test_a_wrong_file_of_another_format_fails_the_check(

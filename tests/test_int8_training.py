@@ -16,6 +16,8 @@ from torch import nn
 from ultralytics.utils.torch_utils import is_qat
 
 from yolokd import UserError, YoloDistiller
+from yolokd.commands.deploy.run import choose_formats
+from yolokd.commands.deploy.settings import DeploySettings
 from yolokd.exporter import export
 from yolokd.models.checkpoint import load_model
 from yolokd.training import settings as training_settings
@@ -68,6 +70,14 @@ def test_it_exports_to_an_int8_file_without_calibration(distilled: YoloDistiller
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     with pytest.raises(UserError, match="cannot export a QAT model"):
         export(distilled.trainer.best, format="torchscript", imgsz=64)
+
+
+def test_deploy_measures_it_in_int8_alone(distilled: YoloDistiller) -> None:
+    module, _ = load_model(distilled.trainer.best, "model")
+    settings = DeploySettings(model=str(distilled.trainer.best))
+    assert [each.name for each in choose_formats(settings, module)] == ["onnx-int8", "openvino-int8"]
+    with pytest.raises(UserError, match="formats=onnx: are not for a student that was trained with quantize=8"):
+        choose_formats(settings.model_copy(update={"formats": ["onnx"]}), module)
 
 
 @pytest.mark.slow

@@ -179,10 +179,10 @@ def worst_match(
 def own_agreement(
     expected: Prediction, actual: Prediction, i: int, j: int, layout: Layout, size: tuple[int, int]
 ) -> float:
-    """Return how well what a task adds to a box agrees, of detections number i and j: at most 1, which is equality.
+    """Return how well what a task adds to a box agrees, of detections number i and j: in 0..1, and 1 is equality.
 
-    For masks it is their IoU. For keypoints it is 1 − d / D, with d the largest distance of a keypoint to its partner
-    and D the diagonal of the box. Other tasks add nothing: rotated boxes are compared by their IoU.
+    For masks it is their IoU. For keypoints it is 1 − d / D, but at least 0, with d the largest distance of a keypoint
+    to its partner and D the diagonal of the box. Other tasks add nothing: rotated boxes are compared by their IoU.
     """
     pair = ((expected, expected.detections[i]), (actual, actual.detections[j]))
     if layout.task == "segment":
@@ -192,7 +192,7 @@ def own_agreement(
     if layout.task == "pose":
         keypoints = [row[6:].view(layout.kpt_shape)[:, :2] for _, row in pair]
         diagonal = (pair[0][1][2:4] - pair[0][1][:2]).norm()
-        return float(1 - (keypoints[0] - keypoints[1]).norm(dim=1).max() / diagonal)
+        return max(float(1 - (keypoints[0] - keypoints[1]).norm(dim=1).max() / diagonal), 0.0)
     return 1.0
 
 

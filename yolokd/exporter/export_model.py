@@ -69,10 +69,15 @@ def export(
             raise
         LOGGER.info(f"the file will not be compared with the checkpoint: {e}")
     path = into or Path(module.pt_path)
+    if _makes_folder(args.format) and ".pt" in str(path.absolute().parent):  # Ultralytics replaces all of them
+        raise UserError(f"model={model}", "lies below a folder with .pt in its name", "rename that folder")
     with staging_folder(Path(module.pt_path), path.parent) as staging, TemporaryDirectory() as calibration:
         options |= _calibration_options(args, data, Path(calibration))
         file = _run_exporter(module, staging / path.name, options, trust)
         report = _complete_and_verify(file, module, images, args)
+        # Ultralytics makes an ONNX file on the way to other formats; it would replace one that was checked.
+        for by_product in {*staging.glob("*.onnx")} - {file}:
+            by_product.unlink()
         publish(staging)
     report = report.moved(staging, path.parent)
     if show and report.parity:
@@ -94,6 +99,12 @@ def _complete_and_verify(file: Path, module: nn.Module, images: Sequence[Image],
         LOGGER.warning(f"{file}: not compared with the checkpoint, since it does not run here: {first_line(e)}")
         return ExportReport(path=file, precision=precision)
     return verify(file, module, images, _thresholds(args), precision)
+
+
+def _makes_folder(form: str) -> bool:
+    """Return whether the files of one of Ultralytics' formats lie in a folder."""
+    table = export_formats()
+    return str(dict(zip(table["Argument"], table["Suffix"], strict=True))[form]).startswith("_")
 
 
 def _thresholds(args: Any) -> Thresholds:
@@ -137,7 +148,8 @@ def _calibration_options(args: Any, data: str | None, folder: Path) -> dict[str,
     if not takes_data or args.quantize != 8:
         return {}
     if args.split != DEFAULT_CFG_DICT["split"] or args.fraction != DEFAULT_CFG_DICT["fraction"]:
-        return {"data": choose_data(data, {})}
+        split = args.split if args.split != DEFAULT_CFG_DICT["split"] else "train"
+        return {"data": choose_data(data, {}), "split": split}
     return {"data": str(write_calibration_set(choose_data(data, {}), folder)), "split": "train"}
 
 
@@ -153,9 +165,10 @@ def _run_exporter(module: nn.Module, checkpoint: Path, options: Mapping[str, Any
             model.model.pt_path = str(checkpoint)
             return Path(model.export(**options))
     except ImportError as e:
-        package = (e.name or str(e)).partition(".")[0]
-        cure = f"pip install {EXTRAS.get(package, package)}"
-        raise UserError(f"format={options['format']}", f"needs {package}, which is not installed", cure) from e
+        package = (e.name or "").partition(".")[0]
+        problem = f"needs {package}, which is not installed" if package else first_line(e)
+        cure = f"pip install {EXTRAS[package]}" if package in EXTRAS else "see Ultralytics' page on this format"
+        raise UserError(f"format={options['format']}", problem, cure) from e
     except (AssertionError, SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
         raise UserError(f"format={options['format']}", first_line(e), "see Ultralytics' export settings") from e
 

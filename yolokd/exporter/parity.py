@@ -136,7 +136,7 @@ def _compare_runtimes(
     thresholds: Thresholds,
     limits: Limits,
 ) -> list[ParityRow]:
-    """Run PyTorch and ONNX Runtime at every input size of the file; return one row for each size."""
+    """Run PyTorch and the file's own runtime at every input size of the file; return one row for each size."""
     exported = OnnxDetector(path) if path.suffix == ".onnx" else BackendDetector(path)
     if exported.names != check_class_names(module.names) or exported.stride != int(max(module.stride)):  # type: ignore[arg-type]
         raise ValueError(f"class names or stride differ from the checkpoint's: {exported.names}, {exported.stride}")

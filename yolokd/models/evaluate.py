@@ -69,13 +69,15 @@ def score(model: Detector, settings: Mapping[str, Any], save_dir: Path, task: Ta
     return Scores(metric=task.metric, **{key: float(metrics[column]) for key, column in values.items()}, **sizes)
 
 
-def score_by_class(model: Detector | str, settings: Mapping[str, Any], save_dir: Path, task: Task) -> ClassScores:
+def score_by_class(
+    model: Detector | str, settings: Mapping[str, Any], save_dir: Path, task: Task, names: Mapping[int, str]
+) -> ClassScores:
     """Validate a model, or an exported file by its path, and return its scores by class.
 
-    settings: as those of `score`.
+    settings: as those of `score`. names: of the classes, as the scores are to call them.
     """
     _, validator = _validate(model, settings, save_dir, task)
-    names, part = validator.metrics.names, getattr(validator.metrics, task.part)
+    part = getattr(validator.metrics, task.part)
     by_class = {names[int(i)]: float(ap) for i, ap in zip(part.ap_class_index, part.ap, strict=True)}
     return ClassScores(float(part.map), float(part.map50), by_class, len(validator.dataloader.dataset))
 

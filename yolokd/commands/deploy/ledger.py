@@ -15,6 +15,7 @@ from yolokd.runtime.files import atomic_path
 
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"  # of the column `model`
 CHECKPOINT = "checkpoint"  # of the column `format`
+NOT_SCORED = "was not scored"  # how a `problem` begins if a file runs, but has no score
 Score = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0)]
 

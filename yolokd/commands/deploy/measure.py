@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,13 +11,14 @@ from typing import Any
 
 from yolokd.commands.deploy.formats import Format
 from yolokd.commands.deploy.latency import LatencyRequest, RuntimeFailure, measure_in_process
-from yolokd.commands.deploy.ledger import DeployRow
+from yolokd.commands.deploy.ledger import NOT_SCORED, TEACHER, DeployRow
 from yolokd.errors import UserError, first_line
 from yolokd.exporter import export
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import Detector
 from yolokd.models.evaluate import ClassScores, aligned_copy, score_by_class
 from yolokd.models.tasks import Task, scored_task
+from yolokd.models.teacher import seen_channels
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.safe_models import own_exports
 from yolokd.pyramid.pairing import pair_classes
@@ -30,6 +31,7 @@ class Measurement:
     """The conditions under which all models and formats are measured.
 
     data: path of the data set's .yaml; dataset: Ultralytics' dictionary of it. task: the student's. imgsz: in pixels.
+    single_cls: whether all classes count as one. classes_map, teacher_channels: of the student's training.
     """
 
     data: str
@@ -39,6 +41,9 @@ class Measurement:
     imgsz: int
     threads: int
     trust: bool
+    single_cls: bool = False
+    classes_map: Mapping[str, str] | None = None
+    teacher_channels: Sequence[int] | None = None
 
     def checkpoint(self, row: DeployRow, file: Path, say: Say) -> DeployRow:
         """Measure a checkpoint; return its row, completed. A class that it does not know counts as never detected."""
@@ -46,11 +51,15 @@ class Measurement:
         row = row.model_copy(update={"megabytes": megabytes(file)})
         if scored_task(module, self.task, self.dataset) is not self.task:
             return row.model_copy(update={"problem": f"is no model of the task {self.task.name}, and is not scored"})
-        names = self.dataset["names"]
-        mapping = pair_classes(module.names, names).mapping
+        is_teacher, names, own = row.model == TEACHER, self.dataset["names"], module.yaml.get("channels", 3)
+        mapping = pair_classes(module.names, names, self.classes_map if is_teacher else None).mapping
         if not mapping:
             return row.model_copy(update={"problem": "knows none of the data set's classes"})
-        return self._run(row, file, aligned_copy(module, names, mapping, self.task), say)
+        try:
+            channels = seen_channels(own, self.dataset["channels"], self.teacher_channels if is_teacher else None)
+        except UserError as e:
+            return row.model_copy(update={"problem": e.problem})
+        return self._run(row, file, aligned_copy(module, names, mapping, self.task, channels), own, say)
 
     def exported(self, row: DeployRow, checkpoint: Path, each: Format, folder: Path, say: Say) -> DeployRow:
         """Export a checkpoint in a format into a folder, and measure the file; return its row, completed.
@@ -75,21 +84,25 @@ class Measurement:
             return row.model_copy(update={"problem": f"was not exported: {first_line(e)}"})
         parity = "" if report.parity is None else "pass" if report.passed else "FAIL"
         made = {"file": report.path.name, "megabytes": megabytes(report.path), "parity": parity}
-        return self._run(row.model_copy(update=made), report.path, str(report.path), say)
+        row = row.model_copy(update=made)
+        return self._run(row, report.path, str(report.path), self.dataset["channels"], say)
 
-    def _run(self, row: DeployRow, file: Path, model: Detector | str, say: Say) -> DeployRow:
-        """Time a file, then score its model; a runtime that crashes does so in the other process."""
+    def _run(self, row: DeployRow, file: Path, model: Detector | str, channels: int, say: Say) -> DeployRow:
+        """Time a file, then score its model; a runtime that crashes does so in the other process.
+
+        channels: of the images that the file takes.
+        """
         say("latency")
         size = (self.imgsz, self.imgsz)
         try:
-            latency = measure_in_process(LatencyRequest(file, size, self.dataset["channels"], self.threads, self.trust))
+            latency = measure_in_process(LatencyRequest(file, size, channels, self.threads, self.trust))
         except RuntimeFailure as e:
             return row.model_copy(update={"problem": f"does not run here: {e}"})
         say("mAP")
         try:
             scores = self._score(model)
         except Exception as e:  # whatever a runtime raises
-            return row.model_copy(update={**vars(latency), "problem": f"was not scored: {first_line(e)}"})
+            return row.model_copy(update={**vars(latency), "problem": f"{NOT_SCORED}: {first_line(e)}"})
         worst = min(scores.by_class, key=scores.by_class.__getitem__)
         scored = {"map": scores.map, "map50": scores.map50, "images": scores.images}
         classes = {"ap_by_class": json.dumps(scores.by_class), "worst_class": worst, "worst_ap": scores.by_class[worst]}
@@ -97,9 +110,19 @@ class Measurement:
 
     def _score(self, model: Detector | str) -> ClassScores:
         """Score on the whole split, on square images: a static file sees all others as such, too."""
-        settings = {"data": self.data, "split": self.split, "imgsz": self.imgsz, "batch": 1, "rect": False}
+        settings: dict[str, Any] = {
+            "data": self.data,
+            "split": self.split,
+            "imgsz": self.imgsz,
+            "batch": 1,
+            "rect": False,
+        }
         with safe_loading(self.trust), own_exports(), TemporaryDirectory() as folder:
-            return score_by_class(model, {**settings, "device": "cpu", "verbose": False}, Path(folder), self.task)
+            settings |= {"device": "cpu", "verbose": False, "single_cls": self.single_cls}
+            scores = score_by_class(model, settings, Path(folder), self.task, self.dataset["names"])
+        if not scores.by_class:
+            raise ValueError(f"the images of the split {self.split} have no labels")
+        return scores
 
 
 def megabytes(path: Path) -> float:

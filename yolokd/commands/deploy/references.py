@@ -7,6 +7,7 @@ from pathlib import Path
 from yolokd.commands.deploy.ledger import BASELINE, TEACHER
 from yolokd.commands.deploy.settings import DeploySettings
 from yolokd.config.arguments import as_list
+from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector
 from yolokd.runtime.console import CONSOLE
@@ -20,12 +21,10 @@ def find_references(settings: DeploySettings, module: Detector, run: Path) -> li
     the training. Raises UserError for a checkpoint that cannot be loaded.
     """
     teachers = settings.teacher or _teachers_of_run(module, run)
-    for teacher in teachers:
-        load_teacher(teacher, settings.trust)
-    baselines = [settings.baseline] if settings.baseline else []
-    for baseline in baselines:
-        load_model(baseline, "baseline", settings.trust)
-    return [(TEACHER, Path(t)) for t in teachers] + [(BASELINE, Path(b)) for b in baselines]
+    found = [(TEACHER, load_teacher(teacher, settings.trust)) for teacher in teachers]
+    if settings.baseline:
+        found.append((BASELINE, load_model(settings.baseline, "baseline", settings.trust)[0]))
+    return [(role, Path(model.pt_path)) for role, model in found]
 
 
 def _teachers_of_run(module: Detector, run: Path) -> list[str]:
@@ -35,6 +34,9 @@ def _teachers_of_run(module: Detector, run: Path) -> list[str]:
     if not hashes:
         return []
     named = [str(file) for file in as_list(read_yaml(run / "distill.yaml").get("teacher") or [])]
+    if any(map(is_backbone, named)):
+        CONSOLE.print("a teacher is a backbone, which detects nothing, and is not measured")
+        return [file for file in named if not is_backbone(file) and Path(file).is_file() and sha256(file) in hashes]
     found = [file for file in named if Path(file).is_file() and sha256(file) in hashes]
     if len(found) < len(hashes):
         CONSOLE.print("the teacher is not where the run found it, and is not measured; teacher= can name it")

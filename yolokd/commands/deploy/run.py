@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+from ultralytics.utils.torch_utils import is_qat
 
 from yolokd.commands.deploy import ledger
 from yolokd.commands.deploy.formats import Format, parse_formats
@@ -39,21 +40,37 @@ def run_deploy(**keys: Any) -> bool:
 
     keys: the fields of DeploySettings. Rows that are in deploy.csv are not measured again, so that a command that was
     interrupted goes on. Returns whether all exports agree with the checkpoint and lose no more than `limit`.
-    Raises UserError for what cannot work, before anything is written.
+    Raises UserError for wrong keys, before anything is written, and if the checkpoint itself cannot be measured.
     """
     settings = check_deploy_settings(keys)
-    formats = parse_formats(settings.formats)
     module, checkpoint = load_model(settings.model, "model", settings.trust)
+    formats = choose_formats(settings, module)
     measurement, validation = _conditions(settings, module, checkpoint)
-    places = Places.of(Path(settings.model), settings.save_dir)
-    references = find_references(settings, module, run_of(Path(settings.model)))
+    file = Path(module.pt_path)  # Ultralytics also looks in its folder of weights
+    places = Places.of(file, settings.save_dir)
+    references = find_references(settings, module, run_of(file))
     places.folder.mkdir(parents=True, exist_ok=True)
     with _locked(places.folder):
         deployment = Deployment(places, measurement, validation)
         with quiet():
-            shown = deployment.run(Path(settings.model), formats, references)
+            shown = deployment.run(file, formats, references)
         save_plot(shown, places.plot, settings.limit)
     return print_rows(shown, settings.limit, places)
+
+
+def choose_formats(settings: DeploySettings, module: Detector) -> list[Format]:
+    """Return the formats to measure. A student that was trained in INT8 has no others: all its exports are in INT8.
+
+    Raises UserError for an unknown format, and if none is left.
+    """
+    formats = parse_formats(settings.formats)
+    if not is_qat(module):
+        return formats
+    kept = [each for each in formats if each.precision == "int8"]
+    if not kept:
+        problem = "are not for a student that was trained with quantize=8: all its exports are in INT8"
+        raise UserError(f"formats={','.join(settings.formats)}", problem, "give formats=onnx-int8")
+    return kept
 
 
 @contextmanager
@@ -80,7 +97,8 @@ def _conditions(settings: DeploySettings, module: Detector, checkpoint: Checkpoi
     if task is None:
         raise UserError(argument, f"is {describe_kind(module)}", f"give a model of the tasks {', '.join(TASKS)}")
     data = choose_data(settings.data, checkpoint)
-    content = load_data(data, split=settings.split, trust=settings.trust)
+    single_cls = bool(checkpoint.get("train_args", {}).get("single_cls"))
+    content = load_data(data, single_cls, split=settings.split, trust=settings.trust)
     names = content["names"]
     if pair_classes(module.names, names).mapping != {i: (i,) for i in names} or len(module.names) != len(names):
         problem = f"its classes are not those of the data set: {', '.join(names.values())}"
@@ -89,7 +107,13 @@ def _conditions(settings: DeploySettings, module: Detector, checkpoint: Checkpoi
     stride = max(pyramid)
     imgsz = ceil(max(asked) / stride if isinstance(asked, list | tuple) else asked / stride) * stride
     threads = settings.threads or training_threads()
-    shared = Measurement(data, content, task, settings.split, imgsz, threads, settings.trust)
+    record = getattr(module, "yolokd", None)
+    taught = (
+        {key: record.get(key) or None for key in ("classes_map", "teacher_channels")}
+        if isinstance(record, dict)
+        else {}
+    )
+    shared = Measurement(data, content, task, settings.split, imgsz, threads, settings.trust, single_cls, **taught)
     return shared, files_hash(split_images(content[settings.split]))[:12]
 
 

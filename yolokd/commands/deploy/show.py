@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from yolokd.commands.deploy.ledger import CHECKPOINT, STUDENT, DeployRow
+from yolokd.commands.deploy.ledger import CHECKPOINT, NOT_SCORED, STUDENT, DeployRow
 from yolokd.runtime.console import CONSOLE, fit_table, print_table, table_width
 from yolokd.runtime.plots import new_plot
 
@@ -26,11 +26,17 @@ MARKERS = "osD^vP*Xph"
 
 
 def verdict(row: DeployRow, limit: float | None) -> str:
-    """Return what may be done with an export: `differs` from its checkpoint, `refused` for a loss above the limit."""
+    """Return what may be done with an export.
+
+    `ok`; `differs` from its checkpoint; `refused` for a loss above the limit; `unscored` if it runs but was not scored;
+    `skipped` if it was not made or does not run here.
+    """
     if row.model != STUDENT or row.format == CHECKPOINT:
         return ""
     if row.parity == "FAIL":
         return "differs"
+    if row.problem.startswith(NOT_SCORED):
+        return "unscored"
     if row.problem or row.difference is None:
         return "skipped"
     return "refused" if limit is not None and row.difference < -limit else "ok"
@@ -48,10 +54,11 @@ def print_rows(rows: Sequence[DeployRow], limit: float | None, places: Places) -
     for row in rows:
         if row.problem:
             CONSOLE.print(f"{row.name}: {row.problem}")
-    bad = [row.name for row, word in zip(rows, verdicts, strict=True) if word in ("refused", "differs")]
+    bad = [row.name for row, word in zip(rows, verdicts, strict=True) if word in ("refused", "differs", "unscored")]
     if bad:
-        allowed = "" if limit is None else f", or lose more than limit={limit:g}"
-        CONSOLE.print(f"not to be shipped, since they differ from the checkpoint{allowed}: {', '.join(bad)}")
+        allowed = "" if limit is None else f", lose more than limit={limit:g},"
+        reasons = f"they differ from the checkpoint{allowed} or have no score"
+        CONSOLE.print(f"not to be shipped, since {reasons}: {', '.join(bad)}")
     CONSOLE.print(places.csv, places.plot, places.exports, sep="\n")
     return not bad
 

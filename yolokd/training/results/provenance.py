@@ -32,6 +32,7 @@ def provenance(plan: TrainPlan) -> dict[str, Any]:
         "stages": list(config.stages or ()),
         "constants": {method.name: method.constants for method in config.method_configs},
         "classes_map": dict(config.classes_map or {}),
+        "teacher_channels": list(config.teacher_channels or ()),
         "unlabelled": {"images": len(plan.unlabelled), "ratio": config.unlabelled_ratio if plan.unlabelled else 0.0},
         "versions": versions(),
     }
