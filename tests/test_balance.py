@@ -142,15 +142,15 @@ def test_each_teacher_gets_a_whole_schedule() -> None:
     factors, taught_by = [], []
     for epoch in range(10):
         criterion.begin_epoch(epoch, epochs=10, steps=3)
-        factors.append(criterion._factors())
+        factors.append(criterion.config.factors(criterion._epoch, criterion._epochs))
         taught_by.append(pairs.index((criterion.stage.teacher, pairing)))
     assert taught_by == [0] * 6 + [1] * 4
     assert [f for f, _ in factors] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 1, 3 / 4, 2 / 4, 1 / 4])
     assert [f for _, f in factors] == [0, 0.5, 1, 0, 0, 0, 0, 0.5, 1, 0]
     criterion.begin_epoch(6, epochs=8, steps=3)  # Ultralytics has shortened the training, as it does with time=
-    assert criterion._factors() == [1, 0]
+    assert criterion.config.factors(criterion._epoch, criterion._epochs) == [1, 0]
     criterion.begin_epoch(7, epochs=8, steps=3)
-    assert criterion._factors() == [0.5, 0.5]
+    assert criterion.config.factors(criterion._epoch, criterion._epochs) == [0.5, 0.5]
 
 
 def test_one_teachers_schedule_spans_the_training() -> None:
@@ -159,7 +159,7 @@ def test_one_teachers_schedule_spans_the_training() -> None:
         criterion.begin_epoch(epoch, epochs=7, steps=3)
         for step in range(3):
             expected = Schedule(warmup=1.0).factor((3 * epoch + step) / 3, 7)
-            assert criterion._factors() == [expected]  # to the bit
+            assert criterion.config.factors(criterion._epoch, criterion._epochs) == [expected]  # to the bit
             criterion._step += 1
 
 

@@ -102,7 +102,7 @@ def test_verdicts_follow_from_the_interval_of_the_difference() -> None:
     assert found["better"].verdict == "better"
     assert found["once"].verdict == "one seed: nothing to say"
     assert found["none"].verdict == "baseline"
-    assert summaries(*base, row("elsewhere", 7, 0.9))["elsewhere"].verdict == "no seed of the baseline's"
+    assert summaries(*base, row("elsewhere", 7, 0.9))["elsewhere"].verdict == "no common seed with the baseline"
 
 
 def test_rows_with_other_settings_get_names_of_their_own() -> None:
@@ -321,7 +321,7 @@ def test_a_ledger_without_a_training_is_refused(tmp_path: Path) -> None:
 
 def test_showing_a_ledger_takes_no_other_keys(tmp_path: Path) -> None:
     append(tmp_path / "c.csv", row("none", 0, 0.5))
-    with pytest.raises(UserError, match="method: chooses what to train"):
+    with pytest.raises(UserError, match="method: says what to train"):
         run_compare(csv=str(tmp_path / "c.csv"), method="none")
 
 
@@ -470,7 +470,7 @@ def test_a_run_that_another_comparison_is_training_is_not_started(keys: dict[str
     (tmp_path / "c" / "compare.csv").unlink()
     with (
         FileLock(run / LOCK_FILE),
-        pytest.raises(RuntimeError, match="is at work in another comparison"),
+        pytest.raises(RuntimeError, match="is running in another comparison"),
     ):
         run_compare(**keys)
     trained = (run / "weights" / "last.pt").stat().st_mtime_ns
@@ -577,7 +577,7 @@ def test_unlabelled_images_count_by_their_content_and_for_methods_that_use_them(
     assert runs("fitnet", unlabelled=str(photos[1]), unlabelled_ratio=0.5)[0].hash != taken[2].hash
     (photos[1] / "13.jpg").unlink()
     assert runs("fitnet", unlabelled=str(photos[1]))[0].hash != taken[2].hash
-    with pytest.raises(UserError, match="unlabelled: is not for none and native"):
+    with pytest.raises(UserError, match="unlabelled: has no effect on none and native"):
         runs("none", "native", unlabelled=str(photos[0]))
 
 
@@ -733,11 +733,11 @@ def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[st
         ({"method": "none,nope"}, "no method 'nope'"),
         ({"method": "none,none"}, "names a method twice"),
         ({"seeds": (0, 0)}, "seeds=(0, 0): must be different"),
-        ({"name": "x"}, "name: is each run's own"),
+        ({"name": "x"}, "name: is set by compare for each run"),
         ({"pdf.gain": 1, "method": "none,dfd"}, "pdf.gain: sets a constant of no method here"),
         ({"split": "test"}, "split=test: is not in the data set"),
         ({"split": "names"}, "split=names: is no split (one of: train, val, test)"),
-        ({"seed": 3}, "seed: is each run's own in a comparison (give seeds=0,1,2)"),
+        ({"seed": 3}, "seed: is set by compare for each run (give seeds=0,1,2)"),
         ({"seeds": -1}, "seeds=-1: must be different whole numbers of at least 0"),
         ({"sedes": 3}, "sedes: unknown key (did you mean seeds?)"),
         ({"device": 7}, "device=7: "),

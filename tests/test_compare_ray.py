@@ -24,7 +24,7 @@ from yolokd.commands.compare import run_compare
 from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.launchers import claim, ray_cluster, ray_connection
 from yolokd.commands.compare.launchers.claim import Claim, place_of, revoke
-from yolokd.commands.compare.launchers.process import locked, start_process
+from yolokd.commands.compare.launchers.process import locked, train_in_process
 from yolokd.commands.compare.launchers.ray_nodes import Needs, check_files, check_nodes
 from yolokd.commands.compare.ledger import read
 from yolokd.errors import UserError
@@ -134,7 +134,7 @@ def test_a_process_gives_way_when_another_one_claims_its_folder(
         with second.held():
             assert (place_of(run.folder), first.is_valid(), second.is_valid()) == ("new", False, True)
             with pytest.raises(RuntimeError, match="none with seed 0 failed"):
-                start_process(run, "cpu", first)
+                train_in_process(run, "cpu", first)
         assert place_of(run.folder) == ""
     with first.held():
         revoke(run.folder)

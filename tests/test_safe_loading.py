@@ -35,7 +35,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from yolokd import UserError, YoloDistiller
 from yolokd.cli import predict, val
 from yolokd.commands.compare.identity import ComparisonRun
-from yolokd.commands.compare.launchers.process import locked, start_process
+from yolokd.commands.compare.launchers.process import locked, train_in_process
 from yolokd.config.parse import merge_cfg_file
 from yolokd.data.dataset import check_images, load_data
 from yolokd.distiller import load_yolo
@@ -388,7 +388,7 @@ def test_no_module_in_the_working_folder_runs_in_a_new_process(ran_module: Path)
 def test_no_module_in_the_working_folder_runs_in_a_comparison(ran_module: Path, tmp_path: Path) -> None:
     run = ComparisonRun("none", 0, "val", {}, "", "", "", tmp_path / "project")
     with locked(run), pytest.raises(RuntimeError, match="none with seed 0 failed"):
-        start_process(run, "cpu")
+        train_in_process(run, "cpu")
     assert not ran_module.exists()
 
 

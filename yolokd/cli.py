@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any
 
-from yolokd.config.arguments import did_you_mean, parse_value
+from yolokd.config.arguments import check_known, did_you_mean, parse_value
 from yolokd.errors import UserError, first_line
 
 Keys = dict[str, Any]
 HELP_FLAGS = frozenset({"help", "-h", "--help"})
-TEXT_KEYS = frozenset({"method", "name", "project", "save_dir"})  # their values are names: `none` and `7`, too
+TEXT_KEYS = frozenset({"method", "name", "project", "save_dir"})  # text also if it looks like none or a number
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,8 +232,7 @@ def _pop_model(keys: Keys) -> Any:
     from yolokd.config.ultralytics_keys import KNOWN_KEYS
     from yolokd.distiller import load_yolo
 
-    for key in keys.keys() - KNOWN_KEYS - {"trust"}:
-        raise UserError(key, "unknown key", did_you_mean(key, KNOWN_KEYS) or "see Ultralytics' settings")
+    check_known(keys, KNOWN_KEYS | {"trust"}, "see Ultralytics' settings")
     if "model" not in keys:
         raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
     return load_yolo(keys.pop("model"), bool(keys.pop("trust", False)))

@@ -14,9 +14,10 @@ from yolokd.data.dataset import with_data_file
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
 from yolokd.models.model_objects import Source, as_path, as_paths
+from yolokd.models.tasks import YOLO_TASKS
 from yolokd.patches.safe_loading import safe_loading
-from yolokd.training.resume import is_trained
 from yolokd.training.settings import training_keys
+from yolokd.training.sidecar import is_trained
 from yolokd.training.tasks import make_trainer
 from yolokd.training.trainer import DistillationTrainer
 
@@ -80,14 +81,18 @@ class YoloDistiller:
             raise UserError("model", "nothing is trained yet", "call .train() first")
         return self._model
 
+    @property
+    def _trust(self) -> bool:
+        return self.trainer is not None and bool(self.trainer.plan.config.trust)
+
     def val(self, **kwargs: Any) -> Any:
         """Validate the student with Ultralytics, and return its metrics object; keys are those of `yolo val`."""
-        with safe_loading(self.trainer is not None and self.trainer.plan.config.trust):
+        with safe_loading(self._trust):
             return self.model.val(**with_data_file(kwargs))
 
     def predict(self, source: Any = None, **kwargs: Any) -> Any:
         """Return Ultralytics' predictions of the student, a generator with `stream=True`; keys as in `yolo predict`."""
-        trust = self.trainer is not None and self.trainer.plan.config.trust
+        trust = self._trust
         with safe_loading(trust):
             results = self.model.predict(source, **kwargs)
         return _iterate_safely(results, trust) if kwargs.get("stream") else results
@@ -100,8 +105,7 @@ class YoloDistiller:
         """
         from yolokd.exporter.export_model import export
 
-        trust = self.trainer is not None and self.trainer.plan.config.trust
-        report = export(str(self.model.ckpt_path), **{"trust": trust} | kwargs)
+        report = export(str(self.model.ckpt_path), **{"trust": self._trust} | kwargs)
         if not report.passed:
             raise RuntimeError(f"{report.path}: its results differ from the checkpoint's; see {report.parity}")
         return report.path
@@ -170,12 +174,14 @@ def last_checkpoint(resume: object, project: str | None = None) -> Path:
     Raises UserError if there is none.
     """
     if resume is True:
-        # Ultralytics puts a relative project into runs/detect.
-        root = Path(SETTINGS["runs_dir"]) / "detect" / project if project else DEFAULT_PROJECT
-        checkpoints = sorted(root.glob("*/weights/last.pt"), key=lambda p: p.stat().st_mtime, reverse=True)
+        # Ultralytics puts a relative project into runs/detect, runs/segment, ….
+        runs = Path(SETTINGS["runs_dir"])
+        roots = [runs / task / project for task in YOLO_TASKS] if project else [DEFAULT_PROJECT]
+        found = [path for root in dict.fromkeys(roots) for path in root.glob("*/weights/last.pt")]
+        checkpoints = sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
         unfinished = next(filter(_is_unfinished, checkpoints), None)
         if unfinished is None:
-            raise UserError("resume=True", f"no unfinished run with a checkpoint in {root}", "give resume=path/to/run")
+            raise UserError("resume=True", f"no unfinished run in {roots[-1]}", "give resume=path/to/run")
         return unfinished.absolute()
     path = Path(str(resume))
     last = path / "weights" / "last.pt" if path.is_dir() else path

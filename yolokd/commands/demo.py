@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt
 from rich.table import Table
 from ultralytics.utils.files import increment_path
 
-from yolokd.config.arguments import did_you_mean
+from yolokd.config.arguments import check_known
 from yolokd.config.parse import method_names
 from yolokd.config.validate import validate
 from yolokd.data import shapes
@@ -31,7 +31,7 @@ from yolokd.runtime.files import atomic_path
 from yolokd.runtime.plots import new_plot
 from yolokd.runtime.resources import bundled_folder
 from yolokd.runtime.signals import Interrupted
-from yolokd.training.resume import is_trained
+from yolokd.training.sidecar import is_trained
 from yolokd.version import __version__
 
 # Ours, found by experiment on the drawn data set: with so few steps, AdamW and mild augmentation work best.
@@ -108,8 +108,7 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown:
     Raises UserError for an unknown key or method and for an invalid seed, and RuntimeError if the export fails its
     check.
     """
-    for key in unknown:
-        raise UserError(key, "unknown key", did_you_mean(key, ("short", "seed", "method")) or "short, seed or method")
+    check_known(unknown, ("short", "seed", "method"), "short, seed or method")
     validate("short", short, bool, "must be True or False", "for example short=True")
     validate("seed", seed, NonNegativeInt, "must be a whole number of at least 0", "for example seed=0")
     if not method_names(method):

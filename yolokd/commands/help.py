@@ -14,7 +14,7 @@ MAX_WIDTH = 110  # in characters: longer lines are hard to read
 KEY_WIDTH = 28
 MODEL = Key("model", "", "required: a checkpoint, such as runs/distill/train/weights/best.pt")
 SOURCE = Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml")
-SPLIT = Key("split", "none", "of a source that is a data set: train (none), val or test")
+SPLIT = Key("split", "none", "the split to read, if the source is a data set: train (none), val or test")
 TRUST = yolokd_keys()["trust"]
 TEACHER = yolokd_keys()["teacher"]
 
@@ -229,7 +229,7 @@ HELP: Mapping[str, Help] = {
         ("yolokd demo", "yolokd demo short=True method=pdf"),
         (
             Key("short", "False", "True: a few images and one epoch each, to try an installation in a minute"),
-            Key("seed", "0", "of all three trainings"),
+            Key("seed", "0", "the random seed of all three trainings"),
             Key("method", "dfd", "the method that distils; `yolokd methods` lists them"),
         ),
         more_keys="If it was interrupted, the same command goes on where it stopped.",

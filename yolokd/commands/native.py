@@ -14,9 +14,13 @@ def check_native(student: object, teachers: Sequence[object], trust: bool) -> No
     """Raise UserError for teachers and students that Ultralytics' own distillation does not take."""
     for teacher in teachers:
         if is_backbone(teacher):
-            raise UserError("method=native", "takes no timm backbone as a teacher", "give method=none,fitnet, say")
+            raise UserError(
+                "method=native", "takes no timm backbone as a teacher", "drop native, for example method=none,fitnet"
+            )
     if any(student_task(model, trust) == "rtdetr" for model in (student, *teachers)):
-        raise UserError("method=native", "distils between YOLO models only", "give method=none,fitnet, say")
+        raise UserError(
+            "method=native", "distils between YOLO models only", "drop native, for example method=none,fitnet"
+        )
 
 
 def check_same_levels(student: Detector, teacher: Detector) -> None:

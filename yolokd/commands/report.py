@@ -12,7 +12,7 @@ from yolokd.commands.compare.ledger import TEACHER, read
 from yolokd.commands.compare.report import Verdict, verdicts
 from yolokd.commands.compare.show import deciding, draw_plot, headers_of
 from yolokd.commands.compare.statistics import Summary
-from yolokd.config.arguments import did_you_mean
+from yolokd.config.arguments import check_known
 from yolokd.errors import UserError
 from yolokd.report.facts import Table
 from yolokd.report.page import render, write_page
@@ -33,13 +33,12 @@ def run_report(**keys: Any) -> Path:
     teacher, data: files of the run that have moved. device: where the models look at the images. trust: as in a
     training. Raises UserError for what cannot work.
     """
-    for key in keys.keys() - set(KEYS):
-        raise UserError(key, "unknown key", did_you_mean(key, KEYS) or f"one of: {', '.join(KEYS)}")
+    check_known(keys, KEYS, f"one of: {', '.join(KEYS)}")
     run, csv = keys.get("run"), keys.get("csv")
     if (run is None) == (csv is None):
-        raise UserError("run", "or csv: give one of the two", "for example run=runs/distill/train")
+        raise UserError("run, csv", "give one of the two", "for example run=runs/distill/train")
     if csv is not None:
-        for key in keys.keys() - {"csv"}:
+        for key in (key for key in keys if key != "csv"):
             raise UserError(key, "is of a run, not of a comparison", "drop it")
     path = _report_run(Path(str(run)), keys) if run is not None else _report_comparison(Path(str(csv)))
     CONSOLE.print(path)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
-from ultralytics.utils.checks import check_imgsz
 from ultralytics.utils.files import increment_path
 from ultralytics.utils.torch_utils import select_device
 
 from yolokd.commands.run_folder import check_project
-from yolokd.config.arguments import as_list, did_you_mean
+from yolokd.config.arguments import as_list, check_known
 from yolokd.config.validate import as_user_error
 from yolokd.data.dataset import spread
 from yolokd.data.sources import read_source
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
-from yolokd.models.detector import Detector, check_detector
+from yolokd.models.detector import Detector, check_detector, rounded_imgsz
 from yolokd.pyramid.pairing import pair_classes, pair_levels
 from yolokd.report.pictures import GROUPS, MapGroup
 from yolokd.report.seen.maps import MapSettings, observe
@@ -67,7 +66,11 @@ def run_show(**keys: Any) -> Path:
     teacher, student = _load(settings)
     samples = read_samples(spread(source.images, settings.count), teacher.yaml.get("channels", 3))
     if not samples:
-        raise UserError(f"source={settings.source}", "none of its images can be read", "the teacher sets the channels")
+        raise UserError(
+            f"source={settings.source}",
+            "none of its images can be read",
+            f"give images of {teacher.yaml.get('channels', 3)} channels, as the teacher takes",
+        )
     classes = pair_classes(teacher.names, student.names, settings.classes_map)
     chosen = MapSettings(classes, _imgsz(settings, student, teacher))
     folder = Path(increment_path(project / settings.name, mkdir=True))
@@ -81,8 +84,7 @@ def run_show(**keys: Any) -> Path:
 
 
 def _check_keys(keys: Mapping[str, Any]) -> ShowSettings:
-    for key in keys.keys() - ShowSettings.model_fields.keys():
-        raise UserError(key, "unknown key", did_you_mean(key, ShowSettings.model_fields) or "see `yolokd show --help`")
+    check_known(keys, ShowSettings.model_fields, "see `yolokd show --help`")
     for key, example in (("teacher", "t.pt"), ("student", "s.pt"), ("source", "images/")):
         if keys.get(key) is None:
             raise UserError(key, "is missing", f"give {key}={example}, for example")
@@ -118,10 +120,9 @@ def _load(settings: ShowSettings) -> tuple[Detector, Detector]:
 
 
 def _imgsz(settings: ShowSettings, student: Detector, teacher: Detector) -> int:
-    stride = max([32, *map(int, student.stride), *map(int, teacher.stride)])
     trained = [_trained_imgsz(model, settings.trust) for model in (student, teacher)]
     imgsz = settings.imgsz or next(filter(None, trained), IMGSZ)
-    return int(check_imgsz(imgsz, stride=stride, floor=stride, max_dim=1))
+    return rounded_imgsz(imgsz, student, teacher)
 
 
 def _trained_imgsz(model: Detector, trust: bool) -> int | None:

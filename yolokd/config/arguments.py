@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import yaml
+
+from yolokd.errors import UserError
 
 
 def parse_value(text: str) -> Any:
@@ -36,15 +38,16 @@ def _parse_mapping(text: str) -> Any:
 
 
 def as_list(value: object) -> list[Any]:
-    """Convert to a list: a list or tuple, text with commas between its items, or a single value.
+    """Convert to a list: a list or tuple, text with commas between its items, with or without brackets, or one value.
 
-    >>> as_list("a, b"), as_list((1, 2)), as_list(3)
-    (['a', 'b'], [1, 2], [3])
+    >>> as_list("a, b"), as_list("[a.pt, b.pt]"), as_list((1, 2)), as_list(3)
+    (['a', 'b'], ['a.pt', 'b.pt'], [1, 2], [3])
     """
     if isinstance(value, list | tuple):
         return list(value)
     if isinstance(value, str):
-        return [item.strip() for item in value.split(",")]
+        items = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+        return [item.strip().strip("'\"") for item in items.split(",")]
     return [value]
 
 
@@ -56,3 +59,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {matches[0]}?" if matches else ""
+
+
+def check_known(keys: Iterable[str], known: Collection[str], cure: str) -> None:
+    """Raise UserError for the first key that is not known. cure: what to say if no known key is similar."""
+    for key in keys:
+        if key not in known:
+            raise UserError(key, "unknown key", did_you_mean(key, known) or cure)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from ultralytics.utils import LOGGER
 
-from yolokd.config.arguments import as_list, did_you_mean
+from yolokd.config.arguments import as_list, check_known, did_you_mean
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.schedule import Schedule
 from yolokd.config.schema import METHOD_SETTINGS, OWN_KEYS, DistillationConfig, MethodConfig, normalize_teachers
@@ -211,7 +211,4 @@ def without_trust(keys: Mapping[str, Any], source: str) -> dict[str, Any]:
 def check_keys(keys: Iterable[str], known: Iterable[str]) -> None:
     """Raise UserError for the first key that is neither in `known` (Ultralytics') nor yolokd's own."""
     known = {*known, *OWN_KEYS, "student"}
-    for key in keys:
-        if key not in known and "." not in key:
-            cure = did_you_mean(key, known) or "see `yolokd help` and Ultralytics' settings"
-            raise UserError(key, "unknown key", cure)
+    check_known((key for key in keys if "." not in key), known, "see `yolokd help` and Ultralytics' settings")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from yolokd.config.arguments import as_list
 from yolokd.config.schedule import Schedule
 from yolokd.errors import UserError
 
@@ -84,6 +85,16 @@ class DistillationConfig(BaseModel):
             return (0.0,) * count
         return (0.0, *(self.stages if self.stages is not None else (epochs * k / count for k in range(1, count))))
 
+    def stage_number(self, epoch: float, epochs: float) -> int:
+        """Return the number, from 0, of the last teacher that has started at `epoch` of a training of `epochs`."""
+        return sum(start <= epoch for start in self.starts(epochs)) - 1
+
+    def factors(self, epoch: float, epochs: float) -> list[float]:
+        """Return the factor, in 0..1, of each method's schedule at `epoch` of `epochs`, in the stage of its teacher."""
+        number, bounds = self.stage_number(epoch, epochs), [*self.starts(epochs), epochs]
+        start, end = bounds[number], min(bounds[number + 1], epochs)
+        return [method.schedule.factor(epoch - start, end - start) for method in self.method_configs]
+
 
 OWN_KEYS = frozenset(DistillationConfig.model_fields) - {
     "method_configs"
@@ -96,7 +107,7 @@ def normalize_teachers(given: object) -> object:
     Raises UserError for an empty list and for a teacher that is named twice.
     """
     if isinstance(given, str) and given.startswith("[") and given.endswith("]"):
-        given = [word.strip().strip("'\"") for word in given[1:-1].split(",")]
+        given = as_list(given)
     if isinstance(given, list | tuple):
         if len(set(given)) < len(given) or not given or "" in given:
             raise UserError(f"teacher={given}", "is empty or names one twice", "name each once, weakest first")

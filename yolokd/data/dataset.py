@@ -38,7 +38,7 @@ PRECISION_IMAGES = 4  # ours: the number that a teacher's precision is chosen on
 
 
 def data_file(data: object) -> str:
-    """Return the path of the .yaml for Ultralytics; `shapes` (None) and its kind are yolokd's, drawn on first use."""
+    """Return the path of a data set's .yaml; `shapes` (also None), `shapes-seg`, … are drawn on first use."""
     name = "shapes" if data is None else str(data)
     return str(shapes.ensure(name=name)) if name in KINDS else name
 

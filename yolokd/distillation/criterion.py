@@ -31,9 +31,10 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 class DistillationLosses:
     """The distillation losses of a batch, M methods at L levels.
 
-    losses: (M, L) unscaled, times the scale of the student's own loss; carry gradient. gains: (M, L) in force, without
-    gradient. weighted: (M,) unscaled, summed over levels by their weights. Of an ensemble, L counts the levels of all
-    teachers, and gains and weights are divided by the number of teachers: the student learns from the mean loss.
+    losses: (M, L) before gains, multiplied by the batch size as the YOLO loss is; carry gradient. gains: (M, L) in
+    force, without gradient. weighted: (M,) these losses, summed over levels by the levels' weights. Of an ensemble, L
+    counts the levels of all teachers, and gains and weights are divided by the number of teachers: the student learns
+    from the mean loss.
     """
 
     losses: Tensor
@@ -121,25 +122,18 @@ class DistillationCriterion(nn.Module):
 
     @property
     def _stage_number(self) -> int:
-        return sum(start <= self._epoch for start in self.config.starts(self._epochs)) - 1
+        return self.config.stage_number(self._epoch, self._epochs)
 
     @property
     def _epoch(self) -> float:
         return self._step / self._steps
-
-    def _factors(self) -> list[float]:
-        """Return the factor, in 0..1, that each method's schedule has at the present step of the present stage."""
-        bounds = [*self.config.starts(self._epochs), self._epochs]
-        start, following = bounds[self._stage_number : self._stage_number + 2]
-        epoch, epochs = self._epoch - start, min(following, self._epochs) - start
-        return [method.schedule.factor(epoch, epochs) for method in self.config.method_configs]
 
     def begin_step(self, images: Tensor) -> None:
         """Start the teachers on (B, C, H, W) images before the student's forward, so that a GPU can overlap the two.
 
         Also note what methods want of that forward.
         """
-        if any(self._factors()):
+        if any(self.config.factors(self._epoch, self._epochs)):
             student, measuring = self._student(), self._measuring
             assert student is not None
             head = head_of(student)
@@ -180,7 +174,7 @@ class DistillationCriterion(nn.Module):
         task: the student's own loss. preds: what its head returns in training; None if it does not predict at every
         position. scale: what the means over the batch are multiplied by, as `task` is.
         """
-        factors = self._factors()
+        factors = self.config.factors(self._epoch, self._epochs)
         if any(factors):
             distilled = self._distil(task, factors, preds, batch, scale)
             scaled = (distilled.gains * distilled.losses).sum(1)
@@ -273,7 +267,9 @@ class DistillationCriterion(nn.Module):
         """
         tensors = self.private_state()
         if tensors.keys() != state.keys() or any(tensors[k].shape != state[k].shape for k in tensors):
-            raise UserError("resume", "its adapters fit another teacher or student", "resume with the same teacher")
+            raise UserError(
+                "resume", "its adapters fit another teacher or student", "resume with the same teacher and student"
+            )
         with torch.no_grad():
             for key, value in tensors.items():
                 value.copy_(state[key])

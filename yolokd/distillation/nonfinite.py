@@ -42,7 +42,7 @@ class NonFiniteGuard:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
-        self.dropped = 0  # steps of the present epoch
+        self.dropped = 0  # steps of this epoch without distillation, or skipped by the gradient scaler
         self.overflowed: Tensor | None = None  # whether a gradient was dropped since the last optimizer step
         self._steps_in_a_row = 0
         self._skipped_in_a_row = 0
@@ -76,7 +76,7 @@ class NonFiniteGuard:
         self._zero_if_broken(parameter, ", in an adapter")
 
     def _zero_if_broken(self, tensor: Tensor, place: str) -> None:
-        # The tensor's own one: a gradient in another would make the student's backward choose other kernels.
+        # The tensor's own memory format: with another one the student's backward would choose other kernels.
         layout = torch.contiguous_format if tensor.is_contiguous() else torch.channels_last
 
         def check(gradient: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class NonFiniteGuard:
             self._warned = True
 
     def end_epoch(self) -> int:
-        """Return how many steps of the epoch had no distillation, and start counting anew."""
+        """Return how many steps of the epoch had no distillation or were skipped by the gradient scaler; count anew."""
         self._count(self._flags.read())
         self._count_skip(self._skip_flags.read())
         dropped, self.dropped, self._warned = self.dropped, 0, False

@@ -30,7 +30,10 @@ class Observed:
 
 
 class StepObserver:
-    """Notes what methods want of each step: wants_assigned, and the depths at which maps of the head are wanted."""
+    """An observer of the student's steps.
+
+    wants_assigned: whether to note assigned positions. depths: the layers of the head whose maps to note.
+    """
 
     def __init__(self, wants_assigned: bool, depths: Collection[int]) -> None:
         self._wants_assigned, self._depths = wants_assigned, depths

@@ -81,7 +81,7 @@ def _mean_logits_of_all(known: Sequence[tuple[Tensor, Tensor]], count: int) -> T
     for logits, indices in known:
         yes.index_add_(1, indices, logits.float().sigmoid())
         no.index_add_(1, indices, (-logits.float()).sigmoid())
-    # Of the logarithms' difference the number of teachers cancels.
+    # The number of teachers cancels in the difference of the logarithms.
     return yes.clamp(min=TINY).log() - no.clamp(min=TINY).log()
 
 

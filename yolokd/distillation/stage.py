@@ -73,7 +73,7 @@ class Stage(nn.Module):
 
         Beside a teacher that runs in bfloat16 on a CPU, the convolutions of the methods multiply in bfloat16, too;
         their weights and all other arithmetic stay in float32. That changes the gradient at the student's maps by less
-        than 1 %, or by 2 to 5 % (relative L2) for methods with a ReLU: values near 0 fall on its other side.
+        than 1 %, or by 2 to 5 % (relative L2) for methods with a ReLU: rounding moves values near 0 to its other side.
         """
         needed = any(self._needs_labels) and labelled < len(levels[0].student)
         with_labels = [level.first(labelled) for level in levels] if needed else levels

@@ -31,7 +31,7 @@ from yolokd.models.tasks import TASKS, YOLO_TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 
-# Our extras that hold what formats need; other packages are called as what is imported.
+# Our extras that install what formats need.
 EXTRAS = {"openvino": "'yolokd[deploy]'", "nncf": "'yolokd[deploy]'", "modelopt": "'yolokd[int8]'"}
 
 
@@ -49,8 +49,8 @@ def export(
     The file is compared with the checkpoint on validation images of `data`, by default of the data set that the
     checkpoint was trained on. The result is written beside the file as `NAME.parity.json`, and shown as a table. The
     report has `passed=False` if the two differ. An INT8 file is calibrated on training images of `data`. trust=True
-    loads a checkpoint that could run code. into: a path as of a checkpoint, which gives the file another folder and
-    name than the checkpoint's.
+    loads a checkpoint that could run code. into: the path of a checkpoint, which need not exist; the file gets
+    its folder and name instead of those of the model.
     Raises UserError for a missing or broken checkpoint, a missing data set, and arguments that Ultralytics rejects.
 
         report = export("runs/detect/train/weights/best.pt", dynamic=True)

@@ -59,6 +59,11 @@ class Method(nn.Module):
         """Return whether the method needs a teacher whose head predicts at every position."""
         return cls.wants_scores() or cls.wants_boxes or cls.wants_box_logits or cls.wants_teacher_head
 
+    @classmethod
+    def wants_student_head(cls) -> bool:
+        """Return whether the method needs a student whose head predicts at every position."""
+        return cls.wants_logits or cls.wants_boxes or cls.wants_box_logits or cls.wants_teacher_head
+
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a scalar: a mean over batch, channels and positions, before any gain."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PositiveInt, ValidationError
 from torch import Tensor, nn
 from ultralytics.nn.modules.head import OBB, Detect, RTDETRDecoder, WorldDetect, YOLOEDetect
+from ultralytics.utils.checks import check_imgsz
 
 from yolokd.data.class_names import ClassNames
 from yolokd.errors import UserError, describe_invalid, first_line
@@ -144,3 +145,9 @@ def describe_kind(model: Detector) -> str:
     """Return what a model is, in a user's words, for example `a segmentation model`."""
     name = type(head_of(model)).__name__.lower()
     return next((kind for part, kind in KINDS.items() if part in name), "an unknown kind of model")
+
+
+def rounded_imgsz(imgsz: object, *models: Detector) -> int:
+    """Return `imgsz` as Ultralytics rounds it: a multiple of the models' largest stride, in pixels."""
+    largest = max([32, *(int(stride) for model in models for stride in model.stride)])
+    return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))

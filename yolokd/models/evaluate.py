@@ -27,7 +27,8 @@ USELESS_MAP = 0.05  # ours: a teacher of lower mAP50-95 has nothing to teach on 
 class Scores:
     """mAP50-95, mAP50, and AP50-95 of small (area under 32² pixels of the image), medium, and large (over 96²) boxes.
 
-    metric: what the first two compare, as in Task. box_map, box_map50: those of upright boxes, if these do not decide.
+    metric: what the first two compare, as in Task. box_map, box_map50: those of upright boxes, for tasks that are
+    scored on something else.
     AP by size is None for other tasks than detection, if there is no box of that size, or if sizes were not requested.
     """
 

@@ -31,7 +31,10 @@ def detector_teacher(model: Detector, argument: str = "teacher") -> Teacher:
 
 
 class _TappedDetector(Network):
-    """Runs a detector whose head is replaced by a tap; images are padded to the coarsest stride, and the maps cut."""
+    """Runs a detector whose head is replaced by a tap.
+
+    Images are padded to multiples of the coarsest stride, and the maps are cut to match.
+    """
 
     def __init__(self, model: Detector, strides: tuple[int, ...]) -> None:
         super().__init__()

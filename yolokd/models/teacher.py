@@ -65,7 +65,7 @@ class InferenceSettings:
 
 
 class Branches(nn.Module):
-    """The layers of a teacher's head that predict at every position, each None if it has none.
+    """The layers of a teacher's head that predict at every position, each None if the head lacks it.
 
     one2many, one2one: class scores per level. boxes: raw box distances per level, in `bins` bins per side.
     """
@@ -79,7 +79,7 @@ class Branches(nn.Module):
 
 
 class Network(nn.Module):
-    """Runs inside a teacher: `forward` returns the maps of (B, C, H, W) images in 0..1, finest first.
+    """The network inside a Teacher: `forward` returns the maps of (B, C, H, W) images in 0..1, finest first.
 
     branches: those of its head.
     """
@@ -97,7 +97,7 @@ class Teacher:
     backbone. Several of them can teach together, see `distillation.predictions`.
 
     pyramid: {stride in pixels: channels} of the maps, in the order of the network's. names: its classes by index.
-    channels: of the images. multiple: the sides in pixels of images that `imgsz` resizes are multiples of it.
+    channels: of the images. multiple: in pixels; images that `imgsz` resizes get sides that are multiples of this.
     heads: the frozen head at each stride, as functions of a map, in float32 in all copies of the teacher: methods send
     gradients through them, which would underflow in float16. Empty if the head does not predict at every position.
 
@@ -116,7 +116,8 @@ class Teacher:
         self.pyramid, self.names, self.channels, self.heads = dict(pyramid), dict(names), channels, dict(heads)
         self.settings = InferenceSettings()
         self.image_channels: tuple[int, ...] | None = None  # those of the images that it sees, from 0; None: all
-        self._model: Any = network.eval().requires_grad_(False)  # torch does not know the attributes of its copies
+        # Any: for torch's types, copies of a module lack `branches`.
+        self._model: Any = network.eval().requires_grad_(False)
         self._multiple = multiple
         self._compiled: Callable[[Tensor], list[Tensor]] = self._model
         self._async_forward, self._graphs = _AsyncForward(), CudaGraphs()

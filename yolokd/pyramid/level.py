@@ -22,8 +22,8 @@ class LevelShape:
     """The shape of one level that both models have.
 
     stride: in pixels of the image. student_channels, teacher_channels: of the models' maps. stage: the number of the
-    teacher, counted from 0, the weakest. strides: of all the student's levels, finest first. student_head,
-    teacher_head: None if the model has no head that predicts at every position.
+    teacher's stage, from 0; 0 for all teachers of an ensemble. strides: of all the student's levels, finest first.
+    student_head, teacher_head: None if the model has no head that predicts at every position.
     """
 
     stride: int

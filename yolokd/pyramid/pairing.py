@@ -169,3 +169,17 @@ def pair_levels(
     return [
         LevelShape(s, student[s], teacher[s], 0, strides, student_heads.get(s), teacher_heads.get(s)) for s in common
     ]
+
+
+def choose_levels(levels: Sequence[LevelShape], wanted: Sequence[int] | None) -> tuple[LevelShape, ...]:
+    """Return the levels that are distilled: those of the strides `wanted`, in pixels, or all for None.
+
+    Raises UserError for a stride that one of the models lacks.
+    """
+    if wanted is None:
+        return tuple(levels)
+    shared = [shape.stride for shape in levels]
+    if unknown := [stride for stride in wanted if stride not in shared]:
+        problem = f"teacher and student do not both have a level of stride {unknown[0]}"
+        raise UserError(f"levels={list(wanted)}", problem, f"their strides: {', '.join(map(str, shared))}")
+    return tuple(shape for shape in levels if shape.stride in wanted)

@@ -35,7 +35,7 @@ def in_half_precision(*maps: Tensor) -> bool:
 
 
 class _HalfPrecisionError(torch.autograd.Function):
-    """The same, with one map in float32 at a time."""
+    """The autograd function of `squared_error` for maps in half precision: only one map in float32 exists at a time."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, weights: Tensor | None) -> Tensor:

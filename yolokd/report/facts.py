@@ -11,6 +11,7 @@ from typing import Any
 from ultralytics.utils import DEFAULT_CFG_DICT
 
 from yolokd.config.defaults import defaults, method_defaults
+from yolokd.config.schedule import Schedule
 from yolokd.data.dataset import data_name
 from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.size import ModelSize, model_size
@@ -23,7 +24,7 @@ from yolokd.report.run import Run
 from yolokd.runtime.files import sha256
 
 DEPLOY = "deploy.csv"
-UNREADABLE = ("ap_by_class", "sha256", "validation")  # columns of deploy.csv that are made for programs
+FOR_PROGRAMS = ("ap_by_class", "sha256", "validation")  # columns of deploy.csv that are made for programs
 MAX_ROWS = 200  # ours: of a table of deploy.csv that is shown
 
 
@@ -46,7 +47,7 @@ SCORE50 = {  # what mAP50 counts, by task
 
 @dataclass(frozen=True)
 class Result:
-    """Holds what a run has reached. score, score50: mAP of best.pt, None if it was not measured.
+    """The result of a run. score, score50: mAP of best.pt, None if it was not measured.
 
     taught_by: the names of all teachers. teacher, teacher_score, teacher_size: the last one that detects, its mAP50-95,
     and its size. knows_all: whether it has all classes of the data set, without which its score says little.
@@ -190,7 +191,7 @@ def settings_tables(settings: Mapping[str, Any]) -> list[Table]:
     """Return the settings that differ from their defaults, and all others; paths without their folders."""
     known: dict[str, Any] = {**DEFAULT_CFG_DICT, **defaults()}
     for method in {key.partition(".")[0] for key in settings if "." in key}:
-        values = {"schedule": "cosine", "warmup": 0.0, "end": None, **method_defaults(method)}
+        values = {**Schedule().model_dump(), **method_defaults(method)}
         known |= {f"{method}.{key}": value for key, value in values.items()}
     names = [key for key in settings if key not in ("save_dir", "project", "name", "trust", "force")]
     changed = [key for key in names if key in ("method", "model") or settings[key] != known.get(key)]
@@ -219,7 +220,7 @@ def deploy_tables(folder: Path) -> list[Table]:
         try:
             with open(path, encoding="utf-8", newline="") as f:
                 lines = [row for row in csv.reader(f) if row][: MAX_ROWS + 1]
-                shown = [column for column, header in enumerate(lines[0]) if header not in UNREADABLE]
+                shown = [column for column, header in enumerate(lines[0]) if header not in FOR_PROGRAMS]
         except (OSError, ValueError, IndexError, csv.Error):  # also an empty file, and one that is no text
             continue
         headers, *rows = [[_number(row[column]) if column < len(row) else "" for column in shown] for row in lines]

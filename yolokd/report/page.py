@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file that asks for nothing."""
+"""The HTML page of a report: one file that loads no other file, script or font."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def summarize(group: MapGroup, after: LevelMaps, before: LevelMaps, level: str) 
     return f"Mean at {level}: " + ", ".join(f"{value:.3g} {moment} the training" for moment, value in means.items())
 
 
-def names_in(boxes: Sequence[Boxes]) -> list[int]:
+def classes_by_frequency(boxes: Sequence[Boxes]) -> list[int]:
     """Return the classes of boxes, the most frequent first."""
     classes, counts = np.unique(np.concatenate([b.classes for b in boxes]), return_counts=True)
     return [int(label) for _, label in sorted(zip(-counts, classes, strict=True)) if label >= 0]

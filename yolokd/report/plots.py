@@ -132,18 +132,19 @@ def balance_plots(history: History, config: DistillationConfig, epochs: int) -> 
     levels = list(dict.fromkeys(name.split("/")[1] for name in history.columns if name.startswith("level/")))
     colors = dict(zip(levels, COLORS[1:], strict=False))
     plots = []
-    for method in config.method_configs:
+    for number, method in enumerate(config.method_configs):
         ratios = {level: history.column(f"level/{level}/{method.name}_ratio") for level in levels}
         if not any(map(_has_values, ratios.values())):
             continue
 
-        def draw_ratios(figure: Figure, ratios: Mapping[str, list[float]] = ratios, name: str = method.name) -> None:
+        def draw_ratios(figure: Figure, ratios: Mapping[str, list[float]] = ratios, number: int = number) -> None:
             with _axes(figure, "gradient, YOLO loss = 1") as axes:
                 for level, values in ratios.items():
                     _line(axes, history, values, color=colors[level], label=level)
                 _line(axes, history, _means(ratios.values()), color=INK, label="mean of the levels", linewidth=2)
                 if config.balance != "off":
-                    target = [config.balance * factor(config, name, epoch - 0.5, epochs) for epoch in history.epochs]
+                    factors = [config.factors(epoch - 0.5, epochs)[number] for epoch in history.epochs]
+                    target = [config.balance * factor for factor in factors]
                     _line(axes, history, target, color=INK, label="target", linestyle=":", linewidth=1.2)
                 axes.set_ylim(bottom=0)
 
@@ -180,15 +181,6 @@ def share_plot(history: History) -> Plot | None:
 
     caption = "The teacher's confidence at each level. level_weights and level_floor say how it weights the levels."
     return Plot("Where the teacher sees objects", caption, as_svg(draw))
-
-
-def factor(config: DistillationConfig, method: str, epoch: float, epochs: int) -> float:
-    """Return the factor of a method's schedule at an epoch of a training, in the stage of its teacher."""
-    bounds = [*config.starts(epochs), epochs]
-    stage = sum(start <= epoch for start in bounds[:-1]) - 1
-    start, end = bounds[stage], min(bounds[stage + 1], epochs)
-    schedule = next(each.schedule for each in config.method_configs if each.name == method)
-    return schedule.factor(epoch - start, end - start)
 
 
 def _means(columns: Iterable[Sequence[float]]) -> list[float]:

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from ultralytics.cfg import get_cfg
 from ultralytics.utils import DEFAULT_CFG_DICT
-from ultralytics.utils.checks import check_imgsz
 
 from yolokd.config.parse import parse, split_keys, without_trust
 from yolokd.config.schema import DistillationConfig
@@ -18,7 +17,7 @@ from yolokd.data.dataset import learned_names, load_data
 from yolokd.errors import UserError
 from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_teacher
-from yolokd.models.detector import Detector
+from yolokd.models.detector import Detector, rounded_imgsz
 from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.runtime.console import warnings_only
 
@@ -59,14 +58,12 @@ class Run:
     @property
     def task(self) -> Task:
         """Return the student's task."""
-        task = task_of(self.student)
-        return TASKS[task.name if task is not None else "detect"]
+        return task_of(self.student) or TASKS["detect"]
 
     @property
     def imgsz(self) -> int:
         """Return the side of the training's images in pixels, as Ultralytics rounds it."""
-        largest = max([32, *map(int, self.student.stride)])
-        return int(check_imgsz(self.args.imgsz, stride=largest, floor=largest, max_dim=1))
+        return rounded_imgsz(self.args.imgsz, self.student)
 
 
 def open_run(folder: Path, given: Mapping[str, Any]) -> Run:

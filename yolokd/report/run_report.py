@@ -14,12 +14,12 @@ from yolokd.config.schema import DistillationConfig
 from yolokd.models.detector import dense_heads, read_pyramid
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import seen_channels
-from yolokd.pyramid.pairing import ClassPairing, Pairing, pair_classes, pair_levels
+from yolokd.pyramid.pairing import ClassPairing, Pairing, choose_levels, pair_classes, pair_levels
 from yolokd.report import facts, plots
 from yolokd.report.history import read_history
 from yolokd.report.kept import Kept, read_kept
 from yolokd.report.page import MAX_BYTES, render, write_page
-from yolokd.report.pictures import names_in, photo_uri, view_box
+from yolokd.report.pictures import classes_by_frequency, photo_uri, view_box
 from yolokd.report.run import Run, open_run
 from yolokd.report.sections import COLORS, Found, group_views
 from yolokd.report.seen.detections import CONF, IOU, detect, in_data_classes, only_classes
@@ -87,11 +87,10 @@ def _pair(run: Run) -> Pairing | None:
         return None
     strides, teacher = read_pyramid(run.student), detector_teacher(run.teacher)
     heads = {stride: head.shape for stride, head in dense_heads(run.student.model[-1], strides).items()}
-    levels = pair_levels(teacher.pyramid, strides, {s: head.shape for s, head in teacher.heads.items()}, heads)
-    if run.config.levels is not None:
-        levels = [shape for shape in levels if shape.stride in run.config.levels]
+    shared = pair_levels(teacher.pyramid, strides, {s: head.shape for s, head in teacher.heads.items()}, heads)
+    levels = choose_levels(shared, run.config.levels)
     classes = pair_classes(run.teacher.names, run.names, run.config.classes_map)
-    return Pairing(tuple(levels), tuple(strides), classes)
+    return Pairing(levels, tuple(strides), classes)
 
 
 def _look(run: Run, pairing: Pairing | None, device: torch.device) -> Seen:
@@ -139,7 +138,7 @@ def _pictures(run: Run, pairing: Pairing | None, seen: Seen) -> dict[str, Any]:
             {"name": name, "uri": photo_uri(sample), "view": view_box(frame), "frame": frame, "panels": panels}
         )
     everything = [*(sample.labels for sample in seen.samples), *(seen.teacher or ()), *seen.student]
-    legend = [(f"k{label % COLORS}", run.data["names"][label]) for label in names_in(everything)]
+    legend = [(f"k{label % COLORS}", run.data["names"][label]) for label in classes_by_frequency(everything)]
     return {"photos": photos, "legend": legend, "found": found.summary}
 
 

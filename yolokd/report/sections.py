@@ -107,7 +107,7 @@ class Found:
         return [Rectangle(*each) for each in zip(rectangles(boxes, frame), styles, hints, strict=True)]
 
     def _difference_panel(self, image: int, frame: Frame) -> Panel:
-        """Return the boxes of each model that the other lacks, and labels that none finds; of both, thin ones."""
+        """Return boxes that one model alone finds, labels that none finds and, drawn thin, the boxes of both."""
         d, labels, student = self._differences[image], self._samples[image].labels, self._student[image]
         parts: list[tuple[Boxes, Mask, Mask | None, str]]
         if self._teacher is None:

@@ -16,6 +16,18 @@ LOCK_FILE = ".train.lock"
 VARIABLE = "YOLOKD_LOCKED_FOLDER"  # of the environment: the processes that a training launches must not lock again
 
 
+@contextmanager
+def held(file: Path, refusal: Exception) -> Iterator[None]:
+    """Hold a lock file inside the block, in a folder that is made if needed; raise `refusal` if another holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(file).acquire(timeout=0)
+    except Timeout as e:
+        raise refusal from e
+    with lock:
+        yield
+
+
 def inherit_lock(folder: Path) -> None:
     """Let trainings of this process write into a folder that the process which started it has locked."""
     os.environ[VARIABLE] = str(folder.absolute())

@@ -52,7 +52,7 @@ def _to_tensorboard(trainer: Any, parameters: Mapping[str, Any]) -> None:
 
     score = trainer.plan.task.score_column("mAP50-95")
     if tensorboard.SummaryWriter and tensorboard.WRITER:
-        for summary in hparams(parameters, {score: 0}):  # type: ignore[no-untyped-call]  # it heeds the name alone
+        for summary in hparams(parameters, {score: 0}):  # type: ignore[no-untyped-call]  # only the score's name is used, not the 0
             tensorboard.WRITER.file_writer.add_summary(summary)
 
 

@@ -117,7 +117,7 @@ def _and(words: Sequence[str]) -> str:
 
 
 def distillation_metrics(means: Mapping[str, float], clip: float, dropped: int) -> dict[str, float]:
-    """Return yolokd's columns of results.csv. dropped: the steps of the epoch without distillation."""
+    """Return yolokd's columns of results.csv. dropped: from NonFiniteGuard.end_epoch, summed over processes."""
     levels = {f"level/{name}": value for name, value in means.items()}
     return levels | {"clip/student": clip, "distill/dropped": dropped}
 
@@ -126,7 +126,7 @@ def add_measurements(trainer: Any, metrics: Mapping[str, Any], dropped: int) -> 
     """Return the metrics of an epoch with yolokd's columns, and log what these mean.
 
     The trainer's own metrics get them, too, because TensorBoard, MLflow and other loggers log those.
-    dropped: the steps of the epoch without distillation.
+    dropped: what NonFiniteGuard.end_epoch returned, summed over processes.
     """
     clip, means = trainer.steps.mean_clip_coefficient(), trainer.criterion.recorder.means()
     LOGGER.info(balance_summary(trainer.plan, means, clip, level_weights(trainer.criterion.active)))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ultralytics.utils.checks import check_imgsz
 
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import check_keys, parse, split_keys
@@ -21,13 +20,13 @@ from yolokd.errors import UserError
 from yolokd.methods import registered
 from yolokd.models.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
-from yolokd.models.detector import Detector, check_detector, dense_heads, head_of
+from yolokd.models.detector import Detector, check_detector, dense_heads, head_of, rounded_imgsz
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.head import HeadShape
 from yolokd.pyramid.level import LevelShape
-from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels, unknown_names
+from yolokd.pyramid.pairing import Pairing, choose_levels, pair_classes, pair_levels, unknown_names
 from yolokd.runtime.files import sha256
 from yolokd.training.settings import check_settings
 
@@ -133,25 +132,11 @@ def _pair_teacher(
     _check_fit(file, teacher, config)
     _check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
-    levels = _chosen_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config)
+    levels = choose_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config.levels)
     pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, names, config.classes_map))
     _check_methods(config, levels)
     content = model.sha256 if isinstance(model, Backbone) else sha256(model.pt_path)
     return PairedTeacher(file, content, model, teacher, pairing)
-
-
-def _chosen_levels(levels: Sequence[LevelShape], config: DistillationConfig) -> tuple[LevelShape, ...]:
-    """Return the levels that are distilled: those of `levels=`, or all that both models have.
-
-    Raises UserError for a level that one of the models lacks.
-    """
-    if config.levels is None:
-        return tuple(levels)
-    shared = [shape.stride for shape in levels]
-    if unknown := [stride for stride in config.levels if stride not in shared]:
-        problem = f"teacher and student do not both have a level of stride {unknown[0]}"
-        raise UserError(f"levels={list(config.levels)}", problem, f"their strides: {', '.join(map(str, shared))}")
-    return tuple(shape for shape in levels if shape.stride in config.levels)
 
 
 def _student_task(student: Detector, given: object) -> str:
@@ -186,8 +171,7 @@ def _check_classes_map(config: DistillationConfig, teachers: Iterable[Detector],
 
 def training_imgsz(imgsz: object, plan: TrainPlan) -> int:
     """Return the image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
-    largest = max([32, *map(int, plan.student.stride)])
-    return int(check_imgsz(imgsz, stride=largest, floor=largest, max_dim=1))
+    return rounded_imgsz(imgsz, plan.student)
 
 
 def check_data(plan: TrainPlan) -> int:
@@ -227,7 +211,8 @@ def _check_last_batch(plan: TrainPlan, images: int) -> None:
 def check_task(plan: TrainPlan, trained: str) -> None:
     """Raise UserError if a trainer's task is not the student's; the trainer was chosen by what the file's name says."""
     if plan.task.name != trained:
-        raise UserError("student", f"has the task {plan.task.name}", "give the path of a file that exists")
+        problem = f"has the task {plan.task.name}, but its file's name says {trained}"
+        raise UserError("student", problem, "download the file first, then give its path")
 
 
 def _check_distinct(teacher: object, student: object) -> None:
@@ -251,7 +236,7 @@ def _check_student_without_scores(argument: str, config: DistillationConfig) -> 
     """Raise UserError for what an RT-DETR cannot learn: no position of its maps has a class score or a box."""
     for name in (method.name for method in config.method_configs):
         method = registered()[name]
-        if method.wants_dense_head() and not (method.wants_mean_logits and not method.wants_logits):
+        if method.wants_student_head():
             problem = f"has no class scores and boxes per position, which {name} needs"
             raise UserError(argument, problem, "use a YOLO student, or methods that compare feature maps, such as dfd")
     if config.unlabelled is not None:

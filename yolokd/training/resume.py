@@ -76,23 +76,15 @@ def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
     if not split_keys(saved).distillation:
         saved |= {} if keys.get("teacher") else {"method": "none"}  # a run of plain Ultralytics, unless told otherwise
     elif keys.get("teacher") and not keys.get("method") and saved.get("method") == "none":
-        raise UserError("teacher", "would not teach: the run has method=none", "drop it, or give method= and force=")
+        raise UserError(
+            "teacher", "would not teach: the run has method=none", "drop it, or give method= and force=True"
+        )
     elif keys.get("force"):
         names = method_names(keys.get("method") or saved["method"])
         saved = {k: v for k, v in saved.items() if "." not in k or k.partition(".")[0] in names}
     else:
         _check_unchanged(keys, saved)
     return SavedRun(last, saved, state, finished)
-
-
-def is_trained(last: Path) -> bool:
-    """Return whether a run of yolokd is complete, its final evaluation included. last: its last.pt."""
-    return last.exists() and saved_epoch(last) < 0 and not sidecars(last)
-
-
-def saved_epoch(last: Path) -> int:
-    """Return the epoch that a checkpoint names: -1 once the training is finished."""
-    return int(load_model(last, "resume")[1].get("epoch", -1))
 
 
 def _is_of_checkpoint(state: State, model: Detector) -> bool:
@@ -273,13 +265,17 @@ def restore_criterion(criterion: DistillationCriterion, state: State) -> None:
     criterion.recorder.last = state["measured"]
 
 
-def close_mosaic_again(trainer: Any, state: State) -> None:
-    """Close the mosaic at once if the run had closed it: Ultralytics' loop would close it later and shuffle anew."""
-    state["close_mosaic"] = last_epochs = trainer.args.close_mosaic
+def close_mosaic_again(trainer: Any) -> int:
+    """Close the mosaic now if the run had closed it; return the setting `close_mosaic`, for the first epoch.
+
+    Ultralytics' loop would close it after the random state is restored, and shuffle anew. Until then the setting is 0.
+    """
+    last_epochs: int = trainer.args.close_mosaic
     if last_epochs and trainer.start_epoch > trainer.epochs - last_epochs:
         trainer._close_dataloader_mosaic()
         trainer.train_loader.reset()
         trainer.args.close_mosaic = 0
+    return last_epochs
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from yolokd.data.class_names import ClassNames
 from yolokd.errors import UserError, describe_invalid
-from yolokd.models.checkpoint import SavedGroup
+from yolokd.models.checkpoint import SavedGroup, load_model
 from yolokd.runtime.files import atomic_path
 from yolokd.runtime.rng import preserve_random_state, set_random_state
 from yolokd.version import __version__
@@ -101,8 +101,12 @@ class Streams(BaseModel):
 
 
 class SidecarContent(BaseModel):
-    """The parts of a sidecar and their types; `state.capture_state` says what they mean.
+    """The parts of a sidecar and their types.
 
+    own: yolokd's keys. gradients: those that wait for the optimizer, by parameter; pending: of how many batches.
+    stop: whether training is over. fitness, metrics: of the last validation. csv: the text of results.csv.
+    streams: one for each process, by rank. teachers: their SHA-256. precisions: in which they run. criterion: its
+    `private_state`. measured: the last means of gradients. content: a hash of images and labels. threads: torch's.
     Sidecars of earlier versions hold neither content nor threads.
     """
 
@@ -196,3 +200,13 @@ def drop_sidecars(checkpoint: Path, but_epoch: int | None = None) -> None:
     for path in sidecars(checkpoint):
         if path != kept:
             path.unlink(missing_ok=True)
+
+
+def is_trained(last: Path) -> bool:
+    """Return whether a run of yolokd is complete, its final evaluation included. last: its last.pt."""
+    return last.exists() and saved_epoch(last) < 0 and not sidecars(last)
+
+
+def saved_epoch(last: Path) -> int:
+    """Return the epoch that a checkpoint names: -1 once the training is finished."""
+    return int(load_model(last, "resume")[1].get("epoch", -1))

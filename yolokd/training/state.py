@@ -180,7 +180,7 @@ def restore_streams(trainer: Any, state: State) -> None:
         loader.dataset.load_image(index)  # fills the buffer in its old order
     loader.iterator = loader._get_iterator()
     for _ in range(0 if loader.num_workers else len(loader)):
-        loader.iterator._next_index()  # an exhausted iterator draws once more, when the next epoch begins
+        loader.iterator._next_index()  # uses up one pass of the endless sampler: the next epoch then draws a new order
     if isinstance(loader.dataset, MixedDataset):
         loader.dataset.draws.drawn = saved.get("drawn", 0)
     if saved["sampler"] is not None:

@@ -67,7 +67,7 @@ class DistillationTrainer(DetectionTrainer):
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
         self.teacher_score: float | None = None  # mAP50-95 on the validation set; None if it was not measured
         self.steps = OptimizerSteps()
-        self._streams_to_restore: State | None = None
+        self._state_to_restore: State | None = None
         self.adapters_changed = False  # whether a resumed run has other adapters than it began with
         self._resume_hint = partial(resume.resume_hint, self)
         self.stop_request = SharedStopRequest(self._resume_hint)
@@ -198,9 +198,9 @@ class DistillationTrainer(DetectionTrainer):
     def _begin_training(self) -> None:
         results.keep_beginning(self)
         self.content_hash = same_content_hash(self.train_loader)
-        self._streams_to_restore = self.saved_run.state if self.saved_run is not None else None
-        if self._streams_to_restore is not None:
-            resume.close_mosaic_again(self, self._streams_to_restore)
+        self._state_to_restore = self.saved_run.state if self.saved_run is not None else None
+        if self._state_to_restore is not None:
+            self._close_mosaic = resume.close_mosaic_again(self)
 
     def _begin_epoch(self) -> None:
         if self.criterion is not None:
@@ -208,9 +208,9 @@ class DistillationTrainer(DetectionTrainer):
             if not IS_MAIN:  # only the main process writes measurements
                 self.steps.norms = []
                 self.criterion.recorder.discard()
-        state, self._streams_to_restore = self._streams_to_restore, None
+        state, self._state_to_restore = self._state_to_restore, None
         if state is not None:
-            self.args.close_mosaic = state["close_mosaic"]
+            self.args.close_mosaic = self._close_mosaic
             restore_streams(self, state)
 
     def _clear_memory(self, threshold: float | None = None) -> None:

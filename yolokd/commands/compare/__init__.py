@@ -74,7 +74,9 @@ def _show_ledger(path: Path, training_keys: dict[str, object]) -> None:
     """
     for key, value in training_keys.items():
         if value is not None:
-            raise UserError(key, "chooses what to train, with nothing to train on", "give teacher= and data=, too")
+            raise UserError(
+                key, "says what to train, but csv= alone trains nothing", "drop it, or give teacher= and data=, too"
+            )
     rows = list(read(path).values())
     if all(row.method == TEACHER for row in rows):
         raise UserError(f"csv={path}", "holds no runs", "give teacher=, data= and the other keys of a comparison")

@@ -44,7 +44,7 @@ def mixed_versions(rows: Sequence[LedgerRow]) -> str:
 def name_configurations(rows: Sequence[LedgerRow]) -> tuple[str, list[LedgerRow]]:
     """Return the settings that all rows have in common, as text, and the rows with the others in the method's name.
 
-    A setting is common if every row has it to which it applies. Rows of one configuration may name it differently (a
+    A setting is common if every row to which it applies has it. Rows of one configuration may name it differently (a
     file was moved, a default was given): its first row's settings name it. If two configurations would have the same
     name (files of one name, another release's defaults), their hashes are added.
     """
@@ -67,7 +67,7 @@ def name_configurations(rows: Sequence[LedgerRow]) -> tuple[str, list[LedgerRow]
 
 
 def _is_common(setting: str, rows: Sequence[LedgerRow], settings: Sequence[Sequence[str]]) -> bool:
-    """Return whether every row has a setting (`key=value`) to which its key applies."""
+    """Return whether every row to which the key of a setting (`key=value`) applies has this setting."""
     key = setting.partition("=")[0]
     return all(
         setting in row_settings or not _setting_applies_to_row(key, row)

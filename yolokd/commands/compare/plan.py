@@ -110,7 +110,7 @@ def plan_runs(
     if keys.get("unlabelled") is not None:
         _check_unlabelled(methods)
     if keys.get("classes_map") is not None and {*methods} <= {PLAIN, NATIVE}:
-        raise UserError("classes_map", f"is not for {' and '.join(methods)}", "add a method, such as fitnet+pdf")
+        raise UserError("classes_map", f"has no effect on {' and '.join(methods)}", "add a method, such as fitnet+pdf")
     inputs = _resolve_files(keys)
     if not inputs.teachers and {*methods} != {PLAIN}:
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
@@ -134,14 +134,14 @@ def _check_comparison_keys(keys: Mapping[str, Any]) -> None:
     check_keys(keys, KNOWN_KEYS | COMPARISON_KEYS)
     for key in keys:
         if key in REFUSED_KEYS:
-            raise UserError(key, "is each run's own in a comparison", REFUSED_KEYS[key])
+            raise UserError(key, "is set by compare for each run", REFUSED_KEYS[key])
 
 
 def _check_unlabelled(methods: Sequence[str]) -> None:
     """Print which methods train without the images of `unlabelled=`. Raises UserError if all do."""
     without = [method for method in methods if method in (PLAIN, NATIVE)]
     if len(without) == len(methods):
-        raise UserError("unlabelled", f"is not for {' and '.join(without)}", "add a method, such as fitnet+pdf")
+        raise UserError("unlabelled", f"has no effect on {' and '.join(without)}", "add a method, such as fitnet+pdf")
     if without:
         CONSOLE.print(f"unlabelled: these images are not used by {' and '.join(without)}")
 

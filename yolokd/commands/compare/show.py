@@ -92,7 +92,7 @@ def terminal_table(lines: Sequence[tuple[str, ...]], width: int, metric: str = "
 
     metric: what the deciding mAP compares.
     """
-    headers, *shown = _measured([headers_of(metric), *lines])
+    headers, *shown = _without_empty_columns([headers_of(metric), *lines])
     optional = [header for header in OPTIONAL if header in headers]
     return fit_table(headers, shown, width, optional, ("method", "verdict"), "the files below hold all columns")
 
@@ -103,12 +103,12 @@ def headers_of(metric: str) -> tuple[str, ...]:
 
 
 def deciding(metric: str) -> str:
-    """Return what stands before `mAP50-95` where something else than upright boxes decides: `mask `, for example."""
+    """Return the prefix of `mAP50-95` in texts: empty for upright boxes, else what is compared, such as `mask `."""
     return "" if metric == "box" else f"{metric} "
 
 
-def _measured(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return lines, the first of headers, without those of the last columns in which nothing stands."""
+def _without_empty_columns(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return lines, headers first, without those of the last NEWER columns that are empty in every row."""
     old = len(lines[0]) - NEWER
     kept = [column for column in range(len(lines[0])) if column < old or any(line[column] for line in lines[1:])]
     return [tuple(line[column] for column in kept) for line in lines]
@@ -117,7 +117,7 @@ def _measured(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 def markdown(lines: Sequence[tuple[str, ...]], title: str, metric: str = "box") -> str:
     """Return lines in the order of HEADERS as a Markdown table. metric: what the deciding mAP compares."""
     cells = (tuple(" ".join(cell.replace("|", "\\|").splitlines()) for cell in line) for line in lines)
-    headers, *shown = _measured([headers_of(metric), *cells])
+    headers, *shown = _without_empty_columns([headers_of(metric), *cells])
     rows = [headers, tuple("---" for _ in headers), *shown]
     return f"{title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -157,7 +157,7 @@ def _mean_scores(rows: Sequence[LedgerRow]) -> dict[str, float | None]:
 
 
 def _known_scores(rows: Sequence[LedgerRow]) -> dict[str, float | None]:
-    """Return the means, without those of upright boxes where these decide and so are the other ones."""
+    """Return the mean scores; leave out box_map and box_map50 where they are None."""
     scores = _mean_scores(rows)
     return {name: score for name, score in scores.items() if score is not None or not name.startswith("box_")}
 

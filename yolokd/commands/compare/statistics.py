@@ -117,7 +117,7 @@ class Summary:
         if self.is_baseline:
             return "baseline"
         if self.difference is None:
-            return "no seed of the baseline's"
+            return "no common seed with the baseline"
         if self.difference.low is None:
             return "one seed: nothing to say"
         if not self.difference.excludes_zero:

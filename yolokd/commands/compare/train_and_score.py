@@ -26,7 +26,7 @@ from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path, sha256
 from yolokd.training.results.provenance import versions
-from yolokd.training.resume import is_trained, saved_epoch
+from yolokd.training.sidecar import is_trained, saved_epoch
 
 VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", *NMS_SETTINGS)  # settings of training that scoring uses
 

@@ -33,8 +33,8 @@ class Format:
         quantize = QUANTIZE[self.precision]
         return {"format": self.argument} | ({"quantize": quantize} if quantize else {})
 
-    def stand_in(self, checkpoint: Path) -> str:
-        """Return the name of a checkpoint after which the file is named; Ultralytics itself marks INT8 files only."""
+    def checkpoint_name(self, checkpoint: Path) -> str:
+        """Return the checkpoint's name for the exporter, which names its file after it: `_float16` for these."""
         return f"{checkpoint.stem}{'_float16' if self.precision == 'float16' else ''}.pt"
 
 

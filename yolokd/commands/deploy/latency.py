@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from yolokd.errors import first_line
 from yolokd.patches.safe_imports import safe_imports
 from yolokd.runtime.memory import peak_resident_mib
 from yolokd.runtime.users_threads import set_threads
@@ -25,7 +26,7 @@ Floats = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class LatencyRequest:
-    """Says what to measure: a file on images of (height, width), alone in a batch, with a number of threads.
+    """What to measure: a file on images of (height, width), alone in a batch, with a number of threads.
 
     Of a checkpoint, trust=True allows code to run.
     """
@@ -52,7 +53,7 @@ class Latency:
 
 
 class RuntimeFailure(Exception):
-    """A model that does not run here, and why."""
+    """The error for a model that does not run here; its message says why."""
 
 
 def measure_in_process(request: LatencyRequest) -> Latency:
@@ -90,7 +91,7 @@ def _report(sender: Any, request: LatencyRequest) -> None:
     try:
         sender.send(measure(request))
     except Exception as e:  # runtimes raise errors of many types
-        sender.send((str(e).strip().splitlines() or [type(e).__name__])[0])
+        sender.send(first_line(e))
 
 
 def measure(request: LatencyRequest) -> dict[str, Any]:

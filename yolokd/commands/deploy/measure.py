@@ -68,7 +68,7 @@ class Measurement:
         """
         say("exporting")
         try:
-            into = folder / each.stand_in(checkpoint)
+            into = folder / each.checkpoint_name(checkpoint)
             report = export(
                 checkpoint,
                 data=self.data,

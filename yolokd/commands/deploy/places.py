@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolokd.commands.deploy import ledger
 from yolokd.commands.run_folder import check_project
 from yolokd.errors import UserError
 from yolokd.runtime.files import check_output_folder
@@ -51,7 +50,3 @@ class Places:
     def exports(self) -> Path:
         """Return the folder of the exported files."""
         return self.folder / "deploy"
-
-    def read_rows(self) -> ledger.Rows:
-        """Return the rows of an earlier deployment. Raises UserError if deploy.csv is something else."""
-        return ledger.read(self.csv)

@@ -34,10 +34,9 @@ def _teachers_of_run(module: Detector, run: Path) -> list[str]:
     if not hashes:
         return []
     named = [str(file) for file in as_list(read_yaml(run / "distill.yaml").get("teacher") or [])]
+    found = [file for file in named if not is_backbone(file) and Path(file).is_file() and sha256(file) in hashes]
     if any(map(is_backbone, named)):
         CONSOLE.print("a teacher is a backbone, which detects nothing, and is not measured")
-        return [file for file in named if not is_backbone(file) and Path(file).is_file() and sha256(file) in hashes]
-    found = [file for file in named if Path(file).is_file() and sha256(file) in hashes]
-    if len(found) < len(hashes):
+    elif len(found) < len(hashes):
         CONSOLE.print("the teacher is not where the run found it, and is not measured; teacher= can name it")
     return found

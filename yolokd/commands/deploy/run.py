@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
 from ultralytics.utils.torch_utils import is_qat
 
@@ -31,6 +30,7 @@ from yolokd.models.tasks import TASKS, task_of
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.console import make_progress, quiet
 from yolokd.runtime.files import sha256
+from yolokd.runtime.lock import held
 from yolokd.runtime.threads import training_threads, use_all_cores
 from yolokd.training.results.provenance import versions
 
@@ -76,11 +76,8 @@ def choose_formats(settings: DeploySettings, module: Detector) -> list[Format]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder. Raises UserError if another deployment holds it."""
-    try:
-        lock = FileLock(folder / ".deploy.lock").acquire(timeout=0)
-    except Timeout as e:
-        raise UserError(f"save_dir={folder}", "another deployment is writing here", "wait until it ends") from e
-    with lock:
+    refusal = UserError(f"save_dir={folder}", "another deployment is writing here", "wait until it ends")
+    with held(folder / ".deploy.lock", refusal):
         try:
             yield
         except KeyboardInterrupt as e:
@@ -122,7 +119,7 @@ class Deployment:
 
     def __init__(self, places: Places, measurement: Measurement, validation: str) -> None:
         self._places, self._measurement, self._validation = places, measurement, validation
-        self._rows: Rows = places.read_rows()
+        self._rows: Rows = ledger.read(places.csv)
 
     def run(
         self, checkpoint: Path, formats: Sequence[Format], references: Sequence[tuple[str, Path]]
@@ -148,7 +145,11 @@ class Deployment:
 
                 self._measure(row, file, each, say)
                 if row is student and (problem := self._rows[row.key].problem):
-                    raise UserError(f"model={checkpoint}", problem, "all else would be compared with it")
+                    raise UserError(
+                        f"model={checkpoint}",
+                        problem,
+                        "give a checkpoint that runs and can be scored here: every format is compared with it",
+                    )
                 progress.advance(task)
         return [self._rows[row.key] for row, _, _ in planned]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError
 
-from yolokd.config.arguments import as_list, did_you_mean
+from yolokd.config.arguments import as_list, check_known
 from yolokd.config.validate import as_user_error
 from yolokd.errors import UserError
 
@@ -40,8 +40,7 @@ class DeploySettings(BaseModel):
 def check_deploy_settings(keys: Mapping[str, Any]) -> DeploySettings:
     """Return the checked settings. Raises UserError for a missing or unknown key and for a value that is not valid."""
     known = DeploySettings.model_fields
-    for key in keys.keys() - known.keys():
-        raise UserError(key, "unknown key", did_you_mean(key, known) or "see `yolokd deploy --help`")
+    check_known(keys, known, "see `yolokd deploy --help`")
     if keys.get("model") is None:
         raise UserError("model", "is missing", "give model=runs/distill/train/weights/best.pt")
     try:

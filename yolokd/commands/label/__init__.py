@@ -43,7 +43,11 @@ def run_label(**keys: Any) -> Path:
     folder = check_project(settings.project) / (settings.name or _source_name(settings.source))
     images = [image for image in source.images if not image.is_relative_to(folder)]
     if not images:
-        raise UserError(f"source={settings.source}", f"all its images lie in {folder}, which it writes", "give a name=")
+        raise UserError(
+            f"source={settings.source}",
+            f"all its images lie in {folder}, where the data set would be written",
+            "give another name=",
+        )
     with safe_loading(settings.trust):
         teacher = LabellingTeacher(settings.teacher, settings.detection, device, settings.trust)
         data = _describe_data(settings, source, teacher)
@@ -78,7 +82,9 @@ def _write(
     done = [image for image in labelled.images if image.is_done]
     if not done:
         problem = f"none of its {len(unreadable)} images can be read"
-        raise UserError(f"source={settings.source}", problem, f"the teacher reads {teacher.channels} channels")
+        raise UserError(
+            f"source={settings.source}", problem, f"give images of {teacher.channels} channels, as the teacher takes"
+        )
     picture = labelled.folder / PICTURE
     draw_sample(done, teacher.names, teacher.channels, picture)
     _print_summary(done, unreadable, teacher.names)
@@ -96,7 +102,8 @@ def _write(
 def _label(images: Sequence[LabelledImage], teacher: LabellingTeacher, settings: LabelSettings) -> list[Path]:
     """Write the labels that are missing; return the images that cannot be read, after printing their names.
 
-    Batches are the same in an interrupted labelling as in another, because Ultralytics pads images to a common shape.
+    A labelling that goes on uses the same batches as before: Ultralytics pads the images of a batch to one shape, which
+    changes detections.
     """
     batches = [images[i : i + settings.batch] for i in range(0, len(images), settings.batch)]
     undone = [batch for batch in batches if not all(image.is_done for image in batch)]

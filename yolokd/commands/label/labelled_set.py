@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from ultralytics.data.utils import img2label_paths
 
 from yolokd.commands.label.detect import Detection
 from yolokd.errors import UserError
 from yolokd.runtime.files import atomic_path, check_output_folder, remove_temporary_files, write_errors_as_user_errors
+from yolokd.runtime.lock import held
 
 RECORD, DATA, LOCK = "label.yaml", "data.yaml", ".label.lock"
 ANOTHER = "give another name="
@@ -97,7 +97,7 @@ class LabelledSet:
         if differing:
             key = differing[0]
             now = f"{key}: {begun[key]} then, {record['settings'][key]} now"
-            raise UserError(argument, f"was begun with other settings ({now})", f"give the same ones, or {ANOTHER[5:]}")
+            raise UserError(argument, f"was begun with other settings ({now})", "give the same ones, or another name=")
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Make the folders, write the record if there is none, and remove what a kill left half-written."""
@@ -144,13 +144,7 @@ def _place_all(folder: Path, sources: Sequence[Path]) -> list[LabelledImage]:
     return images
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """Hold a folder, which is made if it does not exist, for one labelling. Raises UserError if another holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK).acquire(timeout=0):
-            yield
-    except Timeout as e:
-        problem = "another `yolokd label` is writing into this folder"
-        raise UserError(f"name={folder.name}", problem, f"wait until it ends, or {ANOTHER}") from e
+    problem = "another `yolokd label` is writing into this folder"
+    return held(folder / LOCK, UserError(f"name={folder.name}", problem, f"wait until it ends, or {ANOTHER}"))

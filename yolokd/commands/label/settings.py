@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from yolokd.config.arguments import as_list, did_you_mean
+from yolokd.config.arguments import as_list, check_known
 from yolokd.config.validate import as_user_error
 from yolokd.errors import UserError
 
@@ -63,8 +63,7 @@ KEYS = {field.alias or name: field for name, field in LabelSettings.model_fields
 
 def check_label_settings(keys: Mapping[str, Any]) -> LabelSettings:
     """Return the checked settings. Raises UserError for a missing or unknown key and for a value that is not valid."""
-    for key in keys.keys() - KEYS.keys():
-        raise UserError(key, "unknown key", did_you_mean(key, KEYS) or "see `yolokd label --help`")
+    check_known(keys, KEYS, "see `yolokd label --help`")
     for key, example in (("teacher", "teacher=t.pt"), ("source", "source=images/")):
         if keys.get(key) is None:
             raise UserError(key, "is missing", f"give {example}, for example")

@@ -70,7 +70,7 @@ def card_content(trainer: Any) -> dict[str, Any]:
     """Return what the card says of a finished run, as plain data without folders of this machine."""
     student, _ = load_model(trainer.best, "best", trainer.plan.config.trust)
     record = getattr(student, "yolokd", {})
-    record = record if isinstance(record, dict) else {}  # of a stranger's run that is resumed
+    record = record if isinstance(record, dict) else {}  # a resumed run of someone else may hold anything here
     teachers = record.get("teacher", [])
     teachers = [teacher for teacher in (teachers if isinstance(teachers, list) else [teachers]) if _is_origin(teacher)]
     name = PurePath(str(student.yaml.get("yaml_file") or "YOLO detector")).stem

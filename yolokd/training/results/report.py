@@ -29,7 +29,7 @@ from yolokd.runtime.threads import use_all_cores
 
 
 def keep_beginning(trainer: Any) -> None:
-    """Keep what the report shows of a run's beginning, as a callback of Ultralytics."""
+    """Keep what the report shows of a run before its first step; a failure is only a warning."""
     if IS_MAIN and trainer.plan.config.report:
         # Ultralytics draws some images by chance to time their disk, whenever it lists them.
         without_maps = "the report will go without the maps before the training"
@@ -55,7 +55,7 @@ def _keep_beginning(trainer: Any) -> None:
     samples = validation_samples(trainer.data, trainer.args, config.trust)
     teacher, classes = None, ClassPairing((), ())
     if detectors := [paired for paired in plan.teachers if not is_backbone(paired.file)]:
-        teacher = load_teacher(detectors[-1].file, config.trust)
+        teacher = load_teacher(detectors[-1].file, config.trust)  # again: the plan's is gone, to free its memory
         classes = detectors[-1].pairing.classes
     settings = MapSettings(
         classes, int(trainer.args.imgsz), config.teacher_imgsz, config.teacher_channels, pdf_distance(config)

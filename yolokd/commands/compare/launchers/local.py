@@ -9,7 +9,7 @@ from queue import SimpleQueue
 
 from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.launchers.execution import Execution
-from yolokd.commands.compare.launchers.process import kill_running, locked, start_process
+from yolokd.commands.compare.launchers.process import kill_running, locked, train_in_process
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def launch_locally(runs: Sequence[ComparisonRun], devices: Sequence[object]) -> 
         device = free_devices.get()
         try:
             with locked(run):
-                start_process(run, device)
+                train_in_process(run, device)
         finally:
             free_devices.put(device)
 

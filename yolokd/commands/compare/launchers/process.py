@@ -5,42 +5,31 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from filelock import FileLock, Timeout
+from contextlib import AbstractContextManager
 
 from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.launchers.claim import Claim
 from yolokd.commands.compare.train_and_score import train_and_score
 from yolokd.patches.safe_imports import safe_imports
-from yolokd.runtime.lock import LOCK_FILE, inherit_lock
+from yolokd.runtime.lock import LOCK_FILE, held, inherit_lock
 
 _STARTING = threading.Lock()  # starting a process changes the environment of all threads for a moment
 
 
-@contextmanager
-def locked(run: ComparisonRun) -> Iterator[None]:
+def locked(run: ComparisonRun) -> AbstractContextManager[None]:
     """Lock a run's folder, which is made if it does not exist, against other comparisons and trainings.
 
     Raises RuntimeError if another comparison is executing this run.
     """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(run.folder / LOCK_FILE).acquire(timeout=0)
-    except Timeout as e:
-        raise RuntimeError(
-            f"{run.method} with seed {run.seed} is at work in another comparison; repeat this one when that is done"
-        ) from e
-    with lock:
-        yield
+    running = f"{run.method} with seed {run.seed} is running in another comparison"
+    return held(run.folder / LOCK_FILE, RuntimeError(f"{running}; repeat this command when that comparison has ended"))
 
 
-def start_process(run: ComparisonRun, device: object, claim: Claim | None = None) -> None:
+def train_in_process(run: ComparisonRun, device: object, claim: Claim | None = None) -> None:
     """Train and score a run in a new process, unless its scores exist; wait for its end.
 
     The run's folder, which this process or the one that it works for has locked, receives scores and a log. claim: on
-    this folder; the new process ends when the claim is no longer valid. It is killed if the wait is interrupted.
+    this folder; the new process ends itself when it is no longer valid, and is killed if the wait is interrupted.
     Raises RuntimeError, naming the log, if the process leaves no scores.
     """
     if run.scores_path.exists():
@@ -50,7 +39,7 @@ def start_process(run: ComparisonRun, device: object, claim: Claim | None = None
         process.start()
     try:
         while process.is_alive():
-            process.join(1)  # Ray interrupts Python code only, no longer wait
+            process.join(1)  # short waits: Ray can interrupt Python code between them, but not one long wait
     finally:
         process.kill()
         process.join()

@@ -11,7 +11,7 @@ import ray
 
 from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.launchers.claim import Claim
-from yolokd.commands.compare.launchers.process import start_process
+from yolokd.commands.compare.launchers.process import train_in_process
 from yolokd.runtime.users_threads import set_threads
 
 
@@ -30,7 +30,7 @@ def execute_on_node(run: ComparisonRun, device: str, cpus: int, folder: str) -> 
     set_threads(cpus)
     claim = Claim(run.folder, _name_place())
     with claim.held():
-        start_process(run, device, claim)
+        train_in_process(run, device, claim)
 
 
 def _name_place() -> str:
