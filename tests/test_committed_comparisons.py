@@ -1,4 +1,4 @@
-"""The comparisons in runs/reference: their tables follow from their CSV files, in the README, too."""
+"""The comparisons in runs/reference: their tables follow from their CSV files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from yolokd.commands.compare import run_compare
 
 ROOT = Path(__file__).parents[1]
 LEDGERS = sorted(path for path in (ROOT / "runs/reference/compare").glob("*.csv") if not path.stem.endswith("-summary"))
-QUOTED = ("bccd-fresh", "bccd-quarter-fresh", "shapes-fresh", "shapes-test")
 
 
 @pytest.mark.parametrize("ledger", LEDGERS, ids=lambda path: path.stem)
@@ -21,10 +20,3 @@ def test_committed_tables_equal_those_computed_from_the_csv(ledger: Path, tmp_pa
     assert written
     for path in written:
         assert path.read_text() == ledger.with_name(path.name).read_text()
-
-
-@pytest.mark.parametrize("name", QUOTED)
-def test_the_readme_quotes_the_committed_tables(name: str) -> None:
-    assert (ROOT / f"runs/reference/compare/{name}-summary.md").read_text() in (
-        ROOT / "runs/reference/compare/README.md"
-    ).read_text()

@@ -496,7 +496,10 @@ GOOD_SCORES = {"map": 0.2, "map50": 0.3, "ap_small": None, "ap_medium": 0.1, "ap
     ],
 )
 def test_a_file_that_holds_no_scores_is_named(text: str, tmp_path: Path) -> None:
-    run = ComparisonRun("none", 0, "val", {"student": "s.yaml", "data": "d.yaml"}, "c", "g", "", tmp_path)
+    run = ComparisonRun(
+        method="none", seed=0, split="val", keys={"student": "s.yaml", "data": "d.yaml"}, config="c", ground="g",
+        project=tmp_path,
+    )  # fmt: skip
     run.folder.mkdir()
     run.scores_path.write_text(json.dumps(GOOD_SCORES))
     assert make_row(run, images=12).map == 0.2

@@ -120,7 +120,7 @@ def test_without_ray_the_error_says_how_to_install_it(keys: dict[str, Any], monk
 
 
 def make_run(project: Path, **keys: Any) -> ComparisonRun:
-    return ComparisonRun("none", 0, "val", keys, "", "", "", project)
+    return ComparisonRun(method="none", seed=0, split="val", keys=keys, config="", ground="", project=project)
 
 
 def test_a_process_gives_way_when_another_one_claims_its_folder(

@@ -386,7 +386,7 @@ def test_no_module_in_the_working_folder_runs_in_a_new_process(ran_module: Path)
 
 @pytest.mark.slow
 def test_no_module_in_the_working_folder_runs_in_a_comparison(ran_module: Path, tmp_path: Path) -> None:
-    run = ComparisonRun("none", 0, "val", {}, "", "", "", tmp_path / "project")
+    run = ComparisonRun(method="none", seed=0, split="val", keys={}, config="", ground="", project=tmp_path / "project")
     with locked(run), pytest.raises(RuntimeError, match="none with seed 0 failed"):
         train_in_process(run, "cpu")
     assert not ran_module.exists()

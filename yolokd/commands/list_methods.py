@@ -29,6 +29,7 @@ def list_methods() -> None:
         table.add_row(name, cls.paper, ", ".join(needs), constants)
     table.add_row("none", "plain Ultralytics training", "no teacher", "")
     table.caption = (
-        "every method also takes NAME.schedule (cosine, linear or constant), and NAME.warmup and NAME.end in epochs"
+        "gains are those of balance=off; every method also takes NAME.schedule (cosine, linear or constant), and "
+        "NAME.warmup and NAME.end in epochs"
     )
     print_table(table)

@@ -101,12 +101,13 @@ class MixedDataset(Dataset[dict[str, Any]]):
     of both. The augmentations of an unlabelled image are seeded by its draw: those of the labelled images are the same
     with and without unlabelled ones, so that the two trainings can be compared seed by seed.
 
-    draws: the unlabelled images that come next. ratio: unlabelled images for each labelled one of a batch.
+    labelled: Ultralytics' data set of the labelled images alone. draws: the unlabelled images that come next. ratio:
+    unlabelled images for each labelled one of a batch.
     """
 
     def __init__(self, labelled: Any, files: Sequence[str], hyp: Any, ratio: float) -> None:
         """Add unlabelled images to Ultralytics' data set of a training. hyp: Ultralytics' settings."""
-        self._labelled, self.ratio, self._seed = labelled, ratio, hyp.seed
+        self.labelled, self.ratio, self._seed = labelled, ratio, hyp.seed
         with seeded(self._seed):  # a cache of images looks at some by chance
             self._unlabelled = UnlabelledDataset(
                 img_path=files,
@@ -127,33 +128,28 @@ class MixedDataset(Dataset[dict[str, Any]]):
         self.collate_fn = labelled.collate_fn
 
     def __len__(self) -> int:
-        return len(self._labelled)
+        return len(self.labelled)
 
     def __getitem__(self, item: int | Draw) -> dict[str, Any]:
         """Return a sample of Ultralytics' data sets: of the labelled image of an index, or of an unlabelled one."""
         if isinstance(item, Draw):
             with seeded(hash((self._seed, item.number))):
                 return {**self._unlabelled[item.image], LABELLED: False}
-        return {**self._labelled[item], LABELLED: True}
-
-    @property
-    def labelled(self) -> Any:
-        """Return Ultralytics' data set of the labelled images alone."""
-        return self._labelled
+        return {**self.labelled[item], LABELLED: True}
 
     @property
     def buffer(self) -> list[int]:
         """Return the places in `im_files` of the images that both parts keep for mosaics, oldest first."""
-        return [*self._labelled.buffer, *(len(self) + index for index in self._unlabelled.buffer)]
+        return [*self.labelled.buffer, *(len(self) + index for index in self._unlabelled.buffer)]
 
     def load_image(self, place: int) -> Any:
         """Load an image, named by its place in `im_files`, into the buffer of its part."""
         count = len(self)
-        return self._labelled.load_image(place) if place < count else self._unlabelled.load_image(place - count)
+        return self.labelled.load_image(place) if place < count else self._unlabelled.load_image(place - count)
 
     def close_mosaic(self, hyp: Any) -> None:
         """End the augmentations that take several images. hyp: Ultralytics' settings."""
-        for part in (self._labelled, self._unlabelled):
+        for part in (self.labelled, self._unlabelled):
             part.close_mosaic(copy(hyp))  # which changes its argument
 
 
@@ -164,13 +160,13 @@ class MixedBatches:
     """
 
     def __init__(self, labelled: Any, dataset: MixedDataset) -> None:
-        self._labelled, self._dataset = labelled, dataset
+        self.labelled, self._dataset = labelled, dataset
 
     def __len__(self) -> int:
-        return len(self._labelled)
+        return len(self.labelled)
 
     def __iter__(self) -> Iterator[list[int | Draw]]:
-        for batch in self._labelled:
+        for batch in self.labelled:
             count = unlabelled_count(len(batch), self._dataset.ratio)
             yield [*batch, *islice(self._dataset.draws, count)]
 

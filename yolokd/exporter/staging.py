@@ -8,11 +8,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import LogRecord
 from pathlib import Path
 
-from ultralytics.utils import LOGGER
-
+from yolokd.runtime.console import replaced_in_log
 from yolokd.runtime.files import sync_folder, write_errors_as_user_errors
 
 PREFIX = ".yolokd-export-"
@@ -41,7 +39,7 @@ def staging_folder(checkpoint: Path, parent: Path | None = None) -> Iterator[Pat
         try:
             with contextlib.suppress(OSError):  # Windows may refuse links; Ultralytics only logs the file's size
                 (staging / checkpoint.name).symlink_to(checkpoint.absolute())
-            with _final_paths_in_log(staging):
+            with replaced_in_log(f"{staging.name}{os.sep}", ""):
                 yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -83,21 +81,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _final_paths_in_log(staging: Path) -> Iterator[None]:
-    """Show paths in the staging folder as they will be after `publish`, in what Ultralytics logs inside the block."""
-
-    def show_final_path(record: LogRecord) -> bool:
-        record.msg = str(record.msg).replace(f"{staging.name}{os.sep}", "")
-        return True
-
-    LOGGER.addFilter(show_final_path)
-    try:
-        yield
-    finally:
-        LOGGER.removeFilter(show_final_path)
 
 
 def _sync(path: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from ultralytics.engine import trainer as engine
-from ultralytics.utils import LOGGER, torch_utils
+from ultralytics.utils import torch_utils
 
 from yolokd.patches.patched import patched
+from yolokd.runtime.console import replaced_in_log
 from yolokd.runtime.files import atomic_path
 
 
@@ -47,16 +47,8 @@ def atomic_stripping() -> Iterator[None]:
     original_strip = engine.strip_optimizer
 
     def strip(f: str | Path, s: str = "", updates: dict[str, Any] | None = None) -> Any:
-        def show_final_name(record: LogRecord) -> bool:
-            record.msg = str(record.msg).replace(str(temporary), str(s or f))
-            return True
-
-        with atomic_path(Path(s or f)) as temporary:
-            LOGGER.addFilter(show_final_name)
-            try:
-                return original_strip(f, str(temporary), updates)
-            finally:
-                LOGGER.removeFilter(show_final_name)
+        with atomic_path(Path(s or f)) as temporary, replaced_in_log(str(temporary), str(s or f)):
+            return original_strip(f, str(temporary), updates)
 
     with patched(engine, "strip_optimizer", strip):
         yield

@@ -109,3 +109,19 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def replaced_in_log(old: str, new: str) -> Iterator[None]:
+    """Replace a text in what Ultralytics logs inside the block."""
+
+    def replace(record: logging.LogRecord) -> bool:
+        record.msg = str(record.msg).replace(old, new)
+        return True
+
+    logger = logging.getLogger("ultralytics")
+    logger.addFilter(replace)
+    try:
+        yield
+    finally:
+        logger.removeFilter(replace)

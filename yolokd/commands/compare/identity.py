@@ -1,4 +1,8 @@
-"""The identity of a comparison's runs: what shapes and scores a run, as hashes."""
+"""The identity of a comparison's runs, as two hashes.
+
+`config` says what is trained. `ground` says with which runs it may be compared: those of the same student, data, split
+and settings of Ultralytics.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +35,16 @@ SCORE_NEUTRAL_KEYS = frozenset(
 NMS_SETTINGS = ("iou", "max_det", "agnostic_nms")  # which boxes count, in a training's validations as well
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ComparisonRun:
     """A method with a seed: its keys of training, and the hashes that identify it.
 
     keys: those of `yolokd train`, without seed, device and save_dir. config: hash of all that shapes the training,
     except the seed. ground: hash of what runs must have in common to be compared (student, data, split, Ultralytics'
     settings). teacher_row: hash of the run that scores its teacher; empty if there is none. project: the folder that
-    holds the runs' folders. strongest_teacher: the comparison's, with whose predictions those of the student are
-    compared; empty if there is none. classes_map, teacher_channels: the comparison's, for that teacher. None of these
-    is part of the identity: a run without a teacher of its own has them, too.
+    holds the runs' folders. strongest_teacher: the path of the comparison's; D_pred compares the student's predictions
+    with its; empty if there is none. classes_map, teacher_channels: for this teacher. These three are no part of the
+    identity: runs without a teacher have them, too.
     """
 
     method: str
@@ -49,8 +53,8 @@ class ComparisonRun:
     keys: Mapping[str, Any]
     config: str
     ground: str
-    teacher_row: str
     project: Path
+    teacher_row: str = ""
     strongest_teacher: str = ""
     classes_map: Mapping[str, str] | None = None
     teacher_channels: tuple[int, ...] | None = None

@@ -170,7 +170,13 @@ def _plan_trainings(
     """Check each method and return the runs that train it, one a seed."""
     runs: list[ComparisonRun] = []
     strongest = inputs.teachers[-1] if inputs.strongest is not None else ""
-    shared = project, strongest, inputs.classes_map, inputs.teacher_channels
+    shared: dict[str, Any] = {
+        "split": split,
+        "project": project,
+        "strongest_teacher": strongest,
+        "classes_map": inputs.classes_map,
+        "teacher_channels": inputs.teacher_channels,
+    }
     content: SharedContent | None = None
     for method in methods:
         keys = _method_keys(inputs, method) | QUIET
@@ -180,8 +186,8 @@ def _plan_trainings(
             images = check_data(plan)
             content = read_shared_content(inputs.keys, plan, split)
         keys |= reported_defaults(plan.config)
-        config, ground = training_hash(method, content, plan.config), ground_hash(content, split)
-        runs += [ComparisonRun(method, seed, split, keys, config, ground, "", *shared) for seed in seeds]
+        shared |= {"config": training_hash(method, content, plan.config), "ground": ground_hash(content, split)}
+        runs += [ComparisonRun(method=method, seed=seed, keys=keys, **shared) for seed in seeds]
     assert content is not None
     return Trainings(runs, images, plan.task, plan.data, content)
 
@@ -248,5 +254,13 @@ def _plan_teacher(inputs: Inputs, trainings: Trainings, split: str, project: Pat
     keys = _method_keys(inputs, PLAIN) | {"method": TEACHER, "teacher": inputs.teachers[-1]}
     config, ground = teacher_hashes(inputs.keys, trainings.content, split, trainings.task.name)
     return ComparisonRun(
-        TEACHER, 0, split, keys, config, ground, "", project, "", inputs.classes_map, inputs.teacher_channels
+        method=TEACHER,
+        seed=0,
+        split=split,
+        keys=keys,
+        config=config,
+        ground=ground,
+        project=project,
+        classes_map=inputs.classes_map,
+        teacher_channels=inputs.teacher_channels,
     )
