@@ -28,6 +28,21 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What one teacher gives the student to learn from a batch.
+
+    maps: the student's at the levels. losses: of each method at each level, times the batch size; lists, because
+    measuring one of a stacked tensor would run the backward pass of all.
+    """
+
+    stage: Stage
+    output: TeacherOutput
+    levels: list[Level]
+    maps: list[Tensor]
+    losses: list[list[Tensor]]
+
+
+@dataclass(frozen=True)
 class DistillationLosses:
     """The distillation losses of a batch, M methods at L levels.
 
@@ -48,6 +63,9 @@ class DistillationCriterion(nn.Module):
     Ultralytics calls `student.criterion(preds, batch)`; this module takes that place. It is a submodule of the student,
     so that optimizer, DDP and device moves see its adapters. But it adds nothing to the student's state_dict, and it
     holds student and teacher outside of its own submodules.
+
+    A step: `begin_step` starts the teachers and hooks the head; the student's forward pass; `forward` computes the
+    losses, and measures gradients in one step of `probe`; in the backward pass, hooks set to 0 what is not finite.
 
     student: a detector in training mode. teachers: each with its pairing, in their order. seed: of adapters and masks.
     """
@@ -176,7 +194,7 @@ class DistillationCriterion(nn.Module):
         """
         factors = self.config.factors(self._epoch, self._epochs)
         if any(factors):
-            distilled = self._distil(task, factors, preds, batch, scale)
+            distilled = self._compute_losses(task, factors, preds, batch, scale)
             scaled = (distilled.gains * distilled.losses).sum(1)
             weighted = distilled.weighted
             in_force = torch.where(weighted > 0, scaled / weighted, distilled.gains.sum(1)).detach()
@@ -201,38 +219,28 @@ class DistillationCriterion(nn.Module):
         # Unlabelled images have no boxes in the batch, and so would teach the head that all of them is background.
         return self.base(_first_images(preds, labelled), batch | first)  # type: ignore[no-any-return]
 
-    def _distil(
+    def _compute_losses(
         self, task: Tensor, factors: Sequence[float], preds: Any, batch: dict[str, Any], scale: int
     ) -> DistillationLosses:
         """Return the losses of all methods; all 0 if one of them is not finite: the step trains without them."""
-        stages, measuring = self.active, self._measuring
-        outputs = [stage.teacher(batch["img"], stage.requested_outputs(measuring)) for stage in stages]
-        taught = self._levels(stages, outputs, preds, batch)
-        # Lists, not slices of one stacked tensor: measuring one loss would run the backward of the others too.
-        labelled = labelled_count(batch)
-        level_losses = [
-            [[loss * scale for loss in of_method] for of_method in stage.losses(levels, labelled)]
-            for stage, (levels, _) in zip(stages, taught, strict=True)
-        ]
+        measuring, taught = self._measuring, self._teach(preds, batch, scale)
+        stages = [each.stage for each in taught]
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
-            measured = [
-                stage.measure(task, losses, maps, output)
-                for stage, losses, (_, maps), output in zip(stages, level_losses, taught, outputs, strict=True)
-            ]
+            measured = [each.stage.measure(task, each.losses, each.maps, each.output) for each in taught]
             self.guard.discard()
         gains = torch.cat([stage.gains(factors) for stage in stages], 1) / len(stages)
         if measuring:
             self._record(stages, torch.cat(measured, 1), gains)
-        losses = torch.cat([torch.stack([*map(torch.stack, of_stage)]) for of_stage in level_losses], 1)
-        all_levels = [level for levels, _ in taught for level in levels]
+        losses = torch.cat([torch.stack([*map(torch.stack, each.losses)]) for each in taught], 1)
+        all_levels = [level for each in taught for level in each.levels]
         losses = self.guard.guard_losses(losses, all_levels, batch.get("im_file", ()))
         weights = torch.cat([stage.level_weights() for stage in stages]) / len(stages)
         return DistillationLosses(losses, gains, (losses * weights).sum(1))
 
-    def _levels(
-        self, stages: Sequence[Stage], outputs: Sequence[TeacherOutput], preds: Any, batch: dict[str, Any]
-    ) -> list[tuple[list[Level], list[Tensor]]]:
-        """Return for each teacher that teaches now its levels, and the student's maps there."""
+    def _teach(self, preds: Any, batch: dict[str, Any], scale: int) -> list[Taught]:
+        """Return what each teacher that teaches now gives the student to learn."""
+        stages, measuring = self.active, self._measuring
+        outputs = [stage.teacher(batch["img"], stage.requested_outputs(measuring)) for stage in stages]
         observed = self.observer.take(len(batch["img"]))
         preds = {"feats": observed.neck_maps} if preds is None else preds
         predictions = average_predictions(
@@ -240,10 +248,12 @@ class DistillationCriterion(nn.Module):
             [stage.select_student.index for stage in stages],
             1 + max((index for stage in stages for index in stage.pairing.classes.student), default=0),
         )
-        return [
-            stage.levels(preds, output.maps, predicted, batch, self._draw_seed, self.guard, observed)
-            for stage, output, predicted in zip(stages, outputs, predictions, strict=True)
-        ]
+        labelled, taught = labelled_count(batch), []
+        for stage, output, predicted in zip(stages, outputs, predictions, strict=True):
+            levels, maps = stage.levels(preds, output.maps, predicted, batch, self._draw_seed, self.guard, observed)
+            losses = [[loss * scale for loss in of_method] for of_method in stage.losses(levels, labelled)]
+            taught.append(Taught(stage, output, levels, maps, losses))
+        return taught
 
     def _record(self, stages: Sequence[Stage], norms: Tensor, gains: Tensor) -> None:
         """Record norms, (1 + M, L), and gains, (M, L), if the norms are finite. L: the levels of all the stages."""
