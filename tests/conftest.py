@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,13 @@ from ultralytics import SETTINGS
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # loggers are slow to import; test_loggers.py turns on those that it tests
     SETTINGS.update(dict.fromkeys(("clearml", "comet", "dvc", "mlflow", "raytune", "tensorboard", "wandb"), False))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of later garbage collections: Ultralytics starts five of them in a training."""
+    gc.collect()
+    gc.freeze()
+
 
 collect_ignore = ["helpers"]  # hold no tests, and pytest would run the programs among them when it looks for doctests
 

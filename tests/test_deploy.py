@@ -110,7 +110,7 @@ def test_each_format_gets_a_row_with_size_score_latency_and_memory(deployed: Dep
 def test_a_float_file_scores_as_its_checkpoint_and_differences_follow_from_the_scores(deployed: Deployed) -> None:
     found = rows(deployed.run)
     score = float(found["checkpoint"]["map"])
-    assert score > 0.2
+    assert score > 0.1
     assert float(found["onnx"]["map"]) == pytest.approx(score, abs=1e-3)
     for row in found.values():
         if row["map"]:
@@ -241,7 +241,7 @@ def test_a_teacher_is_scored_with_the_classes_map_and_classes_have_the_data_sets
     keys |= {"model": str(keys["model"]), "formats": "torchscript", "teacher": str(tmp_path / "t.pt")}
     run_deploy(**keys)
     found = rows(run)
-    assert float(found["checkpoint"]["map"]) > 0.2
+    assert float(found["checkpoint"]["map"]) > 0.1
     assert found["teacher"]["ap_by_class"] == found["checkpoint"]["ap_by_class"]
     for row in found.values():
         assert json.loads(row["ap_by_class"]).keys() == {"Disc", "box"}

@@ -421,7 +421,7 @@ def test_a_changed_weight_fails_the_check(factor: float, copied: Path, checkpoin
 
 
 def test_slightly_wrong_scores_fail_the_check(copied: Path, checkpoints: dict[str, Path], data: str) -> None:
-    change_weight(copied, "cv3.0.2.bias", lambda bias: bias + np.float32(0.002))
+    change_weight(copied, "cv3.0.2.bias", lambda bias: bias + np.float32(0.004))
     report = check(copied, checkpoints["v8"], data)
     assert report.rows[0].raw < 1e-4  # too small beside boxes that are hundreds of pixels wide
     assert report.rows[0].scores > 1e-4

@@ -32,8 +32,8 @@ def test_the_teacher_is_scored_on_the_classes_that_are_trained(tmp_path: Path) -
         plan = make_plan(common | {"teacher": str(teacher), "model": YOLOV8N, "classes": classes})
         scores.append(score_teachers(plan, plan.args, torch.device("cpu"), batch=3, save_dir=tmp_path))
         val = YOLO(teacher).val(**common, classes=classes, batch=6, plots=False, project=str(tmp_path))
-        assert scores[-1] == pytest.approx(val.box.map, abs=1e-6)
-    assert scores[0] != scores[1]
+        assert scores[-1] == pytest.approx(val.box.map, abs=1e-3)  # one of them is fused
+    assert abs(scores[0] - scores[1]) > 1e-2
     assert min(scores) > 0
 
 
