@@ -50,7 +50,7 @@ def interrupt_after_the_teacher(folder: Path, *arguments: str) -> str:
 def test_the_short_demo_trains_compares_exports_and_draws_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     demo = ("demo", "short=True", "seed=1")
     last_line = interrupt_after_the_teacher(tmp_path, *demo)
-    assert last_line.endswith("the demo goes on where it stopped with: yolokd demo short=True seed=1 method=dfd")
+    assert last_line.endswith("the demo goes on where it stopped with: yolokd demo short=True seed=1 method=fitnet+pdf")
     teacher = tmp_path / "runs/distill/demo/teacher/weights/best.pt"
     trained = teacher.stat().st_mtime_ns
     output = output_of(tmp_path, *demo)
@@ -75,7 +75,7 @@ def test_the_short_demo_trains_compares_exports_and_draws_and_goes_on_where_it_s
 
 def test_only_an_unfinished_demo_with_the_same_keys_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    keys = {"short": True, "seed": 0, "method": "dfd"}
+    keys = {"short": True, "seed": 0, "method": "fitnet+pdf"}
     folder = demo_folder(keys)
     assert folder == tmp_path / "runs/distill/demo"
     assert demo_folder(keys) == folder

@@ -100,7 +100,7 @@ class DemoRun:
         return max(self.map_by_epoch)
 
 
-def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown: Any) -> None:
+def run_demo(short: bool = False, seed: int = 0, method: str = "fitnet+pdf", **unknown: Any) -> None:
     """Train a teacher, a student alone and a distilled student; score, export and check the last, and detect with it.
 
     short=True does all this on a few images in one epoch each, to try an installation. A demo that was interrupted goes
@@ -112,7 +112,7 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "dfd", **unknown:
     validate("short", short, bool, "must be True or False", "for example short=True")
     validate("seed", seed, NonNegativeInt, "must be a whole number of at least 0", "for example seed=0")
     if not method_names(method):
-        raise UserError("method=none", "the demo needs a method to distil with", "for example method=dfd")
+        raise UserError("method=none", "the demo needs a method to distil with", "for example method=fitnet+pdf")
     keys = {"short": short, "seed": seed, "method": method}
     try:
         _run(SHORT if short else Recipe(), demo_folder(keys), seed, method)

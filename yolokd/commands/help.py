@@ -39,7 +39,7 @@ class Help:
         return (*(yolokd_keys().values() if self.all_training_keys else ()), *self.keys)
 
 
-CONSTANTS = Key("NAME.KEY", "", "a setting of the method NAME, such as dfd.alpha=0.5; `yolokd methods` lists them")
+CONSTANTS = Key("NAME.KEY", "", "a setting of the method NAME, such as pdf.distance=l1; `yolokd methods` lists them")
 CFG = Key("cfg", "none", "a run's distill.yaml: take all settings from it that are not given")
 ALSO_TRAIN = "Every other key of `yolokd train` works, too: see `yolokd train --help`."
 MOST = ("epochs", "imgsz", "batch", "device")
@@ -58,7 +58,7 @@ HELP: Mapping[str, Help] = {
     "check": Help(
         (
             "yolokd check teacher=yolov8l.pt student=yolov8n.yaml data=coco8.yaml",
-            "yolokd check teacher=yolov8l.pt method=dfd+pdf dfd.alpha=0.5 imgsz=320",
+            "yolokd check teacher=yolov8l.pt method=fitnet+pdf pdf.distance=l1 imgsz=320",
         ),
         (CONSTANTS, CFG),
         all_training_keys=True,
@@ -144,11 +144,11 @@ HELP: Mapping[str, Help] = {
         more_keys="If it was interrupted, the same command goes on where it stopped.",
     ),
     "methods": Help(
-        ("yolokd methods", "yolokd train teacher=yolov8l.pt method=dfd+pdf dfd.alpha=0.5   # use two, set a constant"),
+        ("yolokd methods", "yolokd train teacher=t.pt method=fitnet+pdf pdf.distance=l1   # use two, set a constant"),
     ),
     "bench": Help(
         (
-            "yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,dfd",
+            "yolokd bench teacher=yolov8l.yaml student=yolov8n.yaml imgsz=320 batch=16 method=none,native,fitnet+pdf",
             "yolokd bench teacher=t.pt data=d.yaml imgsz=320,640 amp=False,bf16 rounds=5 memory=False",
         ),
         (
@@ -170,7 +170,7 @@ HELP: Mapping[str, Help] = {
     ),
     "compare": Help(
         (
-            "yolokd compare teacher=t.pt student=yolov8n.yaml data=d.yaml method=none,dfd,pdf seeds=0,1,2 epochs=60",
+            "yolokd compare teacher=t.pt student=yolov8n.yaml data=d.yaml method=none,fitnet+pdf seeds=0,1,2 epochs=60",
             "yolokd compare csv=runs/compare/compare.csv   # print and write the results again, without training",
         ),
         (
@@ -230,7 +230,7 @@ HELP: Mapping[str, Help] = {
         (
             Key("short", "False", "True: a few images and one epoch each, to try an installation in a minute"),
             Key("seed", "0", "the random seed of all three trainings"),
-            Key("method", "dfd", "the method that distils; `yolokd methods` lists them"),
+            Key("method", "fitnet+pdf", "the method that distils; `yolokd methods` lists them"),
         ),
         more_keys="If it was interrupted, the same command goes on where it stopped.",
     ),
