@@ -16,6 +16,7 @@ from ultralytics.utils.torch_utils import get_num_params, parse_device, select_d
 from yolokd.data.dataset import boxes_per_class, sample_batch
 from yolokd.distillation.stage import build_methods
 from yolokd.models.backbone import Backbone
+from yolokd.models.detector import rounded_imgsz
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.models.tasks import scored_task, task_of
 from yolokd.pyramid.boxes import Labels
@@ -24,7 +25,7 @@ from yolokd.pyramid.level import Level, LevelShape, level_name
 from yolokd.pyramid.pairing import ClassSelection
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training.plan import PairedTeacher, TrainPlan, check_data, make_plan, training_imgsz, with_unlabelled_images
+from yolokd.training.plan import PairedTeacher, TrainPlan, check_data, make_plan, with_unlabelled_images
 from yolokd.training.settings import images_per_batch, training_keys
 
 
@@ -36,7 +37,7 @@ def print_check(keys: Mapping[str, Any]) -> None:
     plan = make_plan(training_keys(keys))
     check_data(plan)
     plan = with_unlabelled_images(plan)
-    imgsz = training_imgsz(plan.args.imgsz, plan)
+    imgsz = rounded_imgsz(plan.args.imgsz, plan.student)
     print_table(_models_table(plan, imgsz))
     if not plan.teachers:
         CONSOLE.print("method=none: plain Ultralytics training, without a teacher")

@@ -9,18 +9,16 @@ from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import student_task
 from yolokd.models.detector import Detector, read_pyramid
 
+CURE = "drop native, for example method=none,fitnet"
+
 
 def check_native(student: object, teachers: Sequence[object], trust: bool) -> None:
     """Raise UserError for teachers and students that Ultralytics' own distillation does not take."""
     for teacher in teachers:
         if is_backbone(teacher):
-            raise UserError(
-                "method=native", "takes no timm backbone as a teacher", "drop native, for example method=none,fitnet"
-            )
+            raise UserError("method=native", "takes no timm backbone as a teacher", CURE)
     if any(student_task(model, trust) == "rtdetr" for model in (student, *teachers)):
-        raise UserError(
-            "method=native", "distils between YOLO models only", "drop native, for example method=none,fitnet"
-        )
+        raise UserError("method=native", "distils between YOLO models only", CURE)
 
 
 def check_same_levels(student: Detector, teacher: Detector) -> None:

@@ -10,7 +10,7 @@ from ultralytics.utils.torch_utils import select_device
 from yolokd.commands.candidates import PLAIN
 from yolokd.commands.compare.ledger import TEACHER, read
 from yolokd.commands.compare.report import Verdict, verdicts
-from yolokd.commands.compare.show import deciding, draw_plot, headers_of
+from yolokd.commands.compare.show import deciding, draw_plot, headers_of, percentage
 from yolokd.commands.compare.statistics import Summary
 from yolokd.config.arguments import check_known
 from yolokd.errors import UserError
@@ -90,7 +90,7 @@ def result_sentence(verdict: Verdict) -> str:
     text += f"{best.method} changes {deciding(verdict.metric)}mAP50-95 by {difference}: {best.verdict}"
     gap = best.gap_closed
     if gap is not None and gap.excludes_zero and gap.mean > 0:
-        text += f"; it closes {gap.mean:.0%} ({gap.low:.0%} to {gap.high:.0%}) of the gap to the teacher"
+        text += f"; it closes {percentage(gap)} of the gap to the teacher"
     return f"{text}."
 
 

@@ -64,12 +64,13 @@ def run_show(**keys: Any) -> Path:
     source = read_source("source", settings.source, settings.split, settings.trust)
     project = check_project(settings.project)
     teacher, student = _load(settings)
-    samples = read_samples(spread(source.images, settings.count), teacher.yaml.get("channels", 3))
+    channels = teacher.yaml.get("channels", 3)
+    samples = read_samples(spread(source.images, settings.count), channels)
     if not samples:
         raise UserError(
             f"source={settings.source}",
             "none of its images can be read",
-            f"give images of {teacher.yaml.get('channels', 3)} channels, as the teacher takes",
+            f"give images of {channels} channels, as the teacher takes",
         )
     classes = pair_classes(teacher.names, student.names, settings.classes_map)
     chosen = MapSettings(classes, _imgsz(settings, student, teacher))

@@ -160,13 +160,13 @@ class MixedBatches:
     """
 
     def __init__(self, labelled: Any, dataset: MixedDataset) -> None:
-        self.labelled, self._dataset = labelled, dataset
+        self._labelled, self._dataset = labelled, dataset
 
     def __len__(self) -> int:
-        return len(self.labelled)
+        return len(self._labelled)
 
     def __iter__(self) -> Iterator[list[int | Draw]]:
-        for batch in self.labelled:
+        for batch in self._labelled:
             count = unlabelled_count(len(batch), self._dataset.ratio)
             yield [*batch, *islice(self._dataset.draws, count)]
 

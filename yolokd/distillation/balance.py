@@ -16,7 +16,7 @@ TINY = torch.finfo(torch.float32).tiny  # no mean is smaller: one of 0 would sta
 
 
 class Balance(nn.Module):
-    """Running means of gradient norms at the student's neck maps, and the gains that follow from them.
+    """Keeps running means of gradient norms at the student's neck maps, and computes gains from them.
 
         gain of method m at level l = target_l · G_l / G_ml
 

@@ -29,7 +29,7 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Taught:
-    """What one teacher gives the student to learn from a batch.
+    """Holds what one teacher gives the student to learn from a batch.
 
     maps: the student's at the levels. losses: of each method at each level, times the batch size; lists, because
     measuring one of a stacked tensor would run the backward pass of all.

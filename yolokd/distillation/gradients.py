@@ -15,7 +15,7 @@ FLOAT16_SCALE = 2.0**10  # ours: the loss is multiplied by this when gradients a
 
 
 class GradientRecorder:
-    """The measurements of gradients in an epoch, and their means, for results.csv and the log.
+    """Collects measurements of gradients, and averages them over an epoch, for results.csv and the log.
 
     Each level has columns of its own, since one level can dominate a total by orders of magnitude.
 

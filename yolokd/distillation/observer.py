@@ -30,7 +30,7 @@ class Observed:
 
 
 class StepObserver:
-    """An observer of the student's steps.
+    """Notes what methods want of each of the student's steps.
 
     wants_assigned: whether to note assigned positions. depths: the layers of the head whose maps to note.
     """

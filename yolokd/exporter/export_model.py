@@ -103,8 +103,13 @@ def _complete_and_verify(file: Path, module: nn.Module, images: Sequence[Image],
 
 def _makes_folder(form: str) -> bool:
     """Return whether the files of one of Ultralytics' formats lie in a folder."""
+    return str(_of_format(form, "Suffix")).startswith("_")
+
+
+def _of_format(form: str, column: str) -> Any:
+    """Return what Ultralytics' table of export formats says of one of them."""
     table = export_formats()
-    return str(dict(zip(table["Argument"], table["Suffix"], strict=True))[form]).startswith("_")
+    return dict(zip(table["Argument"], table[column], strict=True))[form]
 
 
 def _thresholds(args: Any) -> Thresholds:
@@ -142,8 +147,7 @@ def _calibration_options(args: Any, data: str | None, folder: Path) -> dict[str,
     folder: where links to the images are put. If the user chose `split` or `fraction`, these count.
     Raises UserError if no data set is known, or if its training images are missing.
     """
-    table = export_formats()
-    takes_data = "data" in dict(zip(table["Argument"], table["Arguments"], strict=True))[args.format]
+    takes_data = "data" in _of_format(args.format, "Arguments")
     # In a file that is not calibrated, it would only put a local path into the file's metadata.
     if not takes_data or args.quantize != 8:
         return {}

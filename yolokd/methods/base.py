@@ -57,7 +57,7 @@ class Method(nn.Module):
     @classmethod
     def wants_dense_head(cls) -> bool:
         """Return whether the method needs a teacher whose head predicts at every position."""
-        return cls.wants_scores() or cls.wants_boxes or cls.wants_box_logits or cls.wants_teacher_head
+        return cls.wants_mean_logits or cls.wants_student_head()
 
     @classmethod
     def wants_student_head(cls) -> bool:

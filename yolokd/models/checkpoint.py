@@ -62,14 +62,12 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
         raise
     except FileNotFoundError as e:
         raise UserError(name, "no such file", "give the path of an existing .pt checkpoint") from e
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] != "modelopt":
-            raise UserError(name, _loading_problem(e), "give an intact Ultralytics .pt checkpoint") from e
-        problem = "was trained with quantize=8, and ModelOpt is not installed"
-        raise UserError(name, problem, "pip install 'yolokd[int8]'") from e
     except (ConnectionError, OSError) as e:
         raise UserError(name, "is not on disk, and its download failed", "check the path or the network") from e
     except Exception as e:
+        if isinstance(e, ModuleNotFoundError) and (e.name or "").partition(".")[0] == "modelopt":
+            problem = "was trained with quantize=8, and ModelOpt is not installed"
+            raise UserError(name, problem, "pip install 'yolokd[int8]'") from e
         raise UserError(name, _loading_problem(e), "give an intact Ultralytics .pt checkpoint") from e
     if not isinstance(model, nn.Module) or not isinstance(getattr(model, "yaml", None), dict):
         raise UserError(name, "holds no Ultralytics model", "give an Ultralytics .pt checkpoint")

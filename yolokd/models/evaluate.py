@@ -14,6 +14,7 @@ from ultralytics.models.rtdetr.val import RTDETRValidator
 from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.utils import LOGGER
 
+from yolokd.data.dataset import learned_names
 from yolokd.models.detector import Detector
 from yolokd.models.tasks import TASKS, Task, scored_task
 from yolokd.models.teacher import select_channels
@@ -125,9 +126,8 @@ def check_teacher(
     boxes = "" if task is student else f", of its boxes: it has no {student.own} like those of the labels"
     score_text = f"{task.score_name} {scores.map:.3f}, mAP50 {scores.map50:.3f}"
     LOGGER.info(f"teacher: {score_text} on the validation set{boxes}")
-    used = settings.get("classes")
-    used = names if used is None else used if isinstance(used, list) else [used]
-    unknown = [name for i, name in names.items() if i in used and i not in classes.student]
+    learned = learned_names(data, settings.get("classes"))
+    unknown = [name for i, name in learned.items() if i not in classes.student]
     if unknown:
         LOGGER.warning(
             f"teacher: does not know {', '.join(unknown)}: these classes the student learns from the labels only"

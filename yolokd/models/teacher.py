@@ -79,7 +79,7 @@ class Branches(nn.Module):
 
 
 class Network(nn.Module):
-    """The network inside a Teacher: `forward` returns the maps of (B, C, H, W) images in 0..1, finest first.
+    """Runs inside a Teacher: `forward` returns the maps of (B, C, H, W) images in 0..1, finest first.
 
     branches: those of its head.
     """

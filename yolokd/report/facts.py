@@ -47,7 +47,7 @@ SCORE50 = {  # what mAP50 counts, by task
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run. score, score50: mAP of best.pt, None if it was not measured.
+    """Holds the result of a run. score, score50: mAP of best.pt, None if it was not measured.
 
     taught_by: the names of all teachers. teacher, teacher_score, teacher_size: the last one that detects, its mAP50-95,
     and its size. knows_all: whether it has all classes of the data set, without which its score says little.
@@ -70,9 +70,13 @@ class Result:
     seconds: float
 
     @property
+    def _epochs(self) -> str:
+        return f"{self.epochs} epoch{'s' if self.epochs != 1 else ''}"
+
+    @property
     def sentence(self) -> str:
         """Return the result in one sentence."""
-        trained = f"After {self.epochs} epoch{'s' if self.epochs != 1 else ''} on {self.data}, {self.student}"
+        trained = f"After {self._epochs} on {self.data}, {self.student}"
         taught = f"taught by {self.taught_by}" if self.taught_by else "without a teacher"
         if self.score is None:
             return f"{trained}, {taught}, has not been scored."
@@ -94,7 +98,7 @@ class Result:
         cards.append(("mAP50", _score(self.score50), SCORE50[self.task.name]))
         cards.append(("parameters", _short(small.parameters), f"teacher {_short(large.parameters)}" if large else ""))
         cards.append(("GFLOPs", f"{small.gflops:.1f}", f"teacher {large.gflops:.1f}" if large else "an image"))
-        cards.append(("training time", duration(self.seconds), f"{self.epochs} epoch{'s' if self.epochs != 1 else ''}"))
+        cards.append(("training time", duration(self.seconds), self._epochs))
         return cards
 
 

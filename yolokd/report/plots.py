@@ -160,8 +160,9 @@ def balance_plots(history: History, config: DistillationConfig, epochs: int) -> 
         levels_say = "A level that stays at 0 while others do not is one where the teacher sees nothing."
         text = reading + (balanced if config.balance != "off" else "The gains are fixed. ") + levels_say
         plots.append(Plot(f"Pull of {method.name}", text, as_svg(draw_ratios)))
-        fixed, follows = ": the fixed gain, times its schedule.", ", so that the pull follows its target."
-        text = f"What the method's loss is multiplied by{fixed if config.balance == 'off' else follows}"
+        text = "What the method's loss is multiplied by, so that the pull follows its target."
+        if config.balance == "off":
+            text = "What the method's loss is multiplied by: the fixed gain, times its schedule."
         plots.append(Plot(f"Gains of {method.name}", text, as_svg(draw_gains)))
     return plots
 

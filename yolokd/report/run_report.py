@@ -94,8 +94,7 @@ def _pair(run: Run) -> Pairing | None:
 
 
 def _look(run: Run, pairing: Pairing | None, device: torch.device) -> Seen:
-    trust, classes = run.config.trust, run.args.classes
-    wanted = None if classes is None else classes if isinstance(classes, list) else [classes]
+    trust, wanted = run.config.trust, None if run.args.classes is None else list(run.names)
     samples = validation_samples(run.data, run.args, trust)
     student = [only_classes(b, wanted) for b in detect(run.best, samples, run.imgsz, device, trust)]
     teacher = None

@@ -169,11 +169,6 @@ def _check_classes_map(config: DistillationConfig, teachers: Iterable[Detector],
             raise UserError("classes_map", problem, " ".join(hints) or f"its classes: {', '.join(list(names)[:10])}")
 
 
-def training_imgsz(imgsz: object, plan: TrainPlan) -> int:
-    """Return the image size in pixels that Ultralytics will train at: a multiple of the student's largest stride."""
-    return rounded_imgsz(imgsz, plan.student)
-
-
 def check_data(plan: TrainPlan) -> int:
     """Check images and labels as `check_images` does, and return the number of training images.
 
@@ -199,7 +194,7 @@ def _check_last_batch(plan: TrainPlan, images: int) -> None:
     """
     args, stride = plan.args, max(map(int, plan.student.stride))
     grid = max(32, stride)  # multi_scale draws multiples of it
-    smallest = max(int(training_imgsz(args.imgsz, plan) * (1 - args.multi_scale)) // grid * grid, grid)
+    smallest = max(int(rounded_imgsz(args.imgsz, plan.student) * (1 - args.multi_scale)) // grid * grid, grid)
     if smallest > stride or 1 not in (args.batch, images % max(int(args.batch), 1)):
         return
     problem = f"leaves one position of one image at stride {stride} in a batch, and BatchNorm needs two values"

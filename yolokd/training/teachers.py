@@ -14,13 +14,13 @@ from ultralytics.utils import LOGGER
 from yolokd.data.dataset import sample_batch
 from yolokd.distillation.query_criterion import make_criterion
 from yolokd.models.backbone import Backbone
-from yolokd.models.detector import Detector, dense_heads, head_of
+from yolokd.models.detector import Detector, dense_heads, head_of, rounded_imgsz
 from yolokd.models.evaluate import check_teacher
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.pyramid.pairing import Pairing
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training.plan import PairedTeacher, TrainPlan, training_imgsz
+from yolokd.training.plan import PairedTeacher, TrainPlan
 from yolokd.training.results.provenance import provenance
 from yolokd.training.resume import teacher_precisions
 from yolokd.training.settings import images_per_batch
@@ -32,7 +32,7 @@ def attach_criterion(trainer: Any) -> None:
     """Prepare the teachers of a trainer's plan, and give its student the criterion that learns from them."""
     use_all_cores(trainer.device)  # precisions are compared with the threads that the training will use
     plan: TrainPlan = trainer.plan
-    images = sample_batch(trainer.data, training_imgsz(trainer.args.imgsz, plan)).to(trainer.device)
+    images = sample_batch(trainer.data, rounded_imgsz(trainer.args.imgsz, plan.student)).to(trainer.device)
     precisions = teacher_precisions(trainer.saved_run, plan, trainer.device)
     batch = images_per_batch(plan.config, trainer.batch_size // WORLD_SIZE)
     trainer.plan = plan = replace(plan, teachers=optimize_teachers(plan, precisions, images, batch))

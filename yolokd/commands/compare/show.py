@@ -48,7 +48,7 @@ def summary_cells(summary: Summary) -> tuple[str, ...]:
         _sizes(scores["ap_small"], scores["ap_medium"], scores["ap_large"]),
         str(summary.difference or ""),
         f"{summary.improved} of {summary.pairs}" if summary.pairs else "",
-        _percent(summary.gap_closed),
+        percentage(summary.gap_closed),
         summary.verdict,
         str(summary.against_native or ""),
         f"{summary.images_per_second:.1f}",
@@ -79,7 +79,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _percent(value: Interval | None) -> str:
+def percentage(value: Interval | None) -> str:
+    """Return a share with its interval, in percent; empty for None."""
     if value is None:
         return ""
     if value.low is None or value.high is None:

@@ -26,7 +26,7 @@ Floats = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class LatencyRequest:
-    """What to measure: a file on images of (height, width), alone in a batch, with a number of threads.
+    """Says what to measure: a file on images of (height, width), alone in a batch, with a number of threads.
 
     Of a checkpoint, trust=True allows code to run.
     """

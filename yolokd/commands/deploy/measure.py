@@ -110,15 +110,9 @@ class Measurement:
 
     def _score(self, model: Detector | str) -> ClassScores:
         """Score on the whole split, on square images: a static file sees all others as such, too."""
-        settings: dict[str, Any] = {
-            "data": self.data,
-            "split": self.split,
-            "imgsz": self.imgsz,
-            "batch": 1,
-            "rect": False,
-        }
+        settings = {"data": self.data, "split": self.split, "imgsz": self.imgsz, "single_cls": self.single_cls}
+        settings |= {"batch": 1, "rect": False, "device": "cpu", "verbose": False}
         with safe_loading(self.trust), own_exports(), TemporaryDirectory() as folder:
-            settings |= {"device": "cpu", "verbose": False, "single_cls": self.single_cls}
             scores = score_by_class(model, settings, Path(folder), self.task, self.dataset["names"])
         if not scores.by_class:
             raise ValueError(f"the images of the split {self.split} have no labels")
