@@ -24,7 +24,7 @@ from yolokd.config.parse import parse
 from yolokd.config.schedule import Schedule
 from yolokd.distillation.balance import CEILING, WINDOW, Balance
 from yolokd.distillation.criterion import DistillationCriterion
-from yolokd.methods.fitnet import FitNet
+from yolokd.methods.features.fitnet import FitNet
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.level import confidence_shares

@@ -23,7 +23,7 @@ from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import METHOD_SETTINGS
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
-from yolokd.methods.pdf import PDF
+from yolokd.methods.features.pdf import PDF
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.level import Level, LevelShape
 

@@ -26,8 +26,8 @@ from yolokd.config.schema import METHOD_SETTINGS
 from yolokd.distillation.stage import build_methods
 from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention, standardized
-from yolokd.methods.dfd import high_disparity
-from yolokd.methods.pdf import box_disagreement, class_disagreement, position_weights
+from yolokd.methods.features.dfd import high_disparity
+from yolokd.methods.features.pdf import box_disagreement, class_disagreement, position_weights
 from yolokd.pyramid.boxes import Labels, decode_distances, iou
 from yolokd.pyramid.head import Head, HeadShape
 from yolokd.pyramid.level import Level, LevelShape

@@ -1,24 +1,6 @@
-"""Distillation methods: one file per paper, and a registry that finds a method by its name."""
+"""Distillation methods, by what they compare, and a registry that finds a method by its name."""
 
-from yolokd.methods import bckd, crosskd, cwd, dfd, dfmsd, fgd, fitnet, frs, ld, mgd, pdf, pkd, sl2
+from yolokd.methods import features, responses
 from yolokd.methods.base import Method, constants_model, register, registered
 
-__all__ = [
-    "Method",
-    "bckd",
-    "constants_model",
-    "crosskd",
-    "cwd",
-    "dfd",
-    "dfmsd",
-    "fgd",
-    "fitnet",
-    "frs",
-    "ld",
-    "mgd",
-    "pdf",
-    "pkd",
-    "register",
-    "registered",
-    "sl2",
-]
+__all__ = ["Method", "constants_model", "features", "register", "registered", "responses"]

@@ -11,7 +11,7 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.torch_utils import select_device
 
 from yolokd.data.dataset import load_data
-from yolokd.methods.pdf import class_disagreement
+from yolokd.methods.features.pdf import class_disagreement
 from yolokd.models.detector import Detector
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import RequestedOutputs

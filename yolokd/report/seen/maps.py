@@ -13,9 +13,9 @@ from torch import Tensor
 
 from yolokd.config.defaults import method_defaults
 from yolokd.methods.blocks import spatial_attention
-from yolokd.methods.dfd import above_mean, disparity
-from yolokd.methods.frs import richness
-from yolokd.methods.pdf import class_disagreement
+from yolokd.methods.features.dfd import above_mean, disparity
+from yolokd.methods.features.frs import richness
+from yolokd.methods.features.pdf import class_disagreement
 from yolokd.models.detector import Detector
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
