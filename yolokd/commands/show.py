@@ -17,7 +17,7 @@ from yolokd.data.dataset import spread
 from yolokd.data.sources import read_source
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
-from yolokd.models.detector import Detector, check_detector, rounded_imgsz
+from yolokd.models.detector import Detector, check_detector, image_channels, rounded_imgsz
 from yolokd.pyramid.pairing import pair_classes, pair_levels
 from yolokd.report.pictures import GROUPS, MapGroup
 from yolokd.report.seen.maps import MapSettings, observe
@@ -64,7 +64,7 @@ def run_show(**keys: Any) -> Path:
     source = read_source("source", settings.source, settings.split, settings.trust)
     project = check_project(settings.project)
     teacher, student = _load(settings)
-    channels = teacher.yaml.get("channels", 3)
+    channels = image_channels(teacher)
     samples = read_samples(spread(source.images, settings.count), channels)
     if not samples:
         raise UserError(
@@ -109,12 +109,12 @@ def _load(settings: ShowSettings) -> tuple[Detector, Detector]:
     """Return teacher and student. Raises UserError if they share no stride, or take other images."""
     teacher = load_teacher(settings.teacher, settings.trust)
     strides = check_detector(teacher, f"teacher={settings.teacher}")
-    channels = teacher.yaml.get("channels", 3)
+    channels = image_channels(teacher)
     student = load_student(settings.student, {"nc": len(teacher.names), "channels": channels}, settings.trust)
     if settings.student.endswith((".yaml", ".yml")):
         student.names = dict(teacher.names)
-    if student.yaml.get("channels", 3) != channels:
-        problem = f"takes {student.yaml.get('channels', 3)} channels, the teacher {channels}"
+    if image_channels(student) != channels:
+        problem = f"takes {image_channels(student)} channels, the teacher {channels}"
         raise UserError(f"student={settings.student}", problem, "give one that takes the same images")
     pair_levels(strides, check_detector(student, f"student={settings.student}"))
     return teacher, student

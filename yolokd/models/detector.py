@@ -36,7 +36,7 @@ def read_pyramid(model: Detector, argument: str = "model", size: int = 256) -> d
 
     modes = [(m, m.training) for m in model.modules()]
     handle = model.model[-1].register_forward_pre_hook(record)
-    channels = model.yaml.get("channels", 3)
+    channels = image_channels(model)
     try:
         model.eval()(next(model.parameters()).new_zeros(1, channels, size, size))
     except Exception as e:  # whatever the layers of a strange model raise
@@ -58,6 +58,11 @@ KINDS = {
     "worlddetect": "a YOLO-World, which is told its classes", "yoloe": "a YOLOE, which is told its classes",
 }  # fmt: skip
 PROMPTED_HEADS = (WorldDetect, YOLOEDetect)  # heads that get embeddings of the classes beside the maps
+
+
+def image_channels(model: Detector) -> int:
+    """Return how many channels the images of a model have; models of RGB images may leave it out of their .yaml."""
+    return int(model.yaml.get("channels", 3))
 
 
 def head_of(model: Detector) -> nn.Module | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolokd.models.detector import Detector, check_detector, dense_heads
+from yolokd.models.detector import Detector, check_detector, dense_heads, image_channels
 from yolokd.models.teacher import Branches, Network, Teacher
 from yolokd.pyramid.head import Head
 
@@ -27,7 +27,7 @@ def detector_teacher(model: Detector, argument: str = "teacher") -> Teacher:
     heads = dense_heads(model.model[-1], pyramid)
     model.model[-1] = _Tap(model.model[-1], heads)
     network = _TappedDetector(model.fuse(verbose=False), tuple(pyramid))
-    return Teacher(network, pyramid, model.names, model.yaml.get("channels", 3), max(pyramid), heads)
+    return Teacher(network, pyramid, model.names, image_channels(model), max(pyramid), heads)
 
 
 class _TappedDetector(Network):

@@ -18,6 +18,8 @@ from yolokd.report.seen.samples import Boxes, Frame, Sample
 from yolokd.runtime.plots import import_matplotlib
 
 PHOTO, QUALITY = 560, 80  # ours: the longer side of a photograph in pixels, and JPEG's quality
+TOLERANCE = 0.25  # ours: how far a simplified outline may be from its mask's, in pixels of the models' square
+KEYPOINT, DIAMOND = 0.01, np.array([(0, -1), (1, 0), (0, 1), (-1, 0)])  # ours: a keypoint's size, of the square's side
 PERCENTILE = 99.5  # ours: a map's brightest color stands for this percentile, so that one peak does not darken the rest
 
 
@@ -122,12 +124,36 @@ def view_box(frame: Frame) -> str:
     return f"{frame.left} {frame.top} {frame.width} {frame.height}"
 
 
-def rectangles(boxes: Boxes, frame: Frame) -> list[tuple[float, float, float, float]]:
-    """Return x, y, width, height of boxes in pixels of the models' square."""
-    scale = np.array([frame.width, frame.height] * 2)
-    corners = np.clip(boxes.corners, 0, 1) * scale + np.array([frame.left, frame.top] * 2)
-    sides = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
-    return [(x, y, w, h) for x, y, w, h in sides.round(1).tolist()]
+def paths(boxes: Boxes, frame: Frame) -> list[str]:
+    """Return each box as the data of an SVG path, in pixels of the models' square.
+
+    Masks and rotated boxes are drawn as their outlines, keypoints as small diamonds beside the box.
+    """
+    drawn = []
+    for i, (left, top, right, bottom) in enumerate(boxes.corners):
+        outline = boxes.outlines[i] if boxes.outlines else np.zeros((0, 2))
+        if len(outline) == 0:  # also of a mask without a pixel
+            outline = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+        path = _polygon(_simplified(_place(outline, frame)))
+        for point in _place(boxes.keypoints[i], frame) if boxes.keypoints else ():
+            path += _polygon(point + frame.size * KEYPOINT * DIAMOND)
+        drawn.append(path)
+    return drawn
+
+
+def _place(points: npt.NDArray[Any], frame: Frame) -> npt.NDArray[np.float64]:
+    """Return points (K, 2), given as shares of an image's sides, in pixels of the models' square."""
+    placed: npt.NDArray[np.float64] = np.clip(points, 0, 1) * (frame.width, frame.height) + (frame.left, frame.top)
+    return placed
+
+
+def _simplified(outline: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+    """Return an outline without the points that move it by less than TOLERANCE."""
+    return np.asarray(cv2.approxPolyDP(outline.astype(np.float32)[:, None], TOLERANCE, closed=True))[:, 0]
+
+
+def _polygon(points: npt.NDArray[Any]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points.tolist()) + "z"
 
 
 def layers(group: MapGroup, maps: LevelMaps, before: LevelMaps, level: str, image: int) -> list[Layer]:

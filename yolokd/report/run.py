@@ -58,7 +58,7 @@ class Run:
     @property
     def task(self) -> Task:
         """Return the student's task."""
-        return task_of(self.student) or TASKS["detect"]
+        return _task(self.student)
 
     @property
     def imgsz(self) -> int:
@@ -82,6 +82,7 @@ def open_run(folder: Path, given: Mapping[str, Any]) -> Run:
     if best is None:
         raise UserError(f"run={folder}", "has no checkpoint in its folder weights", CURE)
     student, checkpoint = load_model(best, "run", config.trust)
+    args.task = _task(student).name  # which says how Ultralytics reads the labels
     files = [file for file in config.teacher_files if config.method_configs and not is_backbone(file)]
     teacher = load_teacher(files[-1], config.trust) if files else None
     data = load_data(args.data, bool(args.single_cls), trust=config.trust, split=args.split)
@@ -103,3 +104,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
                 raise UserError(f"run={folder}", f"its {name} holds no settings", CURE)
             return without_trust(content, str(path)) | more
     raise UserError(f"run={folder}", "is no folder of a run", CURE)
+
+
+def _task(student: Detector) -> Task:
+    return task_of(student) or TASKS["detect"]

@@ -11,7 +11,7 @@ import torch
 
 from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import DistillationConfig
-from yolokd.models.detector import dense_heads, read_pyramid
+from yolokd.models.detector import dense_heads, image_channels, read_pyramid
 from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import seen_channels
 from yolokd.pyramid.pairing import ClassPairing, Pairing, choose_levels, pair_classes, pair_levels
@@ -99,7 +99,7 @@ def _look(run: Run, pairing: Pairing | None, device: torch.device) -> Seen:
     student = [only_classes(b, wanted) for b in detect(run.best, samples, run.imgsz, device, trust)]
     teacher = None
     if run.teacher is not None and pairing is not None:
-        own = run.teacher.yaml.get("channels", 3)
+        own = image_channels(run.teacher)
         channels = seen_channels(own, run.data["channels"], run.config.teacher_channels)
         found = detect(Path(run.teacher.pt_path), samples, run.imgsz, device, trust, channels)
         mapped = [in_data_classes(boxes, pairing.classes.mapping) for boxes in found]

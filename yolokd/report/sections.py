@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from yolokd.report.pictures import GROUPS, Layer, MapGroup, gradient, layers, rectangles, summarize
+from yolokd.report.pictures import GROUPS, Layer, MapGroup, gradient, layers, paths, summarize
 from yolokd.report.seen.detections import Mask, differences
 from yolokd.report.seen.maps import LevelMaps, Observation
 from yolokd.report.seen.samples import NO_BOXES, Boxes, Frame, Sample
@@ -16,21 +16,21 @@ COLORS = 8  # of classes, in the page's style sheet
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """A box over a photograph: x, y, width and height, the classes of CSS that draw it, and what a pointer shows."""
+class Drawn:
+    """An object over a photograph: the data of its SVG path, the classes of CSS that draw it, what a pointer shows."""
 
-    place: tuple[float, float, float, float]
+    path: str
     style: str
     hint: str
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A photograph with boxes: its heading, a line below it, and the boxes."""
+    """A photograph with objects drawn over it: its heading, a line below it, and the objects."""
 
     heading: str
     count: str
-    rectangles: Sequence[Rectangle]
+    objects: Sequence[Drawn]
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ class Found:
         panels.append(Panel("student", _found(d.student_right), self._by_class(student, frame)))
         return [*panels, self._difference_panel(image, frame)]
 
-    def _by_class(self, boxes: Boxes, frame: Frame) -> list[Rectangle]:
+    def _by_class(self, boxes: Boxes, frame: Frame) -> list[Drawn]:
         hints = self._hints(boxes)
         styles = [f"k{label % COLORS}" if label >= 0 else "kx" for label in boxes.classes.tolist()]
-        return [Rectangle(*each) for each in zip(rectangles(boxes, frame), styles, hints, strict=True)]
+        return [Drawn(*each) for each in zip(paths(boxes, frame), styles, hints, strict=True)]
 
     def _difference_panel(self, image: int, frame: Frame) -> Panel:
         """Return boxes that one model alone finds, labels that none finds and, drawn thin, the boxes of both."""
@@ -128,11 +128,11 @@ class Found:
         """Return a panel of boxes: those in the first mask, drawn as wrong if they are not in the second one."""
         drawn = []
         for boxes, shown, right, style in parts:
-            each = zip(rectangles(boxes, frame), self._hints(boxes), shown, strict=True)
-            for i, (place, hint, is_shown) in enumerate(each):
+            each = zip(paths(boxes, frame), self._hints(boxes), shown, strict=True)
+            for i, (path, hint, is_shown) in enumerate(each):
                 if is_shown:
                     wrong = " wrong" if right is not None and not right[i] else ""
-                    drawn.append(Rectangle(place, style + wrong, hint))
+                    drawn.append(Drawn(path, style + wrong, hint))
         return Panel("what differs", count, drawn)
 
     def _hints(self, boxes: Boxes) -> list[str]:

@@ -16,7 +16,7 @@ from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
 from yolokd.distiller import YoloDistiller
 from yolokd.models.checkpoint import load_model, load_teacher, student_task
-from yolokd.models.detector import Detector
+from yolokd.models.detector import Detector, image_channels
 from yolokd.models.disagreement import mean_disagreement
 from yolokd.models.evaluate import aligned_copy, score
 from yolokd.models.tasks import TASKS, Task
@@ -66,7 +66,7 @@ def _aligned_teacher(run: ComparisonRun, task: Task) -> Detector:
     """Return the teacher, its classes mapped to those of the data set."""
     model = load_teacher(run.keys["teacher"], run.trusts_files)
     data = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=run.trusts_files)
-    names, own = data["names"], model.yaml.get("channels", 3)
+    names, own = data["names"], image_channels(model)
     channels = seen_channels(own, data["channels"], run.teacher_channels)
     return aligned_copy(model, names, pair_classes(model.names, names, run.classes_map).mapping, task, channels)
 

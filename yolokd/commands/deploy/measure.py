@@ -15,7 +15,7 @@ from yolokd.commands.deploy.ledger import NOT_SCORED, TEACHER, DeployRow
 from yolokd.errors import UserError, first_line
 from yolokd.exporter import export
 from yolokd.models.checkpoint import load_model
-from yolokd.models.detector import Detector
+from yolokd.models.detector import Detector, image_channels
 from yolokd.models.evaluate import ClassScores, aligned_copy, score_by_class
 from yolokd.models.tasks import Task, scored_task
 from yolokd.models.teacher import seen_channels
@@ -51,7 +51,7 @@ class Measurement:
         row = row.model_copy(update={"megabytes": megabytes(file)})
         if scored_task(module, self.task, self.dataset) is not self.task:
             return row.model_copy(update={"problem": f"is no model of the task {self.task.name}, and is not scored"})
-        is_teacher, names, own = row.model == TEACHER, self.dataset["names"], module.yaml.get("channels", 3)
+        is_teacher, names, own = row.model == TEACHER, self.dataset["names"], image_channels(module)
         mapping = pair_classes(module.names, names, self.classes_map if is_teacher else None).mapping
         if not mapping:
             return row.model_copy(update={"problem": "knows none of the data set's classes"})

@@ -15,7 +15,7 @@ from yolokd.data.dataset import Image, read_image
 from yolokd.distiller import load_yolo
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_teacher
-from yolokd.models.detector import check_detector
+from yolokd.models.detector import check_detector, image_channels
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LabellingTeacher:
             raise UserError(f"teacher={file}", "detects rotated boxes", "give a detector of upright ones")
         self.path = Path(model.pt_path)
         self.names: dict[int, str] = dict(model.names)
-        self.channels: int = model.yaml.get("channels", 3)
+        self.channels = image_channels(model)
         for label in settings.classes or ():
             if label not in self.names:
                 last = len(self.names) - 1

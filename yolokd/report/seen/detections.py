@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,12 @@ import numpy.typing as npt
 import torch
 from scipy.optimize import linear_sum_assignment
 from ultralytics import YOLO
+from ultralytics.engine.results import Results
 from ultralytics.utils.metrics import box_iou
 
 from yolokd.data.dataset import Image
 from yolokd.patches.safe_loading import safe_loading
-from yolokd.report.seen.samples import Boxes, Sample
+from yolokd.report.seen.samples import Boxes, Sample, visible
 from yolokd.runtime.console import warnings_only
 
 CONF = 0.25  # Ultralytics' default in predictions: the least score of a detection
@@ -41,8 +42,18 @@ def detect(
         images = [_select(sample.image, channels) for sample in samples]
         keys = {"conf": CONF, "imgsz": imgsz, "device": str(device), "verbose": False, "save": False}
         results = [model.predict(image, **keys)[0] for image in images]
-    found = [result.boxes if result.boxes is not None else result.obb for result in results]
-    return [Boxes(r.xyxyn.cpu().numpy(), r.cls.cpu().numpy().astype(np.int64), r.conf.cpu().numpy()) for r in found]
+    return [_boxes(result.cpu().numpy()) for result in results]
+
+
+def _boxes(result: Results) -> Boxes:
+    """Return what Ultralytics found in an image, with the outlines of masks and rotated boxes, and with keypoints."""
+    found = result.boxes if result.boxes is not None else result.obb
+    outlines = result.masks.xyn if result.masks is not None else result.obb.xyxyxyxyn if result.obb is not None else ()
+    scored = result.keypoints
+    keypoints = () if scored is None else map(visible, np.concatenate([scored.xyn, scored.data[..., 2:]], axis=-1))
+    height, width = result.orig_shape
+    corners = found.xyxy / np.array([width, height] * 2, np.float32)
+    return Boxes(corners, found.cls.astype(np.int64), found.conf, tuple(outlines), tuple(keypoints))
 
 
 def _select(image: Image, channels: Sequence[int] | None) -> Image:
@@ -65,13 +76,12 @@ def in_data_classes(boxes: Boxes, mapping: Mapping[int, Sequence[int]]) -> Boxes
     """
     meanings = {taught: own for own, group in mapping.items() for taught in group}
     classes = np.array([meanings.get(int(label), -1) for label in boxes.classes], np.int64)
-    return Boxes(boxes.corners, classes, boxes.scores)
+    return replace(boxes, classes=classes)
 
 
 def only_classes(boxes: Boxes, classes: Sequence[int] | None) -> Boxes:
     """Return the boxes of some classes; all for None."""
-    kept = np.isin(boxes.classes, list(classes)) if classes is not None else np.ones(len(boxes), bool)
-    return Boxes(boxes.corners[kept], boxes.classes[kept], boxes.scores[kept])
+    return boxes if classes is None else boxes.select(np.isin(boxes.classes, list(classes)))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,23 @@ Numbers = npt.NDArray[np.float32]
 class Boxes:
     """Boxes in an image: corners (N, 4), left, top, right, bottom as shares of its sides, classes, and scores.
 
-    A class of -1 is one that the data set does not have. The scores of labels are 1.
+    A class of -1 is one that the data set does not have. The scores of labels are 1. outlines, keypoints: of each box,
+    points (K, 2) as shares of the image's sides; empty for tasks that have none. outlines: of masks and rotated boxes.
     """
 
     corners: Numbers
     classes: npt.NDArray[np.int64]
     scores: Numbers
+    outlines: tuple[Numbers, ...] = ()
+    keypoints: tuple[Numbers, ...] = ()
 
     def __len__(self) -> int:
         return len(self.classes)
+
+    def select(self, kept: npt.NDArray[np.bool_]) -> Boxes:
+        """Return the boxes in a mask (N,)."""
+        outlines, keypoints = (tuple(compress(points, kept)) for points in (self.outlines, self.keypoints))
+        return Boxes(self.corners[kept], self.classes[kept], self.scores[kept], outlines, keypoints)
 
 
 NO_BOXES = Boxes(np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -76,8 +85,9 @@ def validation_samples(data: dict[str, Any], args: Any, trust: bool = False) -> 
         labels = build_yolo_dataset(uncached(args), data[args.split], 1, dict(data), mode="val").labels
     labels = sorted(labels, key=lambda label: str(label["im_file"]))
     chosen = spread([label for label in labels if len(label["cls"])] or labels, SAMPLES)
-    read = [(label, _read(Path(label["im_file"]), data["channels"])) for label in chosen]
-    return [Sample(Path(label["im_file"]), image, _boxes(label)) for label, image in read if image is not None]
+    labelled = [(Path(label["im_file"]), _boxes(label, args.task)) for label in chosen]
+    read = [(file, _read(file, data["channels"]), boxes) for file, boxes in labelled]
+    return [Sample(file, image, boxes) for file, image, boxes in read if image is not None]
 
 
 def read_samples(files: Sequence[Path], channels: int) -> list[Sample]:
@@ -99,9 +109,22 @@ def _read(file: Path, channels: int) -> Image | None:
         return read_image(file, channels)
 
 
-def _boxes(label: Mapping[str, Any]) -> Boxes:
-    """Return the boxes of a label of Ultralytics' data set: centers, widths and heights as shares."""
+def _boxes(label: Mapping[str, Any], task: str) -> Boxes:
+    """Return the boxes of a label of Ultralytics' data set: centers, widths and heights as shares.
+
+    The corners of rotated boxes are among its segments.
+    """
     centers, sides = np.split(np.asarray(label["bboxes"], np.float32).reshape(-1, 4), 2, axis=1)
     corners = np.concatenate([centers - sides / 2, centers + sides / 2], axis=1)
     classes = np.asarray(label["cls"]).reshape(-1).astype(np.int64)
-    return Boxes(corners, classes, np.ones(len(classes), np.float32))
+    outlines = tuple(label["segments"]) if task in ("segment", "obb") else ()
+    keypoints = tuple(map(visible, label["keypoints"])) if task == "pose" else ()
+    return Boxes(corners, classes, np.ones(len(classes), np.float32), outlines, keypoints)
+
+
+def visible(keypoints: Numbers) -> Numbers:
+    """Return the keypoints (K, 2) of an object that can be seen; of (K, 3), those whose third number is above 0.5.
+
+    Labels have 0 there for unknown points and 1 or 2 for others; models give a score.
+    """
+    return keypoints[keypoints[:, 2] > 0.5, :2] if keypoints.shape[1] == 3 else keypoints
