@@ -189,3 +189,9 @@ def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object]
     with pytest.raises(UserError):
         run_bench(**valid | keys)  # type: ignore[arg-type]
     assert not (tmp_path / "p").exists()
+
+
+def test_native_is_refused_for_models_of_other_strides(data: str, tmp_path: Path) -> None:
+    keys = {"teacher": YOLOV8N, "student": "yolov8n-p2.yaml", "data": data, "project": str(tmp_path / "p")}
+    with pytest.raises(UserError, match="method=native: needs equal strides"):
+        run_bench(**keys, method="native", imgsz=64, batch=2, device="cpu")  # type: ignore[arg-type]

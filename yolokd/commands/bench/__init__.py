@@ -20,7 +20,7 @@ from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolok
 from yolokd.commands.bench.rounds import BenchRow, ensemble_costs, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
-from yolokd.commands.native import check_native
+from yolokd.commands.native import check_native, check_same_levels
 from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list, parse_value
 from yolokd.config.defaults import defaults
@@ -93,6 +93,10 @@ def run_bench(
         source = data_file(data)
         trust = bool(other_keys.get("trust"))
         checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in names}
+        if NATIVE in methods:
+            own = load_student(student, load_data(source, trust=trust), trust)
+            for checkpoint in checkpoints.values():
+                check_same_levels(own, load_teacher(checkpoint, trust))
         teachers = [*([tuple(names)] if ensemble else []), *((t,) for t in names)]
         shared = source, folder, tuple(other_keys.items())
         settings = [
