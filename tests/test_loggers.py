@@ -92,3 +92,15 @@ def test_a_run_with_a_teacher_reaches_weights_and_biases(
     for name, values in columns.items():
         by_epoch = {step["epoch"]: step[name] for step in history if name in step}
         assert [by_epoch[epoch] for epoch in (1, 2)] == pytest.approx(values, rel=1e-4)
+
+
+def test_a_benchmark_is_logged_nowhere(data: str, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    environment |= {"YOLO_CONFIG_DIR": str(tmp_path), "MLFLOW_ALLOW_FILE_STORE": "true"}  # MLflow is on in new settings
+    environment |= {"MLFLOW_TRACKING_URI": (tmp_path / "store").as_uri()}
+    keys = f"teacher={YOLOV8N} student={YOLOV8N} data={data} imgsz=32 batch=2 rounds=1 method=none device=cpu"
+    command = [sys.executable, "-m", "yolokd", "bench", *keys.split(), f"project={tmp_path / 'bench'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "MLflow" not in done.stdout + done.stderr
+    assert not (tmp_path / "store").exists()

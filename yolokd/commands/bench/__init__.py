@@ -30,6 +30,7 @@ from yolokd.errors import UserError
 from yolokd.models.backbone import is_backbone, load_backbone
 from yolokd.models.checkpoint import load_student, load_teacher
 from yolokd.models.detector import check_detector
+from yolokd.patches.no_loggers import no_loggers
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
 from yolokd.training.settings import check_device
 
@@ -89,7 +90,7 @@ def run_bench(
     ensemble = _is_ensemble(other_keys.pop("teachers", "stages"), len(names))
     rows: list[BenchRow] = []
     out: Path | None = None
-    with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only():
+    with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only(), no_loggers():
         source = data_file(data)
         trust = bool(other_keys.get("trust"))
         checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in names}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from yolokd.commands.bench.candidate import BenchSetting, Candidate
+from yolokd.patches.no_loggers import no_loggers
 from yolokd.patches.safe_imports import safe_imports
 from yolokd.runtime.console import warnings_only
 from yolokd.runtime.memory import peak_resident_mib
@@ -36,7 +37,7 @@ def peak_mib(setting: BenchSetting, candidate: Candidate) -> float | None:
 
 def _report_peak(sender: Any, setting: BenchSetting, method: str, amp: object) -> None:
     """Run two steps in this process and send its peak memory in MiB."""
-    with warnings_only():
+    with warnings_only(), no_loggers():
         candidate = Candidate(setting, method, amp)
         for _ in range(2):
             candidate.step()
