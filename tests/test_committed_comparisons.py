@@ -10,7 +10,8 @@ import pytest
 from yolokd.commands.compare import run_compare
 
 ROOT = Path(__file__).parents[1]
-LEDGERS = sorted(path for path in (ROOT / "runs/reference/compare").glob("*.csv") if not path.stem.endswith("-summary"))
+FOLDERS = [ROOT / "runs/reference/compare", ROOT / "runs/reference/tasks"]
+LEDGERS = sorted(path for folder in FOLDERS for path in folder.glob("*.csv") if not path.stem.endswith("-summary"))
 
 
 @pytest.mark.parametrize("ledger", LEDGERS, ids=lambda path: path.stem)

@@ -225,6 +225,8 @@ def _draw_curves(
 
     Teachers' scores are dashed lines; not if they are those of another split than the curves'.
     """
+    from matplotlib.ticker import MaxNLocator
+
     baseline = [summary for summary in summaries if summary.is_baseline]
     in_order = [*baseline, *ranked]  # of the legend
     for number, summary in enumerate(in_order):
@@ -236,6 +238,7 @@ def _draw_curves(
     late = [mean for s in summaries for mean in _epoch_means(s)[len(_epoch_means(s)) // 2 :]]
     curves.set_ylim(bottom=min(late, default=None))
     curves.set_xlim(left=1)
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     banded = f" (baseline and best {IN_FRONT})" if len(ranked) > IN_FRONT else ""
     curves.set_xlabel(f"epoch\nbands{banded}: one standard deviation over seeds")
     metric = deciding(next((row.metric for s in summaries for row in s.rows), "box"))
