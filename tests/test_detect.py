@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from ultralytics import YOLO
 from yolokd.exporter import export
 
 # An end-to-end model can't run on fewer anchors than it gives rows: narrow images need the larger size.
-KINDS = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
+SIZES = {"static": SIZE, "dynamic": SIZE, "embedded": SIZE, "end2end": 2 * SIZE}
 SIDES = ((80, 96), (200, 120), (97, 173), (160, 160), (61, 333))  # height, width
 # Packages that a device does not have: importing one fails there.
 ABSENT = (
@@ -78,7 +79,7 @@ def models(data: str, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }
     made = {}
     for kind, (cfg, arguments) in kinds.items():
-        checkpoint = save_trained_checkpoint(calibrated_detector(cfg, images, KINDS[kind]), data, root / f"{kind}.pt")
+        checkpoint = save_trained_checkpoint(calibrated_detector(cfg, images, SIZES[kind]), data, root / f"{kind}.pt")
         made[kind] = checkpoint, Path(YOLO(checkpoint).export(format="onnx", **arguments))
     return made
 
@@ -90,25 +91,25 @@ def ultralytics(model: Path, source: Path, **arguments: Any) -> list[np.ndarray]
     return [result.boxes.data.numpy() for result in results]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIZES)
 def test_detections_equal_those_of_ultralytics_on_the_same_file(
     kind: str, models: dict[str, tuple[Path, Path]], photos: Path
 ) -> None:
     path = models[kind][1]
-    detector = detect.Detector(path, imgsz=KINDS[kind] if kind in ("dynamic", "end2end") else None)
+    detector = detect.Detector(path, imgsz=SIZES[kind] if kind in ("dynamic", "end2end") else None)
     ours = [as_array(detector(cv2.imread(str(photo)))) for photo in sorted(photos.iterdir())]
-    expected = ultralytics(path, photos, imgsz=KINDS[kind])
+    expected = ultralytics(path, photos, imgsz=SIZES[kind])
     assert sum(map(len, ours)) > 10
     for one, other in zip(ours, expected, strict=True):
         assert_same(one, other)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SIZES)
 def test_detections_equal_those_of_ultralytics_on_the_checkpoint(
     kind: str, models: dict[str, tuple[Path, Path]], photos: Path
 ) -> None:
     checkpoint, path = models[kind]
-    detector = detect.Detector(path, imgsz=KINDS[kind] if kind in ("dynamic", "end2end") else None)
+    detector = detect.Detector(path, imgsz=SIZES[kind] if kind in ("dynamic", "end2end") else None)
     # With a static file, Ultralytics pads images to the full size, too.
     settings = {"imgsz": list(detector.size), "rect": detector.dynamic} | ({"nms": False} if kind == "end2end" else {})
     expected = ultralytics(checkpoint, photos, **settings)
@@ -229,7 +230,9 @@ def test_the_script_runs_without_torch_ultralytics_and_yolokd(
     done = run_on_device(tmp_path, "detect.py", "best.onnx", "photos", "--out", "runs/out", "--json", "runs/found.json")
     assert done.returncode == 0, done.stderr
     assert "broken.jpg: unreadable image, skipped" in done.stderr
-    assert done.stdout.startswith("5 images, ")
+    summary = re.match(r"5 images, \d+ detections, ([\d.]+) ms each \(the model alone ([\d.]+)\); ", done.stdout)
+    assert summary is not None, done.stdout
+    assert float(summary[1]) > 0 < float(summary[2])
     records = json.loads((tmp_path / "runs" / "found.json").read_text())
     detector = detect.Detector(models["dynamic"][1])
     assert [record["image"] for record in records] == [str(Path("photos") / f"{n}.jpg") for n in range(5)]
