@@ -370,7 +370,7 @@ def test_a_missing_image_stops_the_training_with_an_error_that_says_how_to_resum
             path.rename(path.with_suffix(".away"))
 
     distiller.add_callback("on_model_save", hide_images)
-    with pytest.raises(UserError, match=r"Image Not Found .*go on with: yolokd train resume="):
+    with pytest.raises(UserError, match=r"Image Not Found .*continue with: yolokd train resume="):
         distiller.train(**TINY, data=data, epochs=2, project=str(tmp_path / "runs"))
     for path in (tmp_path / "d" / "images" / "train").iterdir():
         path.rename(path.with_suffix(".jpg"))

@@ -29,7 +29,7 @@ from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.teacher import RequestedOutputs, Teacher
 from yolokd.pyramid.level import confidence_shares
 from yolokd.training.logs import balance_summary
-from yolokd.training.sidecar import sidecar_path
+from yolokd.training.resume.sidecar import sidecar_path
 
 LEVELS = ("P3", "P4", "P5")
 
@@ -151,6 +151,45 @@ def test_each_teacher_gets_a_whole_schedule() -> None:
     assert criterion.config.factors(criterion._epoch, criterion._epochs) == [1, 0]
     criterion.begin_epoch(7, epochs=8, steps=3)
     assert criterion.config.factors(criterion._epoch, criterion._epochs) == [0.5, 0.5]
+
+
+def test_the_stages_of_the_last_step_are_those_that_the_log_describes() -> None:
+    student = random_detector(seed=1)
+    student.args = get_cfg()
+    config = parse({"teacher": "[t, u]", "stages": [1], "method": "fitnet"})
+    pairs = [(detector_teacher(random_detector(seed=n)), pair(random_detector(), student)) for n in range(2)]
+    criterion = DistillationCriterion(student.train(), pairs, config, seed=0)
+    batch = two_images()
+    for epoch, taught in enumerate((0, 1)):
+        criterion.begin_epoch(epoch, epochs=2, steps=1)
+        criterion.begin_step(batch["img"])
+        criterion(student(batch["img"]), batch)
+        assert criterion.taught == [criterion.stages[taught]]
+
+
+@pytest.mark.parametrize("method", ["crosskd", "ld"])
+def test_a_level_without_assigned_positions_is_not_measured_for_methods_that_learn_there(method: str) -> None:
+    """CrossKD's gradient at such a level is weaker by a factor of 1e7 than with one position."""
+    student = random_detector(seed=1)
+    student.args = get_cfg()
+    criterion = attach_criterion(random_detector(YOLOV8S), student, method=f"fitnet+{method}", probe=1)
+    criterion.begin_epoch(0, epochs=1, steps=9)
+    batch = two_images() | {"bboxes": torch.full((2, 4), 0.12)}  # so small that P5 gets no position
+    assigned: list[list[bool]] = []
+    measure = criterion.stage.measure
+
+    def watch(task: Tensor, losses: Any, maps: Any, levels: Any, output: Any) -> Tensor:
+        assigned.append([bool(level.assigned.any()) for level in levels])
+        return measure(task, losses, maps, levels, output)
+
+    criterion.stage.measure = watch  # type: ignore[method-assign]
+    for _ in range(3):
+        criterion.begin_step(batch["img"])
+        criterion(student(batch["img"]), batch)
+    assert all(levels[0] and not levels[2] for levels in assigned)
+    fitnet, other = criterion.stage.balance.seen.tolist()
+    assert fitnet == [3, 3, 3]
+    assert other == [sum(levels[i] for levels in assigned) for i in range(3)]
 
 
 def test_one_teachers_schedule_spans_the_training() -> None:

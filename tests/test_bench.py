@@ -182,6 +182,8 @@ def test_ratios_compare_steps_of_the_same_round() -> None:
         {"project": __file__},
         {"teachers": "ensmble"},
         {"teachers": "ensemble"},
+        {"epochs": 3},
+        {"cfg": "nowhere.yaml"},
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(keys: dict[str, object], data: str, tmp_path: Path) -> None:

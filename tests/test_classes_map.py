@@ -364,7 +364,7 @@ def test_a_map_is_part_of_the_identity_of_runs_with_a_teacher(street: str, coco:
     assert [a.config == b.config for a, b in zip(without, mapped, strict=True)] == [False, True, True, False]
     assert [a.ground == b.ground for a, b in zip(without, mapped, strict=True)] == [True] * 4
     assert mapped[3].keys["classes_map"] == MAP
-    with pytest.raises(UserError, match="classes_map: has no effect on none and native"):
+    with pytest.raises(UserError, match="classes_map: has no effect on method=none,native"):
         plan_runs(["none", "native"], 0, "val", tmp_path, {"teacher": coco, "data": street, "classes_map": MAP})
 
 

@@ -571,7 +571,7 @@ def test_unlabelled_images_count_by_their_content_and_for_methods_that_use_them(
         shutil.copytree(Path(write_dataset(tmp_path / "photos", train=14)).parent / "images" / "train", folder)
     without = runs("none", "native", "fitnet")
     taken = runs("none", "native", "fitnet", unlabelled=str(photos[0]))
-    assert "not used by none and native" in capsys.readouterr().out
+    assert "method=none,native trains without these images" in capsys.readouterr().out
     assert [run.hash for run in taken][:2] == [run.hash for run in without][:2]
     assert "unlabelled" not in taken[0].keys | taken[1].keys
     assert taken[2].ground == without[2].ground  # so that it is compared with training on the labelled images alone
@@ -580,7 +580,7 @@ def test_unlabelled_images_count_by_their_content_and_for_methods_that_use_them(
     assert runs("fitnet", unlabelled=str(photos[1]), unlabelled_ratio=0.5)[0].hash != taken[2].hash
     (photos[1] / "13.jpg").unlink()
     assert runs("fitnet", unlabelled=str(photos[1]))[0].hash != taken[2].hash
-    with pytest.raises(UserError, match="unlabelled: has no effect on none and native"):
+    with pytest.raises(UserError, match="unlabelled: has no effect on method=none,native"):
         runs("none", "native", unlabelled=str(photos[0]))
 
 
@@ -755,10 +755,12 @@ def test_killed_native_runs_resume_from_every_state_of_their_files(keys: dict[st
         ({"method": "native", "teacher": None}, "teacher: is missing (give teacher=yolov8l.pt, for example, or drop"),
         ({"method": None, "teacher": None}, "teacher: is missing (give teacher=yolov8l.pt, for example)"),
         ({"epochs": 0}, "epochs=0"),
-        ({"project": Path(__file__) / "c"}, "c: is no folder that can be written"),
-        ({"project": "a\0b"}, "is no folder that can be written"),
-        ({"project": "x" * 300}, "is no folder that can be written"),
+        ({"project": Path(__file__) / "c"}, "c: is not a writable folder"),
+        ({"project": "a\0b"}, "is not a writable folder"),
+        ({"project": "x" * 300}, "is not a writable folder"),
         ({"teacher": "absent/t.pt", "method": "none,native"}, "teacher=absent/t.pt: no such file"),
+        ({"csv": Path(__file__) / "c.csv"}, "is not a writable folder"),
+        ({"student": YOLOV8N, "model": YOLOV8N}, "student, model: name the same setting (give one of the two)"),
     ],
 )
 def test_invalid_settings_are_refused_before_anything_is_written(

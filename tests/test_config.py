@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from yolokd import UserError
 from yolokd.cli import parse_arguments
 from yolokd.config.arguments import parse_value
 from yolokd.config.defaults import defaults, method_defaults
-from yolokd.config.parse import method_names, parse
+from yolokd.config.parse import merge_cfg_file, method_names, parse
 from yolokd.config.schema import OWN_KEYS
 from yolokd.methods import constants_model, registered
 from yolokd.runtime.resources import bundled_folder
@@ -89,8 +90,9 @@ def test_flat_keys_parse_back_to_the_same_configuration() -> None:
         ({"method": "dfd", "teacher": "[a.pt, a.pt]"}, "is empty or names one twice"),
         ({"method": "dfd", "teacher": "[]"}, "is empty or names one twice"),
         ({"method": "dfd", "teacher": "[a.pt, b.pt]", "stages": [3, 5]}, "stages=[3.0, 5.0]: must be"),
-        ({"method": "dfd", "teacher": "[a.pt, b.pt, c.pt]", "stages": [5, 3]}, "must be the rising epochs"),
-        ({"method": "dfd", "stages": 5}, "stages=[5.0]: must be"),
+        ({"method": "dfd", "teacher": "[a.pt, b.pt, c.pt]", "stages": [5, 3]}, "must be 2 rising epochs"),
+        ({"method": "dfd", "stages": 5}, "stages=[5.0]: has no effect: there is one teacher"),
+        ({"method": "dfd", "levels": []}, "levels=(): not a valid value"),
         ({"method": "dfd", "classes_map": {}}, "classes_map={}: not a valid value"),
         ({"method": "dfd", "classes_map": {"person": ""}}, "classes_map={'person': ''}: not a valid value"),
         ({"method": "dfd", "classes_map": {"person": 1}}, "classes_map={'person': 1}: not a valid value"),
@@ -102,6 +104,30 @@ def test_invalid_settings_are_refused_with_one_line(keys: dict[str, Any], messag
         parse(T | keys)
     assert message in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_levels_in_any_order_are_the_same_setting() -> None:
+    assert parse(T | {"levels": [16, 8, 16]}).levels == parse(T | {"levels": [8, 16]}).levels == (8, 16)
+
+
+def test_keys_that_are_given_replace_those_of_a_file_with_all_that_depends_on_them(tmp_path: Path) -> None:
+    saved = {"method": "dfd+pdf", "dfd.alpha": 0.5, "pdf.distance": "l1", "dfd.gain": 2.0, "balance": "off"}
+    saved |= {"student": "a.yaml", "unlabelled": "photos", "unlabelled_ratio": 2.0, "epochs": 3}
+    file = tmp_path / "distill.yaml"
+    file.write_text(yaml.safe_dump(saved))
+
+    def left(**given: Any) -> set[str]:
+        """Return which of the file's keys are not taken over as they are."""
+        merged = merge_cfg_file({"cfg": str(file), **given})
+        assert given.items() <= merged.items()
+        return {key for key in saved if key not in given and merged.get(key) != saved[key]}
+
+    assert left() == left(epochs=5) == left(balance="off") == left(student="b.yaml") == set()
+    assert left(method="pdf") == {"dfd.alpha", "dfd.gain"}
+    assert left(method="none") == {"dfd.alpha", "dfd.gain", "pdf.distance"}
+    assert left(balance=1.0) == {"dfd.gain"}
+    assert left(model="b.yaml") == {"student"}
+    assert left(unlabelled=None) == {"unlabelled_ratio"}
 
 
 def test_method_none_needs_no_teacher() -> None:

@@ -50,12 +50,12 @@ def interrupt_after_the_teacher(folder: Path, *arguments: str) -> str:
 def test_the_short_demo_trains_compares_exports_and_draws_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     demo = ("demo", "short=True", "seed=1")
     last_line = interrupt_after_the_teacher(tmp_path, *demo)
-    assert last_line.endswith("the demo goes on where it stopped with: yolokd demo short=True seed=1 method=fitnet+pdf")
+    assert last_line.endswith("to continue: yolokd demo short=True seed=1 method=fitnet+pdf")
     teacher = tmp_path / "runs/distill/demo/teacher/weights/best.pt"
     trained = teacher.stat().st_mtime_ns
     output = output_of(tmp_path, *demo)
     assert teacher.stat().st_mtime_ns == trained
-    assert output.startswith("the demo goes on in runs/distill/demo")
+    assert output.startswith("the demo continues in runs/distill/demo")
     assert [path.name for path in (tmp_path / "runs/distill").iterdir()] == ["demo"]
     assert scores(output).keys() == {"teacher", "student-alone", "student-distilled"}
     assert "pass" in output

@@ -152,7 +152,7 @@ def test_sigterm_to_the_launcher_ends_all_processes(data: str, teacher: str, tmp
 def test_a_signal_to_one_process_stops_all_after_the_same_step(data: str, teacher: str, tmp_path: Path) -> None:
     keys = settings(data, teacher, tmp_path / "run", epochs=50)
     output = output_of(launch(keys, *TORCHRUN, "--nproc_per_node=2", INTERRUPT="1:5"), status=1)
-    assert output.count("yolokd: interrupted; go on with: yolokd train resume=") == 1
+    assert output.count("yolokd: interrupted; continue with: yolokd train resume=") == 1
     assert [(tmp_path / "run" / f"batches-{rank}.txt").read_text() for rank in (0, 1)] == ["7", "7"]
 
 
@@ -173,7 +173,7 @@ def test_a_process_that_stops_for_good_ends_the_training_after_a_while(data: str
     keys = settings(data, teacher, tmp_path / "run", epochs=50)
     output = output_of(launch(keys, *TORCHRUN, "--nproc_per_node=2", STOP="1:5", YOLOKD_STEP_TIMEOUT="0.1"), status=1)
     assert "another process has not answered for 0:00:06" in output
-    assert "go on with: yolokd train resume=" in output
+    assert "continue with: yolokd train resume=" in output
 
 
 @pytest.mark.slow

@@ -157,7 +157,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(files: dict[str, str], tmp_pa
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGINT
-    assert errors.splitlines()[-1] == "yolokd: interrupted; the same command goes on where it stopped"
+    assert errors.splitlines()[-1] == "yolokd: interrupted; repeat the same command to continue"
     begun = len(list(folder.glob("labels/*.txt")))
     assert 0 < begun < 400
     done = run_forked("label", *command, cwd=tmp_path, into=tmp_path)
@@ -290,6 +290,24 @@ def test_a_data_set_gives_its_split_and_its_own_validation_images(
     assert len(list(data_file.parent.glob("images/*.jpg"))) == 3
     assert yaml.safe_load(data_file.read_text())["val"] == f"{files['images']}/val"
     assert "it has 3 of these images, too" in capsys.readouterr().out
+
+
+def test_a_data_set_without_validation_images_is_labelled(
+    keys: dict[str, Any], files: dict[str, str], tmp_path: Path
+) -> None:
+    data = tmp_path / "d.yaml"
+    content = yaml.safe_load(Path(files["data"]).read_text()) | {"path": str(Path(files["data"]).parent), "val": None}
+    data.write_text(yaml.safe_dump(content))
+    data_file = run_label(**keys | {"source": str(data)})
+    assert yaml.safe_load(data_file.read_text())["val"] == "images"
+
+
+def test_a_folder_may_be_named_by_a_number(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(keys["source"], tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    assert run_label(**keys | {"source": 2024}).parent.name == "2024"
 
 
 def test_images_that_all_lie_in_the_folder_to_be_written_are_refused(keys: dict[str, Any]) -> None:

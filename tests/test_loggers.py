@@ -22,14 +22,23 @@ PROGRAM = Path(__file__).parent / "helpers" / "programs" / "logged_training.py"
 OURS = ("train/fitnet_", "level/", "clip/", "distill/")
 
 
+def environment_of_loggers(settings: Path, store: Path) -> dict[str, str]:
+    """Return the environment of a process with Ultralytics settings of its own, in which MLflow is on.
+
+    settings, store: the folders of the settings, and of MLflow's runs.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # Ultralytics' loggers heed it
+    own = {"YOLO_CONFIG_DIR": str(settings), "MLFLOW_TRACKING_URI": store.as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    return environment | own
+
+
 @pytest.fixture(scope="module")
 def logged(teacher: str, data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train in a process with settings of its own; return a folder: run in `logged`, MLflow's store in `store`."""
     folder = tmp_path_factory.mktemp("loggers")
     (folder / "settings").mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}  # Ultralytics' loggers heed it
-    environment |= {"YOLO_CONFIG_DIR": str(folder / "settings"), "MLFLOW_ALLOW_FILE_STORE": "true"}
-    environment |= {"MLFLOW_TRACKING_URI": (folder / "store").as_uri(), "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    environment = environment_of_loggers(folder / "settings", folder / "store")
+    environment |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     command = [sys.executable, PROGRAM, teacher, YOLOV8N, data, folder]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -95,9 +104,7 @@ def test_a_run_with_a_teacher_reaches_weights_and_biases(
 
 
 def test_a_benchmark_is_logged_nowhere(data: str, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    environment |= {"YOLO_CONFIG_DIR": str(tmp_path), "MLFLOW_ALLOW_FILE_STORE": "true"}  # MLflow is on in new settings
-    environment |= {"MLFLOW_TRACKING_URI": (tmp_path / "store").as_uri()}
+    environment = environment_of_loggers(tmp_path, tmp_path / "store")
     keys = f"teacher={YOLOV8N} student={YOLOV8N} data={data} imgsz=32 batch=2 rounds=1 method=none device=cpu"
     command = [sys.executable, "-m", "yolokd", "bench", *keys.split(), f"project={tmp_path / 'bench'}"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import write_dataset
 from helpers.models import YOLOV8N
 from helpers.results import rows, states_equal, weights
 from helpers.runs import captured_log
 from torch import Tensor, nn
 
 from yolokd import UserError, YoloDistiller, register
-from yolokd.distillation.nonfinite import MAX_SKIPPED_IN_A_ROW, MAX_STEPS_IN_A_ROW
+from yolokd.distillation.nonfinite import MAX_SKIPPED_IN_A_ROW, MAX_STEPS_IN_A_ROW, NonFiniteGuard
 from yolokd.methods import Method
 from yolokd.models.teacher import Teacher, TeacherOutput
+from yolokd.pyramid.level import Level
 
 
 def break_teacher(monkeypatch: pytest.MonkeyPatch, value: float, steps: set[int]) -> None:
@@ -61,6 +63,46 @@ def test_many_nonfinite_steps_in_a_row_are_an_error(
     ):
         d.train(**tiny | {"epochs": 9, "teacher_precision": "fp32"})
     assert d.trainer.last.exists()
+
+
+def test_a_broken_student_is_left_to_ultralytics_which_recovers_it(
+    tiny: dict[str, Any], teacher: str, tmp_path: Path
+) -> None:
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet")
+    steps, broken = 2 * MAX_STEPS_IN_A_ROW, []
+
+    def poison(trainer: Any) -> None:
+        if trainer.epoch == 1 and not broken:
+            broken.append(trainer.epoch)
+            with torch.no_grad():
+                next(trainer.model.model.parameters()).fill_(math.nan)
+
+    d.add_callback("on_train_batch_start", poison)
+    with captured_log() as lines:
+        d.train(**tiny | {"epochs": 3, "batch": 1, "data": str(write_dataset(tmp_path / "d", train=steps))})
+    assert len(d.trainer.train_loader) == steps
+    assert any("recover" in line.lower() for line in lines)
+    assert any("the YOLO loss is not finite" in line for line in lines)
+    assert [r["distill/dropped"] for r in rows(d.trainer)] == [0, 0, 0]  # the broken epoch was repeated
+    assert all(torch.isfinite(v).all() for v in weights(d.trainer).values())
+
+
+@pytest.mark.parametrize("batches_per_step", [1, 16])
+def test_gradients_that_overflow_get_as_many_steps_of_the_optimizer(batches_per_step: int) -> None:
+    guard = NonFiniteGuard(["fitnet"])
+    level = Level(8, torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+    parameter = nn.Parameter(torch.zeros(1))
+    guard.guard_adapter(parameter)
+
+    def step() -> None:
+        guard.guard_losses(torch.zeros(1, 1), torch.zeros(1), [level], ["a.jpg"])
+        (parameter * math.inf).sum().backward()
+        guard.after_backward(batches_per_step)
+
+    for _ in range(MAX_STEPS_IN_A_ROW * batches_per_step):
+        step()
+    with pytest.raises(UserError, match=f"for {MAX_STEPS_IN_A_ROW * batches_per_step} steps in a row"):
+        step()  # flags are read one step late
 
 
 class Explode(torch.autograd.Function):

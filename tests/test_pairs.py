@@ -9,7 +9,7 @@ import pytest
 from helpers.data import write_dataset
 from helpers.families import CONFIGS, FAMILIES, random_model, tiny_config
 from helpers.models import save_checkpoint
-from helpers.pairs import KINDS, try_pair
+from helpers.pairs import METHOD_KINDS, try_pair
 from helpers.pairs_table import markdown, read_pairs, write_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def test_all_pairs_train_or_are_refused_as_the_table_says(folder: Path) -> None:
 def test_the_table_holds_every_pair_and_the_readme_shows_it() -> None:
     pairs = read_pairs(TABLE)
     assert set(pairs) == set(product(FAMILIES, FAMILIES))
-    assert all(kind in KINDS for refused in pairs.values() for kind in refused)
+    assert all(kind in METHOD_KINDS for refused in pairs.values() for kind in refused)
     assert markdown(pairs) in (ROOT / "cfg/README.md").read_text(encoding="utf-8")
 
 

@@ -33,8 +33,8 @@ from yolokd.runtime.files import AtomicPath, atomic_path
 from yolokd.runtime.lock import LOCK_FILE
 from yolokd.runtime.rng import random_state, set_random_state
 from yolokd.runtime.signals import Interrupted, handle_signals
-from yolokd.training.sidecar import sidecars
-from yolokd.training.state import capture_state, restore_state
+from yolokd.training.resume.sidecar import is_trained, sidecars
+from yolokd.training.resume.state import capture_state, restore_state
 
 EPOCHS = 5
 PROGRAM = Path(__file__).with_name("helpers") / "programs" / "killed_training.py"
@@ -150,6 +150,50 @@ def test_another_teacher_is_refused_unless_forced(tiny: dict[str, Any], teacher:
     with pytest.raises(UserError, match="teacher: is another than the run began with"):
         YoloDistiller().train(resume=str(folder), teacher=other)
     YoloDistiller().train(resume=str(folder), teacher=other, force=True)
+
+
+def test_another_teacher_is_refused_also_without_a_sidecar(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    folder = train_one_epoch(tiny, teacher)
+    (sidecar,) = sidecars(folder / "weights" / "last.pt")
+    sidecar.unlink()
+    other = str(save_checkpoint(random_detector(YOLOV8S, seed=9), tmp_path / "other.pt"))
+    with pytest.raises(UserError, match="teacher: is another than the run began with"):
+        YoloDistiller().train(resume=str(folder), teacher=other)
+    YoloDistiller().train(resume=str(folder))
+
+
+def test_a_resume_ignores_settings_that_ultralytics_ignores(tiny: dict[str, Any], teacher: str) -> None:
+    folder = train_one_epoch(tiny, teacher)
+    d = YoloDistiller()
+    with captured_log() as lines:
+        d.train(resume=str(folder), classes=[0])
+    assert any("Resume ignores ['classes']" in line for line in lines)
+    assert d.trainer.plan.args.classes is None
+    assert len(d.trainer.plan.teachers[0].pairing.classes.student) == 2
+
+
+def test_a_forced_resume_can_drop_settings(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
+    both = [teacher, str(save_checkpoint(random_detector(YOLOV8N, seed=9), tmp_path / "other.pt"))]
+    keys = {"teacher": both, "stages": [1], "balance": "off", "fitnet.gain": 2.0}
+    folder = train_one_epoch(tiny | {k: v for k, v in keys.items() if k != "teacher"}, both)
+    d = YoloDistiller(teacher=teacher)
+    d.train(resume=str(folder), force=True, stages=None, balance=0.5)
+    assert d.trainer.plan.config.stages is None
+    assert d.trainer.plan.config.balance == 0.5
+
+
+def test_the_final_evaluation_alone_can_be_made_in_another_folder(
+    tiny: dict[str, Any], teacher: str, tmp_path: Path
+) -> None:
+    d = YoloDistiller(teacher=teacher, student=YOLOV8N, method="fitnet")
+    train_and_stop(d, tiny, epoch=tiny["epochs"] - 1)
+    resumed = YoloDistiller()
+    resumed.train(resume=str(d.trainer.save_dir), save_dir=str(tmp_path / "moved"), plots=True)
+    moved = tmp_path / "moved"
+    assert {"results.csv", "results.png"} <= {file.name for file in moved.iterdir()}
+    assert len(rows(resumed.trainer)) == tiny["epochs"]
+    assert is_trained(moved / "weights" / "last.pt")
+    assert (moved / "weights" / "best.pt").exists()
 
 
 def test_another_method_resumes_if_forced(tiny: dict[str, Any], teacher: str) -> None:
@@ -283,7 +327,7 @@ def test_a_signal_stops_the_run_at_the_end_of_a_step(number: int, status: int, d
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == status
-    assert errors.splitlines()[-1] == f"yolokd: interrupted; go on with: yolokd train resume='{folder}'"
+    assert errors.splitlines()[-1] == f"yolokd: interrupted; continue with: yolokd train resume='{folder}'"
     last = torch.load(folder / "weights" / "last.pt", weights_only=False)
     assert last["epoch"] + 1 == epochs_of(folder)
     (sidecar,) = sidecars(folder / "weights" / "last.pt")
@@ -425,7 +469,7 @@ def take_sidecar_of_another_run(folder: Path, data: Path) -> None:
     ("change", "warning"),
     [
         (change_labels, "not exact, because images or labels have changed"),
-        (pretend_other_cores, "not exact, the run began with 64 cores"),
+        (pretend_other_cores, "not exact, the run began with 64 threads"),
         (take_sidecar_of_another_run, "belongs to another run, and is ignored"),
     ],
 )
@@ -451,7 +495,7 @@ def test_a_stop_after_the_clock_was_set_back_says_how_to_resume(
 
     d.add_callback("on_model_save", set_clock_back)
     d.add_callback("on_train_epoch_start", lambda t: signal.raise_signal(signal.SIGTERM) if t.epoch else None)
-    with pytest.raises(Interrupted, match="go on with: yolokd train resume="):
+    with pytest.raises(Interrupted, match="continue with: yolokd train resume="):
         d.train(**tiny | {"save_dir": str(tmp_path / "run")})
 
 

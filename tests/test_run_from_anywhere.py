@@ -15,7 +15,7 @@ from helpers.runs import TINY, train_and_stop
 from yolokd import YoloDistiller
 from yolokd.config.parse import merge_cfg_file
 from yolokd.training.plan import make_plan
-from yolokd.training.resume import resume_hint
+from yolokd.training.resume.hint import resume_hint
 from yolokd.training.settings import with_absolute_paths
 
 
@@ -43,7 +43,7 @@ def test_a_run_with_a_relative_teacher_goes_on_from_another_folder(
     train_and_stop(distiller, settings)
     monkeypatch.chdir(elsewhere)
     folder = start / "run"
-    assert resume_hint(distiller.trainer) == f"go on with: yolokd train resume='{folder}'"
+    assert resume_hint(distiller.trainer) == f"continue with: yolokd train resume='{folder}'"
     saved = torch.load(folder / "weights" / "last.pt", weights_only=False)["train_args"]
     repeated = yaml.safe_load((folder / "distill.yaml").read_text())
     for keys in (saved, repeated):

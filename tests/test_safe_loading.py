@@ -44,8 +44,8 @@ from yolokd.patches.label_cache import load_label_cache
 from yolokd.patches.safe_imports import safe_imports
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.training.launch import supervise_launch
-from yolokd.training.resume import load_saved_run
-from yolokd.training.sidecar import load_sidecar, save_sidecar, sidecar_path
+from yolokd.training.resume.saved_run import load_saved_run
+from yolokd.training.resume.sidecar import load_sidecar, save_sidecar, sidecar_path
 
 DAMAGES = 100  # of each kind
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ def test_an_image_and_its_maps_are_drawn_for_a_student_that_has_not_been_trained
         ({"method": "fgd"}, "'fgd' has no maps to show"), ({"student": None}, "student: is missing"),
         ({"source": "nowhere"}, "is no folder, list or data set"), ({"count": 0}, "count=0"), ({"x": 1}, "unknown key"),
         ({"student": "s"}, "is neither .yaml nor .pt"),
+        ({"classes_map": {"foo": "disc"}}, "classes_map: the teacher has no class 'foo'"),
+        ({"classes_map": {"disc": "foo"}}, "classes_map: the student has no class 'foo'"),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_work_are_named(
@@ -44,3 +47,14 @@ def test_arguments_that_cannot_work_are_named(
     with pytest.raises(UserError, match=problem):
         run_show(**given | keys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_cannot_be_read_are_counted(
+    data: str, teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(Path(data).parent / "images" / "val", images)
+    (images / "broken.jpg").write_bytes(b"no image")
+    keys = {"teacher": teacher, "student": YOLOV8N, "source": str(images), "imgsz": 64, "device": "cpu"}
+    assert len(list(run_show(**keys, method="frs", project=str(tmp_path)).iterdir())) == 6
+    assert "1 images cannot be read: they are left out" in capsys.readouterr().out

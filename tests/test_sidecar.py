@@ -16,12 +16,12 @@ from helpers.results import small_sidecar
 from helpers.runs import TINY, train_one_epoch
 
 from yolokd import UserError
-from yolokd.training.sidecar import drop_sidecars, load_sidecar, save_sidecar, sidecars
-from yolokd.training.state import check_state
+from yolokd.training.resume.sidecar import drop_sidecars, load_sidecar, save_sidecar, sidecars
+from yolokd.training.resume.state import check_state
 from yolokd.training.trainer import DistillationTrainer
 
 # As yolokd 0.1.0 wrote them. The names of the criterion are those of attributes and buffers. If you rename one, raise
-# the format in yolokd/training/sidecar.py, read older sidecars, too, and test that with one of them.
+# the format in yolokd/training/resume/sidecar.py, read older sidecars, too, and test that with one of them.
 FORMAT = 1
 KEYS = {
     "format", "yolokd", "epoch", "device", "names", "own", "model", "gradients", "pending", "ema", "optimizer",

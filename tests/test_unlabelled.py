@@ -89,7 +89,7 @@ def test_images_that_score_models_give_a_warning(data: str, photos: Path) -> Non
     shutil.copy(Path(data).parent / "images" / "val" / "2.jpg", photos)
     names, log = found(photos, data)
     assert "2.jpg" in names
-    assert log == ["unlabelled: 1 of its images score models, too: they are in the val split"]
+    assert log == ["unlabelled: 1 of its images are also in val: scores there are not those on unseen images"]
 
 
 def test_missing_and_broken_images_are_skipped_with_a_warning(data: str, photos: Path, tmp_path: Path) -> None:

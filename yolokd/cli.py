@@ -146,7 +146,7 @@ def predict(keys: Keys) -> None:
 
 
 def export(keys: Keys) -> int:
-    """Export a checkpoint, and check that an ONNX file gives the same results.
+    """Export a checkpoint, and check that the file gives the same results.
 
     Returns 1 if it does not.
     """
@@ -212,7 +212,7 @@ def show(keys: Keys) -> None:
 
 
 def demo(keys: Keys) -> None:
-    """Train, distil, export and detect on a small drawn data set: at most ten minutes on two cores."""
+    """Train, distil, export and detect on a small drawn data set: about six minutes on two cores."""
     from yolokd.commands.demo import run_demo
 
     run_demo(**keys)

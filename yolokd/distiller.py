@@ -9,15 +9,15 @@ from typing import Any
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG, LOGGER, SETTINGS, callbacks
 
-from yolokd.config.parse import merge_cfg_file
+from yolokd.config.parse import merge_cfg_file, without_replaced
 from yolokd.data.dataset import with_data_file
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
 from yolokd.models.model_objects import Source, as_path, as_paths
 from yolokd.models.tasks import YOLO_TASKS
 from yolokd.patches.safe_loading import safe_loading
+from yolokd.training.resume.sidecar import is_trained
 from yolokd.training.settings import training_keys
-from yolokd.training.sidecar import is_trained
 from yolokd.training.tasks import make_trainer
 from yolokd.training.trainer import DistillationTrainer
 
@@ -58,7 +58,7 @@ class YoloDistiller:
         kwargs: keys of `yolo train` and of yolokd; they override those of the constructor. Raises UserError for what
         cannot work, before anything is written.
         """
-        keys = merge_cfg_file({**self.keys, **kwargs})
+        keys = merge_cfg_file({**without_replaced(self.keys, kwargs), **kwargs})
         overrides = _resume_overrides(keys) if keys.get("resume") else _new_run_overrides(keys)
         self.trainer = make_trainer(overrides, self._callbacks)
         if overrides.get("project") == str(DEFAULT_PROJECT.absolute()):
@@ -98,7 +98,7 @@ class YoloDistiller:
         return _iterate_safely(results, trust) if kwargs.get("stream") else results
 
     def export(self, **kwargs: Any) -> Path:
-        """Export the student, compare an ONNX file with the checkpoint, and return the file's path.
+        """Export the student, compare the file with the checkpoint, and return its path.
 
         kwargs: keys of `yolo export`; the default is format="onnx". Raises RuntimeError if the file's results differ
         from the checkpoint's, and UserError as `yolokd.exporter.export` does.

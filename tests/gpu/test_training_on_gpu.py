@@ -19,7 +19,7 @@ from helpers.runs import captured_log, train_one_epoch, train_plainly
 from yolokd import YoloDistiller
 from yolokd.methods import registered
 from yolokd.models.teacher import Teacher, TeacherOutput
-from yolokd.training.sidecar import sidecars
+from yolokd.training.resume.sidecar import sidecars
 
 pytestmark = pytest.mark.gpu
 METHODS = [name for name, method in registered().items() if method.__module__.startswith("yolokd.")]

@@ -14,7 +14,7 @@ from yolokd.distillation.query_criterion import make_criterion
 from yolokd.training.plan import TrainPlan, make_plan
 
 # {what is compared: the method that stands for it}
-KINDS = {
+METHOD_KINDS = {
     "maps": "fitnet",
     "maps by class scores": "pdf",
     "class scores and boxes": "bckd",
@@ -33,10 +33,10 @@ def try_pair(teacher: Path, student: Path, data: str) -> dict[str, str]:
     common = {"teacher": str(teacher), "model": str(student), "data": data, "imgsz": 64, "device": "cpu"}
     refused: dict[str, str] = {}
     try:
-        plan = make_plan(common | {"method": "+".join(KINDS.values())})
+        plan = make_plan(common | {"method": "+".join(METHOD_KINDS.values())})
     except UserError:
-        refused = {kind: problem for kind, method in KINDS.items() if (problem := _problem(common, method))}
-        accepted = [method for kind, method in KINDS.items() if kind not in refused]
+        refused = {kind: problem for kind, method in METHOD_KINDS.items() if (problem := _problem(common, method))}
+        accepted = [method for kind, method in METHOD_KINDS.items() if kind not in refused]
         if not accepted:
             return refused
         plan = make_plan(common | {"method": "+".join(accepted)})

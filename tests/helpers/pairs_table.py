@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from helpers.pairs import KINDS
+from helpers.pairs import METHOD_KINDS
 
 Refused = Mapping[str, str]  # {kind of method: why it is refused}; the other kinds work
 Pairs = Mapping[tuple[str, str], Refused]  # by the families of teacher and student
@@ -19,7 +19,9 @@ def write_pairs(path: Path, pairs: Pairs) -> None:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(("teacher", "student", "compares", "method", "refused"))
         for (teacher, student), refused in pairs.items():
-            writer.writerows((teacher, student, kind, KINDS[kind], refused.get(kind, "")) for kind in KINDS)
+            writer.writerows(
+                (teacher, student, kind, METHOD_KINDS[kind], refused.get(kind, "")) for kind in METHOD_KINDS
+            )
 
 
 def read_pairs(path: Path) -> dict[tuple[str, str], dict[str, str]]:
@@ -67,12 +69,12 @@ def _cell(refused: Refused, reasons: list[str]) -> str:
         return "all methods"
     numbers = []
     for kind, problem in refused.items():
-        reason = problem.replace(f"which {KINDS[kind]} needs", "which such methods need")
+        reason = problem.replace(f"which {METHOD_KINDS[kind]} needs", "which such methods need")
         if reason not in reasons:
             reasons.append(reason)
         numbers.append(reasons.index(reason) + 1)
     because = ", ".join(f"({number})" for number in dict.fromkeys(numbers))
-    if len(refused) == len(KINDS):
+    if len(refused) == len(METHOD_KINDS):
         return f"refused {because}"
-    works = [kind for kind in KINDS if kind not in refused]
+    works = [kind for kind in METHOD_KINDS if kind not in refused]
     return f"{_names(works)} {because}" if len(works) < len(refused) else f"all but {_names(list(refused))} {because}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolokd.training.sidecar import sidecars
+from yolokd.training.resume.sidecar import sidecars
 
 
 def rows(run: Any) -> list[dict[str, float]]:

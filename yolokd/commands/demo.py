@@ -31,7 +31,7 @@ from yolokd.runtime.files import atomic_path
 from yolokd.runtime.plots import new_plot
 from yolokd.runtime.resources import bundled_folder
 from yolokd.runtime.signals import Interrupted
-from yolokd.training.sidecar import is_trained
+from yolokd.training.resume.sidecar import is_trained
 from yolokd.version import __version__
 
 # Ours, found by experiment on the drawn data set: with so few steps, AdamW and mild augmentation work best.
@@ -119,7 +119,7 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "fitnet+pdf", **u
     except KeyboardInterrupt as e:
         command = shlex.join(["yolokd", "demo", *(f"{key}={value}" for key, value in keys.items())])
         signum = getattr(e, "signum", signal.SIGINT)
-        raise Interrupted(signum, f"the demo goes on where it stopped with: {command}") from e
+        raise Interrupted(signum, f"to continue: {command}") from e
 
 
 def demo_folder(keys: Mapping[str, Any]) -> Path:
@@ -127,7 +127,7 @@ def demo_folder(keys: Mapping[str, Any]) -> Path:
     record = json.dumps({**keys, "yolokd": __version__}).encode()
     for path in sorted(DEFAULT_PROJECT.glob(f"demo*/{RECORD}")):
         if path.read_bytes() == record and not (path.parent / PLOT).exists():
-            CONSOLE.print("the demo goes on in", path.parent)
+            CONSOLE.print("the demo continues in", path.parent)
             return path.parent.absolute()
     folder = Path(increment_path(DEFAULT_PROJECT / "demo", mkdir=True)).absolute()
     with atomic_path(folder / RECORD) as temporary:

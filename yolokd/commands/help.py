@@ -14,7 +14,7 @@ MAX_WIDTH = 110  # in characters: longer lines are hard to read
 KEY_WIDTH = 28
 MODEL = Key("model", "", "required: a checkpoint, such as runs/distill/train/weights/best.pt")
 SOURCE = Key("source", "", "required: a folder, a .txt with one image per line, or a data set's .yaml")
-SPLIT = Key("split", "none", "the split to read, if the source is a data set: train (none), val or test")
+SPLIT = Key("split", "none", "the split to read, if the source is a data set: train, val or test; none: train")
 TRUST = yolokd_keys()["trust"]
 TEACHER = yolokd_keys()["teacher"]
 
@@ -41,7 +41,8 @@ class Help:
 
 CONSTANTS = Key("NAME.KEY", "", "a setting of the method NAME, such as pdf.distance=l1; `yolokd methods` lists them")
 CFG = Key("cfg", "none", "a run's distill.yaml: take all settings from it that are not given")
-ALSO_TRAIN = "Every other key of `yolokd train` works, too: see `yolokd train --help`."
+ALSO_TRAIN = "Most other keys of `yolokd train` work, too: see `yolokd train --help`."
+ALSO_YOLO_TRAIN = "Every key of `yolo train` works; with a teacher, all but compile=, batch=-1 and distill_model=."
 MOST = ("epochs", "imgsz", "batch", "device")
 
 HELP: Mapping[str, Help] = {
@@ -50,10 +51,10 @@ HELP: Mapping[str, Help] = {
             "yolokd train teacher=yolov8l.pt student=yolov8n.yaml data=coco8.yaml epochs=100 imgsz=640",
             "yolokd train resume=runs/distill/train",
         ),
-        (CONSTANTS, CFG, Key("resume", "False", "go on with an interrupted run: its folder; True: the latest")),
+        (CONSTANTS, CFG, Key("resume", "False", "continue an interrupted run: its folder; True: the latest")),
         all_training_keys=True,
         ultralytics=(*MOST, "workers", "seed", "optimizer", "lr0", "patience", "amp", "cache", "project", "name"),
-        more_keys="Every key of `yolo train` works.",
+        more_keys=ALSO_YOLO_TRAIN,
     ),
     "check": Help(
         (
@@ -63,7 +64,7 @@ HELP: Mapping[str, Help] = {
         (CONSTANTS, CFG),
         all_training_keys=True,
         ultralytics=MOST,
-        more_keys="Every key of `yolo train` works.",
+        more_keys=ALSO_YOLO_TRAIN,
     ),
     "val": Help(
         (
@@ -92,20 +93,20 @@ HELP: Mapping[str, Help] = {
             Key("teacher", "", "required: the trained model that labels, a .pt file"),
             SOURCE,
             Key("conf", "0.4", "the least score of a detection that becomes a label"),
-            Key("iou", "0.7", "of two boxes of a class that overlap by more, one is kept"),
+            Key("iou", "0.7", "NMS: the largest IoU of two boxes of one class"),
             Key("max_det", "300", "the largest number of labels in an image"),
             Key("classes", "none", "label these classes only, by number: 0,2"),
             Key("imgsz", "none", "the image size in pixels; none: the one that the teacher was trained with"),
             Key("batch", "16", "images at a time"),
             Key("device", "none", "where the teacher runs, such as 0 or cpu"),
             SPLIT,
-            Key("val", "none", "the .yaml whose validation images, with a person's labels, the data set gets"),
+            Key("val", "none", "a data set's .yaml: its validation images and labels are used for validation"),
             Key("copy", "False", "copy the images; otherwise the data set links to them"),
             Key("project", "runs/label", "the folder in which the data set gets a folder"),
             Key("name", "none", "the name of that folder; none: the source's"),
             TRUST,
         ),
-        more_keys="If it was interrupted, the same command goes on where it stopped.",
+        more_keys="If it is interrupted, repeat the same command to continue.",
     ),
     "export": Help(
         (
@@ -115,7 +116,7 @@ HELP: Mapping[str, Help] = {
         (
             MODEL,
             Key("format", "onnx", "the file's format; yolokd compares what can be run here with the checkpoint"),
-            Key("data", "the model's", "the data set's .yaml: its val images compare, its train images calibrate INT8"),
+            Key("data", "the model's", "the data set's .yaml: its val images for the check, its train images for INT8"),
             Key("batch", "1", "the number of images in a batch"),
             TRUST,
         ),
@@ -129,9 +130,9 @@ HELP: Mapping[str, Help] = {
         ),
         (
             MODEL,
-            Key("data", "the model's", "the data set's .yaml: validation images score, training images calibrate"),
+            Key("data", "the model's", "the data set's .yaml: its val images for scores, its train images for INT8"),
             Key("formats", "onnx,onnx-float16,onnx-int8,openvino,openvino-int8,torchscript",
-                "what to try: any format of `yolo export`, with -float16 or -int8 behind it"),
+                "what to try: any format of `yolo export`, optionally ending in -float16 or -int8"),
             Key("teacher", "the run's", "a checkpoint to compare with; several: a,b"),
             Key("baseline", "none", "another checkpoint to compare with, trained without a teacher"),
             Key("limit", "none", "refuse what loses more mAP50-95 than this, such as 0.005: exit status 1"),
@@ -141,7 +142,7 @@ HELP: Mapping[str, Help] = {
             Key("save_dir", "the run's", "the folder of deploy.csv, deploy.png and the exported files"),
             TRUST,
         ),
-        more_keys="If it was interrupted, the same command goes on where it stopped.",
+        more_keys="If it is interrupted, repeat the same command to continue.",
     ),
     "methods": Help(
         ("yolokd methods", "yolokd train teacher=t.pt method=fitnet+pdf pdf.distance=l1   # use two, set a constant"),
@@ -183,7 +184,7 @@ HELP: Mapping[str, Help] = {
             Key("split", "val", "the split that scores the final checkpoints: val, test or train"),
             Key("csv", "PROJECT/compare.csv", "the file that keeps finished runs; alone: show its results"),
             Key("project", "runs/compare", "the folder that holds all runs"),
-            Key("device", "none", "where to train; several, such as 0,1: as many runs at the same time"),
+            Key("device", "none", "where to train; several, such as 0,1, train one run each at the same time"),
             Key("launcher", "local", "ray: train on a Ray cluster, each run on a GPU, or with device=cpu on CPUs"),
             Key("cpus", "1", "with launcher=ray: the number of CPUs, and of threads, of each run"),
         ),
@@ -200,7 +201,7 @@ HELP: Mapping[str, Help] = {
             Key("csv", "", "a comparison's compare.csv: writes compare.html beside it"),
             Key("teacher", "the run's", "the teacher's file, if it has moved"),
             Key("data", "the run's", "the data set's .yaml, if it has moved"),
-            Key("device", "none", "where the models look at the images, such as 0 or cpu"),
+            Key("device", "none", "where the models run, such as 0 or cpu"),
             TRUST,
         ),
         more_keys="Give one of run= and csv=. Training writes a report by itself, unless report=False.",
@@ -232,7 +233,7 @@ HELP: Mapping[str, Help] = {
             Key("seed", "0", "the random seed of all three trainings"),
             Key("method", "fitnet+pdf", "the method that distils; `yolokd methods` lists them"),
         ),
-        more_keys="If it was interrupted, the same command goes on where it stopped.",
+        more_keys="If it is interrupted, repeat the same command to continue.",
     ),
 }  # fmt: skip
 
@@ -244,7 +245,7 @@ def print_overview(summaries: Mapping[str, str]) -> None:
     CONSOLE.print("\nExamples:")
     for name in ("train", "check", "export", "compare"):
         CONSOLE.print(f"  {HELP[name].examples[0]}")
-    CONSOLE.print("\n`yolokd COMMAND --help` shows a command's keys. Every key of `yolo train` works, too.")
+    CONSOLE.print("\n`yolokd COMMAND --help` shows a command's keys. Most keys of `yolo train` work, too.")
     CONSOLE.print("--debug shows tracebacks.")
 
 

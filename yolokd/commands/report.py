@@ -39,7 +39,7 @@ def run_report(**keys: Any) -> Path:
         raise UserError("run, csv", "give one of the two", "for example run=runs/distill/train")
     if csv is not None:
         for key in (key for key in keys if key != "csv"):
-            raise UserError(key, "is of a run, not of a comparison", "drop it")
+            raise UserError(key, "works with run=, not with csv=", "drop it")
     path = _report_run(Path(str(run)), keys) if run is not None else _report_comparison(Path(str(csv)))
     CONSOLE.print(path)
     return path

@@ -15,7 +15,7 @@ def check_project(project: object, argument: str = "project") -> Path:
     """
     folder = Path(str(project)).absolute()
     if not _is_writable(folder):
-        raise UserError(f"{argument}={project}", "is no folder that can be written", "give another one")
+        raise UserError(f"{argument}={project}", "is not a writable folder", "give another one")
     return folder
 
 

@@ -25,6 +25,7 @@ from yolokd.report.seen.samples import Sample, read_samples
 from yolokd.report.sheet import draw_sheet
 from yolokd.runtime.console import CONSOLE, make_progress
 from yolokd.runtime.threads import use_all_cores
+from yolokd.training.plan import check_classes_map
 from yolokd.training.settings import check_device
 
 IMGSZ = 640  # Ultralytics' default
@@ -72,6 +73,7 @@ def run_show(**keys: Any) -> Path:
             "none of its images can be read",
             f"give images of {channels} channels, as the teacher takes",
         )
+    check_classes_map(settings.classes_map or {}, [*teacher.names.values()], [*student.names.values()], "the student")
     classes = pair_classes(teacher.names, student.names, settings.classes_map)
     chosen = MapSettings(classes, _imgsz(settings, student, teacher))
     folder = Path(increment_path(project / settings.name, mkdir=True))
@@ -139,6 +141,8 @@ def _say(
     """Print what was drawn, how to read it, and where it is."""
     for group in groups:
         CONSOLE.print(f"{group.title}{f' ({group.method})' if group.method else ''}: {group.shows}")
+    if unreadable := min(len(images), settings.count) - len(samples):
+        CONSOLE.print(f"{unreadable} images cannot be read: they are left out")
     if len(images) > settings.count:
         CONSOLE.print(f"{len(samples)} of {len(images)} images were drawn, evenly spread; count= draws more")
     CONSOLE.print(folder)

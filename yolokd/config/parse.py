@@ -20,7 +20,7 @@ from yolokd.methods import constants_model, registered
 
 
 class Keys(NamedTuple):
-    """Flat keys of a run, told apart: yolokd's own, with the constants of methods (`dfd.alpha`), and Ultralytics'."""
+    """Holds a run's flat keys in two groups: yolokd's, with the methods' constants (`dfd.alpha`), and Ultralytics'."""
 
     distillation: dict[str, Any]
     ultralytics: dict[str, Any]
@@ -62,6 +62,8 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
     for key in ("levels", "teacher_channels"):
         if isinstance(values[key], int | list):
             values[key] = tuple(as_list(values[key]))
+    if values["levels"] and all(isinstance(stride, int) for stride in values["levels"]):
+        values["levels"] = tuple(sorted({*values["levels"]}))
     if "balance" not in given and any(key.endswith(".gain") for key in constants):
         values["balance"] = "off"  # a user who sets a gain wants it to be used
     names = method_names(values["method"])
@@ -105,10 +107,13 @@ def _check_teachers(config: DistillationConfig) -> None:
     if together:
         why = "has no effect: the teachers of an ensemble all teach from the first epoch on"
         raise UserError(f"stages={list(starts)}", why, "drop it, or give teachers=stages")
+    if len(config.teacher_files) < 2:
+        why = "has no effect: there is one teacher" if config.teacher_files else "has no effect without teachers"
+        raise UserError(f"stages={list(starts)}", why, "drop it, or give teacher=[weak.pt,strong.pt]")
     if len(starts) != len(config.teacher_files) - 1 or list(starts) != sorted(set(starts)):
         raise UserError(
             f"stages={list(starts)}",
-            f"must be the rising epochs at which the teachers after the first of {len(config.teacher_files)} take over",
+            f"must be {len(config.teacher_files) - 1} rising epochs, one for each teacher after the first",
             "for example teacher=[weak.pt,strong.pt] stages=[20]",
         )
 
@@ -195,7 +200,27 @@ def merge_cfg_file(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"cfg={path}", "cannot be read", "give a run's distill.yaml") from e
     if not isinstance(content, dict):
         raise UserError(f"cfg={path}", "holds no key: value pairs", "give a run's distill.yaml")
-    return without_trust(content, f"cfg={path}") | {k: v for k, v in keys.items() if k != "cfg"}
+    given = {k: v for k, v in keys.items() if k != "cfg"}
+    return without_replaced(without_trust(content, f"cfg={path}"), given) | given
+
+
+def without_replaced(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved keys without those that the given ones make meaningless.
+
+    Drops constants of methods that are no longer used, fixed gains if the gains are now balanced, the saved student if
+    one is given under either name, and what is given as None, with its details.
+    """
+    dropped = {key for key, value in given.items() if value is None and key not in {"teacher", "student", "model"}}
+    if given.get("method"):
+        names = method_names(given["method"])
+        dropped |= {key for key in saved if "." in key and key.partition(".")[0] not in names}
+    if given.get("balance") not in (None, False, "off"):
+        dropped |= {key for key in saved if key.endswith(".gain")}
+    if given.get("student") or given.get("model"):
+        dropped |= {"student", "model"}
+    if "unlabelled" in dropped:
+        dropped.add("unlabelled_ratio")
+    return {key: value for key, value in saved.items() if key not in dropped}
 
 
 def without_trust(keys: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class DistillationConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     teacher: str | tuple[str, ...] | None
     teachers: Literal["stages", "ensemble"]
-    levels: tuple[Annotated[int, Field(ge=1)], ...] | None
+    levels: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None
     stages: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None
     method: str
     balance: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["off"]

@@ -24,7 +24,7 @@ from ultralytics.utils.patches import imread
 
 from yolokd.data import shapes
 from yolokd.data.class_names import ClassNames
-from yolokd.data.shape_labels import KINDS
+from yolokd.data.shape_labels import SHAPE_SETS
 from yolokd.errors import UserError, describe_invalid, first_line
 from yolokd.patches.no_ghostscript import no_ghostscript
 from yolokd.patches.safe_loading import safe_loading
@@ -40,7 +40,7 @@ PRECISION_IMAGES = 4  # ours: the number that a teacher's precision is chosen on
 def data_file(data: object) -> str:
     """Return the path of a data set's .yaml; `shapes` (also None), `shapes-seg`, … are drawn on first use."""
     name = "shapes" if data is None else str(data)
-    return str(shapes.ensure(name=name)) if name in KINDS else name
+    return str(shapes.ensure(name=name)) if name in SHAPE_SETS else name
 
 
 def with_data_file(keys: Mapping[str, Any]) -> dict[str, Any]:

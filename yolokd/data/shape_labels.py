@@ -69,7 +69,7 @@ def _contours(visible: Mask) -> list[Points]:
 
 
 # By the name of the data set, as in `data=shapes-seg`.
-KINDS: Mapping[str, LabelKind] = MappingProxyType(
+SHAPE_SETS: Mapping[str, LabelKind] = MappingProxyType(
     {
         "shapes": LabelKind(box),
         "shapes-seg": LabelKind(outline),

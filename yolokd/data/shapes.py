@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
-from yolokd.data.shape_labels import KINDS, Points
+from yolokd.data.shape_labels import SHAPE_SETS, Points
 from yolokd.errors import UserError
 
 Array = npt.NDArray[np.float32]
@@ -42,7 +42,7 @@ _DISTRACTORS = ("blob", "bar")  # drawn, but not labelled
 def ensure(seed: int = 0, root: Path | None = None, counts: Mapping[str, int] = COUNTS, name: str = "shapes") -> Path:
     """Return the path of the data set's data.yaml; draw the set on first use, into the user's data folder or `root`.
 
-    counts: {split: number of images}. name: of the kind of labels, one of shape_labels.KINDS.
+    counts: {split: number of images}. name: of the kind of labels, one of shape_labels.SHAPE_SETS.
     Raises UserError for a negative seed, and OSError if the folder can't be written.
 
     >>> import tempfile
@@ -84,7 +84,7 @@ def _generate(folder: Path, seed: int, counts: Mapping[str, int], name: str = "s
         (folder / "labels" / split / f"{number:04}.txt").write_bytes(labels.encode())
     # No `path`: Ultralytics then looks for the splits beside this file.
     paths = {split: f"images/{split}" for split in counts}
-    description = {**paths, "names": dict(enumerate(CLASSES)), **KINDS[name].entries}
+    description = {**paths, "names": dict(enumerate(CLASSES)), **SHAPE_SETS[name].entries}
     (folder / "data.yaml").write_bytes(yaml.safe_dump(description, sort_keys=False).encode())
     return folder
 
@@ -133,7 +133,7 @@ def _scene(rng: np.random.Generator) -> Iterator[_Shape]:
 def _label(shape: _Shape, kind: str) -> str:
     """Return a shape's line of a YOLO label file: class, and numbers in 0..1. kind: the name of a kind of labels."""
     corners: Points = np.stack([shape.corners.real, shape.corners.imag], 1) / SIZE
-    values = KINDS[kind].describe(shape.visible, corners)
+    values = SHAPE_SETS[kind].describe(shape.visible, corners)
     return " ".join([str(CLASSES.index(shape.name)), *(f"{value:.6f}" for value in values)]) + "\n"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yolokd.data.dataset import listed_images, load_data, split_images
-from yolokd.data.shape_labels import KINDS
+from yolokd.data.shape_labels import SHAPE_SETS
 from yolokd.errors import UserError, first_line
 
 SPLITS = ("train", "val", "test")
@@ -35,7 +35,7 @@ def read_source(key: str, source: object, split: str | None = None, trust: bool 
     """
     name, cure = f"{key}={source}", "give a folder, a .txt with one image per line, or a data set's .yaml"
     path = Path(str(source))
-    is_data = path.suffix in {".yaml", ".yml"} or str(source) in KINDS
+    is_data = path.suffix in {".yaml", ".yml"} or str(source) in SHAPE_SETS
     if split is not None and (not is_data or split not in SPLITS):
         cure_split = f"one of: {', '.join(SPLITS)}" if is_data else "drop it"
         raise UserError(f"split={split}", "is no split of the source", cure_split)

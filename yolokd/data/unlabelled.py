@@ -43,7 +43,8 @@ def unlabelled_images(source: str, data: dict[str, Any], args: Any, trust: bool 
     left = [file for file in files if file not in known]
     for split in SCORING_SPLITS:
         if leaked := copies(left, map(str, split_images(data.get(split) or []))):
-            LOGGER.warning(f"unlabelled: {len(leaked)} of its images score models, too: they are in the {split} split")
+            where = f"{len(leaked)} of its images are also in {split}"
+            LOGGER.warning(f"unlabelled: {where}: scores there are not those on unseen images")
     return tuple(left)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # elsewhere.
 WINDOW = 3
 # Ours: a gain is at most this multiple of the gain that the newest measurement alone would give. On blood cells 99 % of
-# the YOLO loss's norms differ by less than a factor of 2.8 from the one before. So chance alone hardly ever reaches it.
+# the YOLO loss's norms differ by less than a factor of 2.8 from the one before. So their chance hardly ever reaches it.
 CEILING = 3.0
 TINY = torch.finfo(torch.float32).tiny  # no mean is smaller: one of 0 would stay 0
 

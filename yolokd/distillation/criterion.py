@@ -86,6 +86,7 @@ class DistillationCriterion(nn.Module):
         for parameter in self.parameters():
             self.guard.guard_adapter(parameter)
         self.begin_epoch(0, epochs=1, steps=1)
+        self.taught: list[Stage] = self.active  # the stages of the last step
         self.register_load_state_dict_post_hook(_ignore_missing_criterion_keys)  # type: ignore[no-untyped-call]
 
     def begin_epoch(self, epoch: int, epochs: int, steps: int) -> None:
@@ -126,7 +127,7 @@ class DistillationCriterion(nn.Module):
         """Return the stages of the teachers that teach at the present step: all of an ensemble, otherwise one."""
         if self.config.teachers == "ensemble":
             return [self.stage_of(number) for number in range(len(self.stages))]
-        return [self.stage_of(self._stage_number)]
+        return [self.stage_of(self.config.stage_number(self._epoch, self._epochs))]
 
     @property
     def stage(self) -> Stage:
@@ -137,10 +138,6 @@ class DistillationCriterion(nn.Module):
         """Return the stage of a teacher, counted from 0."""
         stage: Stage = self.stages[number]  # type: ignore[assignment]
         return stage
-
-    @property
-    def _stage_number(self) -> int:
-        return self.config.stage_number(self._epoch, self._epochs)
 
     @property
     def _epoch(self) -> float:
@@ -202,6 +199,7 @@ class DistillationCriterion(nn.Module):
         else:
             self.recorder.record_idle()
             scaled = weighted = in_force = task.new_zeros(len(factors))
+        self.taught = self.active
         self._step += 1
         items: dict[str, Tensor] = {}
         for i, method in enumerate(self.config.method_configs):
@@ -226,14 +224,14 @@ class DistillationCriterion(nn.Module):
         measuring, taught = self._measuring, self._teach(preds, batch, scale)
         stages = [each.stage for each in taught]
         if measuring:  # even if not finite: other processes, where the losses may be finite, wait for these norms
-            measured = [each.stage.measure(task, each.losses, each.maps, each.output) for each in taught]
+            measured = [each.stage.measure(task, each.losses, each.maps, each.levels, each.output) for each in taught]
             self.guard.discard()
         gains = torch.cat([stage.gains(factors) for stage in stages], 1) / len(stages)
         if measuring:
             self._record(stages, torch.cat(measured, 1), gains)
         losses = torch.cat([torch.stack([*map(torch.stack, each.losses)]) for each in taught], 1)
         all_levels = [level for each in taught for level in each.levels]
-        losses = self.guard.guard_losses(losses, all_levels, batch.get("im_file", ()))
+        losses = self.guard.guard_losses(losses, task, all_levels, batch.get("im_file", ()))
         weights = torch.cat([stage.level_weights() for stage in stages]) / len(stages)
         return DistillationLosses(losses, gains, (losses * weights).sum(1))
 

@@ -22,7 +22,7 @@ MAX_NAMED_IMAGES = 3  # in a message
 
 @dataclass(frozen=True)
 class _Step:
-    """The meaning of a step's flags: first each method's loss at each level, then gradients, at `places`.
+    """The meaning of a step's flags: each method's loss at each level, the YOLO loss, then gradients, at `places`.
 
     strides: of the levels. images: the batch's files. teacher: (L, B) bool, whether the teacher's map of a level is
     finite for an image; stays on the device, and is read only for a message.
@@ -47,21 +47,26 @@ class NonFiniteGuard:
         self._steps_in_a_row = 0
         self._skipped_in_a_row = 0
         self._warned = False
-        self._loss_flags: Tensor | None = None  # (M · L,) of the present step: whether a loss was not finite
+        self._batches_per_step = 1
+        self._loss_flags: Tensor | None = None  # (M · L + 1,) of the present step: whether a loss was not finite
         self._gradient_flags: list[tuple[str, Tensor]] = []  # (place, whether a gradient was not finite)
         self._step = _Step()
         self._flags: LateFlags[_Step] = LateFlags()
         self._skip_flags: LateFlags[Sequence[str]] = LateFlags()
 
-    def guard_losses(self, losses: Tensor, levels: Sequence[Level], images: Sequence[str]) -> Tensor:
-        """Return the (M, L) losses, all 0 if one of them is not finite. images: the batch's files."""
+    def guard_losses(self, losses: Tensor, task: Tensor, levels: Sequence[Level], images: Sequence[str]) -> Tensor:
+        """Return the (M, L) losses, all 0 if one of them is not finite. task: the YOLO loss. images: the batch's files.
+
+        If the YOLO loss is not finite either, the student itself is broken: Ultralytics recovers it after the epoch, so
+        such a step is none of those in a row that end the training.
+        """
         broken = ~torch.isfinite(losses.detach())
         # A sum is finite if all values are; of all reductions it costs least.
         sums = [level.teacher.sum((1, 2, 3), dtype=torch.float32) for level in levels]
         teacher = torch.isfinite(torch.stack(sums))
-        self._loss_flags = broken.flatten()
+        self._loss_flags = torch.cat([broken.flatten(), ~torch.isfinite(task.detach()).all().reshape(1)])
         self._step = _Step([level.stride for level in levels], teacher, images=images)
-        return torch.where(broken.any(), 0, losses)
+        return torch.where(self._loss_flags.any(), 0, losses)
 
     def guard_gradient(self, maps: Tensor, stride: int) -> Tensor:
         """Return the maps with a hook: a gradient through them that is not finite becomes 0."""
@@ -86,11 +91,13 @@ class NonFiniteGuard:
 
         tensor.register_hook(check)  # type: ignore[no-untyped-call]
 
-    def after_backward(self) -> None:
+    def after_backward(self, batches_per_step: int = 1) -> None:
         """Count the step before this one if its losses or gradients were not finite.
 
-        Raises UserError at the tenth such step in a row (MAX_STEPS_IN_A_ROW).
+        batches_per_step: of the optimizer. Raises UserError after MAX_STEPS_IN_A_ROW such steps in a row; if gradients
+        were not finite, as many steps of the optimizer: a gradient scaler lowers its scale in these alone.
         """
+        self._batches_per_step = batches_per_step
         losses, gradients, step = self._loss_flags, self._gradient_flags, self._step
         self.discard()
         if losses is None:  # no distillation in this step
@@ -112,14 +119,21 @@ class NonFiniteGuard:
             self._steps_in_a_row = 0
             return
         index, levels = flags.index(True), len(step.strides)
-        gradient = index - len(self._names) * levels
+        task = len(self._names) * levels  # the index of the YOLO loss's flag
+        gradient = index - task - 1
+        if flags[task]:
+            self.dropped += 1
+            self._warn(f"the YOLO loss is not finite (images {_names(step.images)}); no distillation in this step")
+            return
         if gradient >= 0:
-            self._drop(f"a gradient of {' or '.join(self._names)}{step.places[gradient]}", step.images)
+            what = f"a gradient of {' or '.join(self._names)}{step.places[gradient]}"
+            self._drop(what, step.images, "it counts as 0 in this step", MAX_STEPS_IN_A_ROW * self._batches_per_step)
             return
         method, level = divmod(index, levels)
         finite = step.teacher[level].tolist() if step.teacher is not None else []
         broken_images = [image for image, is_finite in zip(step.images, finite, strict=False) if not is_finite]
-        self._drop(f"{self._names[method]}'s loss at {level_name(step.strides[level])}", broken_images or step.images)
+        what = f"{self._names[method]}'s loss at {level_name(step.strides[level])}"
+        self._drop(what, broken_images or step.images, "this step trains without distillation")
 
     def after_step(self, gradient_norm: Tensor) -> None:
         """Count a step that a gradient scaler skips, because the student's gradient is not finite.
@@ -146,14 +160,14 @@ class NonFiniteGuard:
         """Discard the flags of a step that ends here, or of gradients that were measured and not used."""
         self._loss_flags, self._gradient_flags = None, []
 
-    def _drop(self, what: str, images: Sequence[str]) -> None:
+    def _drop(self, what: str, images: Sequence[str], consequence: str, limit: int = MAX_STEPS_IN_A_ROW) -> None:
         self.dropped += 1
         self._steps_in_a_row += 1
         problem = f"{what} is not finite"
-        if self._steps_in_a_row >= MAX_STEPS_IN_A_ROW:
+        if self._steps_in_a_row >= limit:
             problem += f" for {self._steps_in_a_row} steps in a row (images {_names(images)})"
-            raise UserError("method", problem, "try teacher_precision=fp32, a smaller gain, or amp=False")
-        self._warn(f"{problem} (images {_names(images)}); the step trains without it")
+            raise UserError("method", problem, "try teacher_precision=fp32, a smaller balance or gain, or amp=False")
+        self._warn(f"{problem} (images {_names(images)}); {consequence}")
 
     def _warn(self, message: str) -> None:
         """Log a warning, once an epoch."""

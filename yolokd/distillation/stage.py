@@ -84,7 +84,12 @@ class Stage(nn.Module):
             ]
 
     def measure(
-        self, task: Tensor, losses: Sequence[Sequence[Tensor]], maps: Sequence[Tensor], output: TeacherOutput
+        self,
+        task: Tensor,
+        losses: Sequence[Sequence[Tensor]],
+        maps: Sequence[Tensor],
+        levels: Sequence[Level],
+        output: TeacherOutput,
     ) -> Tensor:
         """Measure gradients at the neck, update balance and confidence shares, and return the norms (1 + M, L).
 
@@ -92,10 +97,14 @@ class Stage(nn.Module):
         losses: M times L separate tensors; slices of one stack would drag the others into each backward pass. maps:
         the student's L neck maps.
 
+        A norm is 0, so that it is not used, where a method learns at assigned positions and the batch has none: what is
+        left of its loss there may be weaker by a factor of 1e7, which the balance would make up for in the next steps.
         With several processes, all must call this together, and all get the same norms: those of the whole batch
         up to a normalization that cancels in their ratios.
         """
-        rows = [gradient_norms(task, maps), *(per_level_gradient_norms(level_losses, maps) for level_losses in losses)]
+        rows = [gradient_norms(task, maps)]
+        for method, level_losses in zip(self.methods, losses, strict=True):
+            rows.append(per_level_gradient_norms(level_losses, maps) * _can_learn(method, levels))
         norms = all_reduce_mean(torch.stack(rows).square()).sqrt()
         self.balance.update(norms[0], norms[1:])
         self.update_measured()
@@ -208,6 +217,13 @@ class Stage(nn.Module):
             level.student_boxes = decode_distances(raw, raw.shape[1] // 4)
         if self.wants_box_logits:
             level.student_box_logits = split_bins(raw)
+
+
+def _can_learn(method: Any, levels: Sequence[Level]) -> Tensor:
+    """Return (L,) bool: False at levels where a method wants assigned positions, and the batch has none."""
+    assigned = [level.assigned if module.wants_assigned else None for module, level in zip(method, levels, strict=True)]
+    always = torch.ones((), dtype=torch.bool, device=levels[0].student.device)
+    return torch.stack([always if positions is None else positions.any() for positions in assigned])
 
 
 def raw_outputs(preds: Any) -> dict[str, Any]:

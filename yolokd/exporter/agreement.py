@@ -51,7 +51,7 @@ class Thresholds(NamedTuple):
     agnostic: bool = False
 
 
-class Layout(NamedTuple):
+class OutputLayout(NamedTuple):
     """Says what the rows of a model's output mean. task: its name. classes: their number. kpt_shape: of pose models."""
 
     task: str
@@ -85,7 +85,7 @@ class Prediction(NamedTuple):
 PredictionPair = tuple[Prediction, Prediction]  # of the same image: PyTorch's, then the file's
 
 
-def postprocess(output: ImageOutput, layout: Layout, thresholds: Thresholds, max_det: int) -> Prediction:
+def postprocess(output: ImageOutput, layout: OutputLayout, thresholds: Thresholds, max_det: int) -> Prediction:
     """Run NMS on one image's raw output."""
     conf, iou, agnostic = thresholds
     rotated = layout.task == "obb"
@@ -97,7 +97,7 @@ def postprocess(output: ImageOutput, layout: Layout, thresholds: Thresholds, max
     return Prediction(output, candidates, detections)
 
 
-def _candidates(raw: Tensor, layout: Layout, min_score: float) -> Tensor:
+def _candidates(raw: Tensor, layout: OutputLayout, min_score: float) -> Tensor:
     """Return (m, 6 + own) boxes before NMS from `raw` (4 + classes + own, anchors), and one more row of zeros.
 
     There is one row per anchor and class that scores above `min_score`: NMS may also choose between two classes.
@@ -110,7 +110,7 @@ def _candidates(raw: Tensor, layout: Layout, min_score: float) -> Tensor:
     return pad(rows, (0, 0, 0, 1))
 
 
-def relative_errors(pairs: Sequence[PredictionPair], layout: Layout, margin: float) -> tuple[float, float]:
+def relative_errors(pairs: Sequence[PredictionPair], layout: OutputLayout, margin: float) -> tuple[float, float]:
     """Return the relative L2 errors of the file's raw outputs: of all outputs, and of the scores alone."""
     final = pairs[0][1].output.final
     outputs = [
@@ -150,7 +150,7 @@ def _align_rows(candidates: Tensor, rows: Tensor, margin: float) -> tuple[Tensor
 
 
 def worst_match(
-    expected: Prediction, actual: Prediction, layout: Layout, size: tuple[int, int], conf: float, limits: Limits
+    expected: Prediction, actual: Prediction, layout: OutputLayout, size: tuple[int, int], conf: float, limits: Limits
 ) -> tuple[float, float]:
     """Match the detections of both runtimes one to one; return the lowest IoU, and the lowest own agreement, of any.
 
@@ -177,7 +177,7 @@ def worst_match(
 
 
 def own_agreement(
-    expected: Prediction, actual: Prediction, i: int, j: int, layout: Layout, size: tuple[int, int]
+    expected: Prediction, actual: Prediction, i: int, j: int, layout: OutputLayout, size: tuple[int, int]
 ) -> float:
     """Return how well what a task adds to a box agrees, of detections number i and j: in 0..1, and 1 is equality.
 
@@ -202,7 +202,7 @@ def _mask(prototypes: Tensor | None, row: Tensor, size: tuple[int, int]) -> Tens
     return mask
 
 
-def _class_iou(first: Tensor, second: Tensor, layout: Layout) -> Tensor:
+def _class_iou(first: Tensor, second: Tensor, layout: OutputLayout) -> Tensor:
     """Return the IoU (n, m) of every two boxes of the same class, and 0 for boxes of different classes."""
     if layout.task == "obb":
         boxes = (torch.cat([rows[:, :4], rows[:, 6:]], 1).double() for rows in (first, second))
@@ -218,7 +218,7 @@ def _sort_corners(rows: Tensor) -> Tensor:
     return torch.cat([first.minimum(second), first.maximum(second)], 1)
 
 
-def _best_tie_iou(detections: Tensor, candidates: Tensor, layout: Layout, margin: float) -> Tensor:
+def _best_tie_iou(detections: Tensor, candidates: Tensor, layout: OutputLayout, margin: float) -> Tensor:
     """Return each detection's largest IoU (n,) with any candidate whose score is equal within the margin."""
     tie = (detections[:, 4:5] - candidates[:, 4]).abs() <= margin
     return (_class_iou(detections, candidates, layout) * tie).amax(1)

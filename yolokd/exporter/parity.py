@@ -26,8 +26,8 @@ from yolokd.data.dataset import Image, as_batch
 from yolokd.errors import first_line
 from yolokd.exporter.agreement import (
     LIMITS,
-    Layout,
     Limits,
+    OutputLayout,
     PredictionPair,
     Thresholds,
     image_outputs,
@@ -121,17 +121,17 @@ def verify(
     return report
 
 
-def _layout(module: Any) -> Layout:
+def _layout(module: Any) -> OutputLayout:
     """Return what the rows of a model's output mean."""
     task, head = task_of(module), module.model[-1]
     assert task is not None
-    return Layout(task.name, len(module.names), tuple(getattr(head, "kpt_shape", (0, 0))))
+    return OutputLayout(task.name, len(module.names), tuple(getattr(head, "kpt_shape", (0, 0))))
 
 
 def _compare_runtimes(
     path: Path,
     module: nn.Module,
-    layout: Layout,
+    layout: OutputLayout,
     images: Sequence[Image],
     thresholds: Thresholds,
     limits: Limits,
@@ -211,7 +211,7 @@ def _batches(images: Sequence[Image], batch: int, height: int, width: int) -> It
 
 
 def _make_row(
-    shape: tuple[int, int, int], pairs: Sequence[PredictionPair], layout: Layout, limits: Limits, conf: float
+    shape: tuple[int, int, int], pairs: Sequence[PredictionPair], layout: OutputLayout, limits: Limits, conf: float
 ) -> ParityRow:
     batch, height, width = shape
     raw, scores = relative_errors(pairs, layout, limits.margin)

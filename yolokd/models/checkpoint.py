@@ -137,8 +137,8 @@ def student_task(path: object, trust: bool) -> str:
             return key_of(task) if task is not None else "detect"
         with safe_loading(trust), warnings_only():
             # A .pt that Ultralytics will download says in its name what its .yaml says.
-            card = file.with_suffix(".yaml") if file.suffix == ".pt" else file
-            head = str(tasks.yaml_model_load(card)["head"][-1][-2]).lower()
+            yaml = file.with_suffix(".yaml") if file.suffix == ".pt" else file
+            head = str(tasks.yaml_model_load(yaml)["head"][-1][-2]).lower()
     except Exception:  # whatever the parser of a broken file raises
         return "detect"
     return next((name for name in TASKS if name in head), "detect")

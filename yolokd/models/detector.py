@@ -51,7 +51,7 @@ def read_pyramid(model: Detector, argument: str = "model", size: int = 256) -> d
 
 
 # What a model is, in a user's words, by a part of its head's name.
-KINDS = {
+MODEL_KINDS = {
     "semantic": "a semantic segmentation model", "segment": "a segmentation model", "pose": "a pose model",
     "classify": "a classification model", "obb": "a model of rotated boxes", "depth": "a depth model",
     "rtdetr": "an RT-DETR",
@@ -71,7 +71,7 @@ def head_of(model: Detector) -> nn.Module | None:
     return layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
 
 
-class Layout(BaseModel):
+class ModelYaml(BaseModel):
     """The part of a model's yaml that yolokd reads."""
 
     channels: Annotated[int, Field(strict=True, ge=1)] = 3
@@ -86,7 +86,7 @@ class DetectorAttributes(BaseModel):
     model_config = ConfigDict(strict=True)
     names: ClassNames
     nc: PositiveInt
-    yaml: Layout
+    yaml: ModelYaml
     stride: InstanceOf[Tensor]
 
 
@@ -149,7 +149,7 @@ def dense_heads(head: nn.Module | None, strides: Iterable[int]) -> dict[int, Hea
 def describe_kind(model: Detector) -> str:
     """Return what a model is, in a user's words, for example `a segmentation model`."""
     name = type(head_of(model)).__name__.lower()
-    return next((kind for part, kind in KINDS.items() if part in name), "an unknown kind of model")
+    return next((kind for part, kind in MODEL_KINDS.items() if part in name), "an unknown kind of model")
 
 
 def rounded_imgsz(imgsz: object, *models: Detector) -> int:

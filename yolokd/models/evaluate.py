@@ -123,15 +123,13 @@ def check_teacher(
         LOGGER.info("teacher: finds rotated boxes, and the labels' are upright: its score is not measured")
         return None
     scores = score(aligned_copy(teacher, names, classes.mapping, task, channels), settings, save_dir, task)
-    boxes = "" if task is student else f", of its boxes: it has no {student.own} like those of the labels"
+    boxes = "" if task is student else f" (of its boxes: it has no {student.own} like those of the labels)"
     score_text = f"{task.score_name} {scores.map:.3f}, mAP50 {scores.map50:.3f}"
     LOGGER.info(f"teacher: {score_text} on the validation set{boxes}")
     learned = learned_names(data, settings.get("classes"))
     unknown = [name for i, name in learned.items() if i not in classes.student]
     if unknown:
-        LOGGER.warning(
-            f"teacher: does not know {', '.join(unknown)}: these classes the student learns from the labels only"
-        )
+        LOGGER.warning(f"teacher: does not know {', '.join(unknown)}: the student learns these from the labels only")
     if scores.map < USELESS_MAP:
         LOGGER.warning(
             "teacher: useless on this validation set: the student would imitate features that do not detect these "

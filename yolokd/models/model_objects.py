@@ -1,4 +1,4 @@
-"""Model objects that users pass in Python, as files: checkpoints name them, and a resume or another process loads them.
+"""Save model objects that users pass in Python as files, which checkpoints name and other processes load.
 
 An object is one of three: made from a .yaml, with random weights; loaded from a checkpoint, and not changed since; or
 something else, of which a copy is saved.
@@ -82,8 +82,8 @@ def _save_copy(module: nn.Module) -> str:
 def _name(module: nn.Module) -> str:
     """Return what a module is: the name of its checkpoint or .yaml without the ending, else of its class."""
     content = getattr(module, "yaml", None)
-    card = content.get("yaml_file") if isinstance(content, dict) else None
-    stem = Path(str(getattr(module, "pt_path", None) or card or type(module).__name__.lower())).stem
+    file = content.get("yaml_file") if isinstance(content, dict) else None
+    stem = Path(str(getattr(module, "pt_path", None) or file or type(module).__name__.lower())).stem
     return re.sub(r"[^\w.-]", "_", stem)[:MAX_STEM]
 
 

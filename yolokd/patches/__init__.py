@@ -1,6 +1,6 @@
 """Every name of Ultralytics or torch that yolokd replaces; each is replaced inside a `with` block only.
 
-- `patched.patched`: the tool that all others use; replaces one attribute.
+- `patched.patched`: the tool that all others use; replaces one attribute. `Converted` replaces assigned values.
 - `safe_loading.safe_loading`: models and data sets run no code; it holds safe_models, safe_label_caches,
   no_ghostscript and no_autoinstall.
 - `safe_models.safe_models`: model files run no code.
@@ -14,6 +14,7 @@
 - `training_loop.bfloat16_on_cpu`: `amp=bf16` works on CPUs.
 - `training_loop.atomic_stripping`: a finished checkpoint is never left half written.
 - `training_loop.adapters_left_out`: loggers count, and quantization changes, the student's own layers only.
+- `no_loggers.no_loggers`: measurements start no run of MLflow, Weights & Biases or the like.
 - `ddp_on_cpu.ddp_on_cpu`: several processes train on CPUs.
 
 Each docstring says what is replaced, why, and what would make the replacement unnecessary.

@@ -1,4 +1,4 @@
-"""Trainers that no tracker of experiments hears of."""
+"""Build trainers without trackers of experiments."""
 
 from __future__ import annotations
 

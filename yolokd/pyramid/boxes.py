@@ -42,7 +42,8 @@ def inverse_areas(labels: Labels, images: int, height: int, width: int, device: 
 
     Shape: (images, height, width) float32, on a grid of height x width cells for each of `images` images. A box covers
     every cell that it touches by more than EDGE_TOLERANCE; a box without area covers none. There is no loop over boxes:
-    time and memory grow with the number of covered cells, counted once for each box.
+    time and memory grow with the number of covered cells, counted once for each box. Boxes must lie in the image, at
+    least in part, as Ultralytics' labels do.
 
     The CPU counts the cells of the boxes, and the device fills them in, so that the CPU does not wait for a GPU.
     """

@@ -61,7 +61,7 @@ class ClassSelection(nn.Module):
         super().__init__()
         groups = [(group,) if isinstance(group, int) else tuple(group) for group in classes]
         self._size = max(map(len, groups), default=1)
-        # The first class of a smaller group fills it up: its logit again does not change the highest.
+        # Smaller groups repeat their first class, which does not change the highest logit.
         self._index = tuple(i for group in groups for i in group + group[:1] * (self._size - len(group)))
         self.register_buffer("index", torch.tensor(self._index, dtype=torch.long), persistent=False)
 

@@ -38,10 +38,10 @@ class Table:
 
 
 SCORE50 = {  # what mAP50 counts, by task
-    "detect": "boxes that overlap by half",
-    "segment": "masks that overlap by half",
-    "pose": "keypoints that are as near as half of OKS",
-    "obb": "rotated boxes that overlap by half",
+    "detect": "boxes with an IoU of at least 0.5",
+    "segment": "masks with an IoU of at least 0.5",
+    "pose": "keypoints with an OKS of at least 0.5",
+    "obb": "rotated boxes with an IoU of at least 0.5",
 }
 
 

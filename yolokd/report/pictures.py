@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
 
-from yolokd.report.seen.maps import KINDS, Array, LevelMaps
+from yolokd.report.seen.maps import MAP_KINDS, Array, LevelMaps
 from yolokd.report.seen.samples import Boxes, Frame, Sample
 from yolokd.runtime.plots import import_matplotlib
 
@@ -43,7 +43,7 @@ class MapGroup:
         """Return (name of a map, `before` or `after`, heading) of each map of an image, from left to right."""
         columns = []
         for name in self.maps:
-            if KINDS[name].models == "teacher":
+            if MAP_KINDS[name].models == "teacher":
                 columns.append((name, "after", HEADINGS[name]))
                 continue
             moments = ("before", "after") if has_before else ("after",)
@@ -72,7 +72,7 @@ GROUPS = (
     MapGroup(
         "Disagreement of predictions", "pdf", ("disagreement",),
         "How much the class probabilities of student and teacher differ. PDF compares features most where they do.",
-        "Darker after the training. What stays bright, the student still sees otherwise than its teacher.",
+        "Darker after the training. Where it stays bright, student and teacher still differ.",
         "inferno", "mean",
     ),
     MapGroup(
@@ -204,7 +204,7 @@ def _uri(kind: str, content: bytes) -> str:
 def summarize(group: MapGroup, after: LevelMaps, before: LevelMaps, level: str) -> str:
     """Return one sentence with the means over all images of a map of both models, before and after the training."""
     name = group.maps[0]
-    if KINDS[name].models != "both" or name not in after[level]:
+    if MAP_KINDS[name].models != "both" or name not in after[level]:
         return ""
     means: Mapping[str, Any] = {
         moment: float(np.mean(maps[level][name]))

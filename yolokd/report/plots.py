@@ -155,7 +155,7 @@ def balance_plots(history: History, config: DistillationConfig, epochs: int) -> 
                     _line(axes, history, gains, color=colors[level], label=level)
                 axes.set_ylim(bottom=0)
 
-        balanced = "Balanced means: the black line follows the dotted one, whatever the losses do. "
+        balanced = "Balanced gains: the mean follows the dotted target, whatever the losses do. "
         reading = "How hard the method pulls at each level of the student's neck, beside the YOLO loss. "
         levels_say = "A level that stays at 0 while others do not is one where the teacher sees nothing."
         text = reading + (balanced if config.balance != "off" else "The gains are fixed. ") + levels_say

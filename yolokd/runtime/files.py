@@ -107,7 +107,7 @@ def check_output_folder(folder: Path, argument: str) -> None:
                 if path.is_symlink():
                     raise UserError(f"{argument}={folder}", f"its {name} is a link, which could lead elsewhere", cure)
                 if path.suffix in WRITTEN and not path.is_file():
-                    raise UserError(f"{argument}={folder}", f"its {name} is no file, but in the place of one", cure)
+                    raise UserError(f"{argument}={folder}", f"its {name} should be a file and is not", cure)
 
 
 def remove_temporary_files(folder: Path) -> None:

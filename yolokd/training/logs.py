@@ -32,27 +32,14 @@ class LossMeans(dict[str, Tensor]):
         return values
 
 
-class MeanLosses:
-    """The trainer's attribute `tloss`: Ultralytics sets it, and prints its values after every batch."""
-
-    def __get__(self, trainer: Any, _owner: type | None = None) -> LossMeans | None:
-        means: LossMeans | None = vars(trainer)["tloss"]
-        return means
-
-    def __set__(self, trainer: Any, means: dict[str, Tensor] | None) -> None:
-        vars(trainer)["tloss"] = None if means is None else LossMeans(means)
+def loss_means(_trainer: Any, means: dict[str, Tensor] | None) -> LossMeans | None:
+    """Return what a trainer's `tloss` is to hold instead of Ultralytics' dictionary, whose values it prints."""
+    return None if means is None else LossMeans(means)
 
 
-class ItemsOfCriterion:
-    """The attribute `loss_items` of a trainer of RT-DETRs, which Ultralytics sets without those of yolokd's methods."""
-
-    def __get__(self, trainer: Any, _owner: type | None = None) -> dict[str, Tensor] | None:
-        items: dict[str, Tensor] | None = vars(trainer).get("loss_items")
-        return items
-
-    def __set__(self, trainer: Any, items: dict[str, Tensor] | None) -> None:
-        criterion = trainer.criterion if items is not None else None
-        vars(trainer)["loss_items"] = items if items is None or criterion is None else items | criterion.items
+def with_criterion_items(trainer: Any, items: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Return the `loss_items` of an RT-DETR's trainer with those of yolokd's methods, which Ultralytics leaves out."""
+    return items if items is None or trainer.criterion is None else items | trainer.criterion.items
 
 
 def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float, weights: Mapping[str, float]) -> str:
@@ -69,14 +56,14 @@ def balance_summary(plan: TrainPlan, means: Mapping[str, float], clip: float, we
     config = plan.config
     return (
         f"distillation: {taught_levels(shares, config.level_weights, config.level_floor)}. "
-        f"Its gradient as a multiple of the YOLO loss's: {'; '.join(ratios)}. "
+        f"Gradients as multiples of the YOLO loss's: {'; '.join(ratios)}. "
         f"Teacher's confidence by level: {_percentages(shares)}; weights of the levels: {_percentages(weights)}. "
-        f"Student's gradients were clipped to {clip:.3g} of their norm."
+        f"Student's clip coefficient: {clip:.3g} (1: its gradients are not clipped)."
     )
 
 
 def level_weights(stages: Sequence[Stage]) -> dict[str, float]:
-    """Return how much each level counts, by name: a mean over the teachers that teach at the moment."""
+    """Return how much each level counts, by name: a mean over the teachers of some stages."""
     weights: dict[str, float] = {}
     for stage in stages:
         for shape, weight in zip(stage.pairing.levels, stage.level_weights().tolist(), strict=True):
@@ -129,7 +116,7 @@ def add_measurements(trainer: Any, metrics: Mapping[str, Any], dropped: int) -> 
     dropped: what NonFiniteGuard.end_epoch returned, summed over processes.
     """
     clip, means = trainer.steps.mean_clip_coefficient(), trainer.criterion.recorder.means()
-    LOGGER.info(balance_summary(trainer.plan, means, clip, level_weights(trainer.criterion.active)))
+    LOGGER.info(balance_summary(trainer.plan, means, clip, level_weights(trainer.criterion.taught)))
     measured = distillation_metrics(means, clip, dropped)
     trainer.metrics = without_measurements(trainer.metrics) | measured
     return without_measurements(metrics) | measured

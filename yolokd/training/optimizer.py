@@ -16,19 +16,8 @@ from yolokd.runtime.distributed import all_reduce_mean
 MAX_NORM = 10.0  # Ultralytics' own bound on the gradient norm
 
 
-class EveryBatch:
-    """The trainer's attribute `accumulate`: Ultralytics sets it, and its loop steps after every batch."""
-
-    def __get__(self, trainer: Any, _owner: type | None = None) -> StepAfterEveryBatch:
-        accumulate: StepAfterEveryBatch = vars(trainer)["accumulate"]
-        return accumulate
-
-    def __set__(self, trainer: Any, batches: int) -> None:
-        vars(trainer)["accumulate"] = StepAfterEveryBatch(batches)
-
-
 class StepAfterEveryBatch(int):
-    """A number of batches that makes Ultralytics' loop call `optimizer_step` after every batch.
+    """A trainer's `accumulate`: a number that makes Ultralytics' loop call `optimizer_step` after every batch.
 
     The loop compares the batches since the last step, which it counts in a local variable, with `accumulate`. A resume
     would lose that count. So every comparison succeeds here, and OptimizerSteps counts instead.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,14 +95,15 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
         if isinstance(settings.get(key), str | Path):
             load_model(settings[key], key, config.trust)
     models = {file: load_backbone(file) if is_backbone(file) else load_teacher(file, config.trust) for file in files}
-    # Data after the teachers: the embedded set is drawn on first use, which a refused teacher should not cost.
+    # Data after the teachers: the shapes are drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
     strides = check_detector(student, f"student={settings.get('model')}")
     args.task = _student_task(student, settings.get("task"))
     if files:
         _check_stages(config, args.epochs)
-        _check_classes_map(config, models.values(), data)
+        taught = [name for model in models.values() for name in model.names.values()]
+        check_classes_map(config.classes_map or {}, taught, [*data["names"].values()])
     heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
     if not heads:
         _check_student_without_scores(f"student={settings.get('model')}", config)
@@ -157,12 +158,14 @@ def _check_stages(config: DistillationConfig, epochs: int) -> None:
         )
 
 
-def _check_classes_map(config: DistillationConfig, teachers: Iterable[Detector], data: Mapping[str, Any]) -> None:
-    """Raise UserError for names in `classes_map` that no teacher has, or that the data set does not have."""
-    classes_map = config.classes_map or {}
-    taught = [name for teacher in teachers for name in teacher.names.values()]
-    named = ("the teacher", classes_map, taught), ("the data set", classes_map.values(), data["names"].values())
-    for owner, asked, names in named:
+def check_classes_map(
+    classes_map: Mapping[str, str], taught: Sequence[str], learned: Sequence[str], learner: str = "the data set"
+) -> None:
+    """Raise UserError for names in `classes_map` that are not among the teachers' classes, or not among the learned.
+
+    learner: whose classes are learned.
+    """
+    for owner, asked, names in (("the teacher", classes_map, taught), (learner, classes_map.values(), learned)):
         if unknown := unknown_names(asked, names):
             problem = f"{owner} has no class {' or '.join(map(repr, unknown))}"
             hints = filter(None, (did_you_mean(name, names) for name in unknown))

@@ -55,7 +55,12 @@ def _absolute(value: Any, folders: bool) -> Any:
 
 
 def training_keys(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a new run with defaults filled in; `student` becomes Ultralytics' `model`."""
+    """Return the keys of a new run with defaults filled in; `student` becomes Ultralytics' `model`.
+
+    Raises UserError if both are given.
+    """
+    if keys.get("student") and keys.get("model"):
+        raise UserError("student, model", "name the same setting", "give one of the two")
     student = keys.get("student") or keys.get("model") or defaults()["student"]
     rest = {k: v for k, v in keys.items() if k not in {"student", "model"}}
     if rest.get("data") is None:

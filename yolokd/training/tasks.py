@@ -11,6 +11,7 @@ from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 
 from yolokd.models.checkpoint import student_task
+from yolokd.patches.patched import Converted
 from yolokd.training import logs
 from yolokd.training.trainer import DistillationTrainer
 
@@ -36,7 +37,7 @@ class OBBDistillationTrainer(DistillationTrainer, OBBTrainer):
 class RTDETRDistillationTrainer(DistillationTrainer, RTDETRTrainer):
     """Ultralytics' trainer of RT-DETRs with a teacher of their feature maps."""
 
-    loss_items = logs.ItemsOfCriterion()
+    loss_items = Converted(logs.with_criterion_items)
 
 
 TRAINERS = {

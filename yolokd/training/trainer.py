@@ -1,4 +1,4 @@
-"""DistillationTrainer: Ultralytics' trainer with a teacher. It only overrides; each override hands over."""
+"""DistillationTrainer: Ultralytics' trainer with a teacher. Each override also calls Ultralytics' own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from yolokd.config.parse import split_keys
 from yolokd.data.mixed import MixedDataset, mix_batches
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.checkpoint import load_model
-from yolokd.patches.patched import patched
+from yolokd.patches.patched import Converted, patched
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import adapters_left_out, atomic_stripping, bfloat16_on_cpu
 from yolokd.pyramid.boxes import Labels
@@ -29,13 +29,15 @@ from yolokd.runtime.files import AtomicPath, os_errors_as_user_errors
 from yolokd.runtime.lock import FolderLock
 from yolokd.runtime.signals import handle_signals
 from yolokd.runtime.threads import use_all_cores
-from yolokd.training import announce, logs, results, resume
+from yolokd.training import announce, logs, results
 from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
-from yolokd.training.optimizer import EveryBatch, OptimizerSteps
+from yolokd.training.optimizer import OptimizerSteps, StepAfterEveryBatch
 from yolokd.training.plan import TrainPlan, check_task
+from yolokd.training.resume import hint, restore, saved_run
+from yolokd.training.resume.settings import device_of_run, plan_run, ultralytics_settings
+from yolokd.training.resume.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
+from yolokd.training.resume.state import capture_state, capture_streams, restore_streams
 from yolokd.training.settings import with_absolute_paths
-from yolokd.training.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
-from yolokd.training.state import capture_state, capture_streams, restore_streams
 from yolokd.training.teachers import attach_criterion, score_teachers
 
 
@@ -49,16 +51,16 @@ class DistillationTrainer(DetectionTrainer):
     TASK = "detect"
     args: Any
     wdir: Path
-    accumulate, tloss = EveryBatch(), logs.MeanLosses()
+    accumulate, tloss = Converted(lambda _, batches: StepAfterEveryBatch(batches)), Converted(logs.loss_means)
 
     def __init__(
         self, cfg: Any = DEFAULT_CFG, overrides: dict[str, Any] | None = None, _callbacks: dict[str, Any] | None = None
     ) -> None:
         keys = with_absolute_paths(overrides or {})
-        self.saved_run = resume.load_saved_run(keys) if keys.get("resume") else None
+        self.saved_run = saved_run.load_saved_run(keys) if keys.get("resume") else None
         if IS_DISTRIBUTED:
-            keys["device"] = distributed.init_process_group(resume.device_of_run(keys, self.saved_run))
-        self.plan: TrainPlan = resume.plan_run(cfg, keys, self.saved_run)
+            keys["device"] = distributed.init_process_group(device_of_run(keys, self.saved_run))
+        self.plan: TrainPlan = plan_run(cfg, keys, self.saved_run)
         check_task(self.plan, self.TASK)
         self._lock = FolderLock()
         with self._lock.released_on_error():
@@ -69,9 +71,9 @@ class DistillationTrainer(DetectionTrainer):
         self.steps = OptimizerSteps()
         self._state_to_restore: State | None = None
         self.adapters_changed = False  # whether a resumed run has other adapters than it began with
-        self._resume_hint = partial(resume.resume_hint, self)
+        self._resume_hint = partial(hint.resume_hint, self)
         self.stop_request = SharedStopRequest(self._resume_hint)
-        self.last_before, self.finished = resume.stamp(self.last), False
+        self.last_before, self.finished = hint.stamp(self.last), False
         self._add_own_callbacks()
         if IS_MAIN:
             resumed = self.saved_run.folder if self.saved_run is not None else None
@@ -79,7 +81,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def _init_ultralytics(self, cfg: Any, keys: dict[str, Any], callbacks: dict[str, Any] | None) -> None:
         """Call Ultralytics' constructor without yolokd's keys, which it rejects, and put these into `args` after it."""
-        settings = resume.ultralytics_settings(keys, self.saved_run)
+        settings = ultralytics_settings(keys, self.saved_run)
         with (
             safe_loading(self.plan.config.trust),
             os_errors_as_user_errors(lambda: "give a folder that can be written"),
@@ -140,10 +142,10 @@ class DistillationTrainer(DetectionTrainer):
 
     def _do_train(self) -> None:
         """Train, unless a resumed run lacks only its final evaluation."""
-        if self.saved_run is None or not self.saved_run.trained:
+        if self.saved_run is not None and self.saved_run.trained:
+            restore.evaluate_trained_run(self)
+        else:
             super()._do_train()
-            return
-        resume.evaluate_trained_run(self)
 
     # Set-up
     def set_model_attributes(self) -> None:
@@ -200,7 +202,7 @@ class DistillationTrainer(DetectionTrainer):
         self.content_hash = same_content_hash(self.train_loader)
         self._state_to_restore = self.saved_run.state if self.saved_run is not None else None
         if self._state_to_restore is not None:
-            self._close_mosaic = resume.close_mosaic_again(self)
+            self._close_mosaic = restore.close_mosaic_again(self)
 
     def _begin_epoch(self) -> None:
         if self.criterion is not None:
@@ -228,7 +230,7 @@ class DistillationTrainer(DetectionTrainer):
         """Count a batch; step the optimizer after `accumulate` of them, with adapters clipped apart."""
         criterion = self.criterion
         if criterion is not None:
-            criterion.guard.after_backward()
+            criterion.guard.after_backward(int(self.accumulate))
         if self.steps.is_due(int(self.accumulate)):
             if criterion is None:
                 super().optimizer_step()
@@ -251,8 +253,8 @@ class DistillationTrainer(DetectionTrainer):
     def _handle_nan_recovery(self, epoch: int) -> bool:
         """Recover as Ultralytics does; else gather what the main process is about to write from all processes."""
         recovered: bool = super()._handle_nan_recovery(epoch)
+        dropped = self.criterion.guard.end_epoch() if self.criterion is not None else 0
         if not recovered:
-            dropped = self.criterion.guard.end_epoch() if self.criterion is not None else 0
             self._dropped_by_rank = distributed.all_gather(dropped)
             self._streams_by_rank = distributed.all_gather(capture_streams(self.train_loader))
         return recovered
@@ -270,21 +272,21 @@ class DistillationTrainer(DetectionTrainer):
         if self.saved_run is not None and self.saved_run.trained:
             return
         if self.resume and ckpt is not None:
-            self.adapters_changed = resume.drop_unfit_optimizer(self, ckpt)
-        with resume.criterion_set_aside(unwrap_model(self.model)):
+            self.adapters_changed = restore.drop_unfit_optimizer(self, ckpt)
+        with restore.criterion_set_aside(unwrap_model(self.model)):
             super().resume_training(ckpt)
         if self.resume:
-            resume.restore_run(self)
+            restore.restore_run(self)
 
     def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
-        """Restore optimizer and EMA; the EMA is rebuilt from the live model and must lose the criterion again."""
-        super()._load_checkpoint_state(ckpt)
-        self.ema.ema._modules.pop("criterion", None)
+        """Restore optimizer and EMA; the EMA is a copy of the student, and must not copy the criterion."""
+        with restore.criterion_set_aside(unwrap_model(self.model)):
+            super()._load_checkpoint_state(ckpt)
         if self.criterion is None:  # method=none, or a resume, which sets it aside and restores it later
             return
         state = load_sidecar(self.last, ckpt["epoch"])
         if state is not None:  # Ultralytics recovers from NaN
-            resume.restore_criterion(self.criterion, state)
+            restore.restore_criterion(self.criterion, state)
         self.criterion.recorder.discard()
         self.steps.restart(int(self.accumulate))
 

@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from ultralytics.utils.files import increment_path
 from ultralytics.utils.torch_utils import select_device
 
-from yolokd.commands.bench.candidate import BenchSetting, Candidate, build_yolokd_trainer
+from yolokd.commands.bench.candidate import FIXED, BenchSetting, Candidate, build_yolokd_trainer
 from yolokd.commands.bench.rounds import BenchRow, ensemble_costs, measure, run_rounds
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
@@ -66,7 +66,7 @@ def run_bench(
     The files are bench.csv and bench.png. In each round, every candidate runs one step.
     teacher (a .yaml gets random weights), imgsz, batch, method and amp may be lists, `a,b`. All methods and values of
     amp are measured with the first teacher, imgsz and batch, and then with each other value of one of these three.
-    With teachers=ensemble, all teachers together count as the first one, and each alone as another.
+    With teachers=ensemble, the ensemble is measured as the first teacher, and then each teacher alone.
     The parts of a candidate's step: `data`, `teacher` and `methods` (the distillation losses) are measured in its own
     steps, `student` is the rest. On CUDA the teacher runs beside the student: `teacher` is the time that the student
     waits for it. There the first batches are used again and again, since data loading would hide the GPU's time.
@@ -78,6 +78,9 @@ def run_bench(
     for key in ("unlabelled", "unlabelled_ratio"):
         if key in other_keys:
             raise UserError(key, "is not measured by bench: its batches hold labelled images alone", "drop it")
+    for key in (*FIXED, "nbs", "cfg", "save_dir", "resume"):
+        if key in other_keys:
+            raise UserError(key, "is set by bench, or has no meaning to it", "drop it")
     validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
     check_project(project)
     # Plain training is always measured, first: the others are compared with it.

@@ -28,6 +28,7 @@ from yolokd.training.trainer import DistillationTrainer
 
 NATIVE_ALL = f"{NATIVE}, all cores"
 ENDLESS = 10**9  # epochs
+FIXED = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2, "close_mosaic": 0}  # settings
 REPLAYED = 4  # batches that a benchmark on CUDA repeats: the time of data loading would hide that of the GPU
 Moment: TypeAlias = Any  # seconds as a float, or a CUDA event
 
@@ -47,8 +48,7 @@ class BenchSetting:
     def keys(self, amp: object, name: str) -> dict[str, Any]:
         """Return the keys of one training, both Ultralytics' and yolokd's. name: of the run folder."""
         shared = {"model": self.student, "imgsz": self.imgsz, "batch": self.batch, "nbs": self.batch, "data": self.data}
-        fixed = {"plots": False, "val": False, "verbose": False, "save": False, "epochs": 2, "close_mosaic": 0}
-        return dict(self.other_keys) | shared | fixed | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
+        return dict(self.other_keys) | shared | FIXED | {"amp": amp, "save_dir": f"{self.folder}/{name}"}
 
 
 @dataclass
@@ -205,7 +205,7 @@ def teachers_of(candidate: Candidate) -> list[Teacher]:
 
 
 class TeacherAlone:
-    """A candidate's teacher, or its ensemble, run alone on one random batch; of its head runs what is requested."""
+    """A candidate's teacher, or its ensemble, alone on one random batch, with the requested outputs of its head."""
 
     def __init__(self, candidate: Candidate, requested: RequestedOutputs) -> None:
         trainer = candidate.trainer

@@ -52,6 +52,7 @@ def run_compare(
     launch = choose_launcher(launcher, device, cpus)
     with_baseline = methods if PLAIN in methods else [PLAIN, *methods]
     folder = check_project(project)
+    check_project(path.absolute().parent, "csv")
     planned, images = plan_runs(with_baseline, DEFAULT_SEEDS if seeds is None else seeds, split or "val", folder, keys)
     runs = [run for run in planned if run.method in (TEACHER, *methods)]
     ledger = read(path)
@@ -61,7 +62,10 @@ def run_compare(
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
     failures = execute_all(open_runs, launch, path, images) if open_runs else {}
     ledger = read(path)
-    report([ledger[run.hash] for run in planned if run.hash in ledger], list(ledger.values()), methods, path)
+    # Rows of earlier comparisons may refer to another score of the teacher, with other classes or channels.
+    rows = {run.hash: ledger[run.hash].model_copy(update={"teacher_row": run.teacher_row}) for run in planned
+            if run.hash in ledger}  # fmt: skip
+    report(list(rows.values()), list((ledger | rows).values()), methods, path)
     if missing := [why for run, why in failures.items() if run not in ledger]:  # another comparison may have done it
         raise RuntimeError("; ".join(missing))
     return path

@@ -25,7 +25,7 @@ def teachers_of(rows: Iterable[LedgerRow], ledger: Iterable[LedgerRow]) -> list[
 
 
 def comparable_disagreements(rows: Sequence[LedgerRow]) -> list[LedgerRow]:
-    """Return the rows; if their D_pred was measured with different teachers, plain training's rows go without.
+    """Return the rows; remove plain training's D_pred if D_pred was measured with different teachers.
 
     A run with a teacher is compared with its own. Plain training has none: its D_pred is against the teacher of the
     comparison that ran it, and says nothing beside that of another.
@@ -42,7 +42,7 @@ def mixed_versions(rows: Sequence[LedgerRow]) -> str:
 
 
 def name_configurations(rows: Sequence[LedgerRow]) -> tuple[str, list[LedgerRow]]:
-    """Return the settings that all rows have in common, as text, and the rows with the others in the method's name.
+    """Return the settings that all rows share, as text, and the rows with their other settings added to `method`.
 
     A setting is common if every row to which it applies has it. Rows of one configuration may name it differently (a
     file was moved, a default was given): its first row's settings name it. If two configurations would have the same

@@ -42,9 +42,9 @@ class ComparisonRun:
     keys: those of `yolokd train`, without seed, device and save_dir. config: hash of all that shapes the training,
     except the seed. ground: hash of what runs must have in common to be compared (student, data, split, Ultralytics'
     settings). teacher_row: hash of the run that scores its teacher; empty if there is none. project: the folder that
-    holds the runs' folders. strongest_teacher: the path of the comparison's; D_pred compares the student's predictions
-    with its; empty if there is none. classes_map, teacher_channels: for this teacher. These three are no part of the
-    identity: runs without a teacher have them, too.
+    holds the runs' folders. strongest_teacher: the path of the last teacher, with whose predictions D_pred compares
+    the student's; empty if there is none. classes_map, teacher_channels: for that teacher. None of these three enters
+    the hashes: runs without a teacher have them, too.
     """
 
     method: str

@@ -110,7 +110,8 @@ def plan_runs(
     if keys.get("unlabelled") is not None:
         _check_unlabelled(methods)
     if keys.get("classes_map") is not None and {*methods} <= {PLAIN, NATIVE}:
-        raise UserError("classes_map", f"has no effect on {' and '.join(methods)}", "add a method, such as fitnet+pdf")
+        why = f"has no effect on method={','.join(methods)}"
+        raise UserError("classes_map", why, "add a method, such as fitnet+pdf")
     inputs = _resolve_files(keys)
     if not inputs.teachers and {*methods} != {PLAIN}:
         or_drop = ", or drop native" if {*methods} <= {PLAIN, NATIVE} else ""
@@ -141,9 +142,10 @@ def _check_unlabelled(methods: Sequence[str]) -> None:
     """Print which methods train without the images of `unlabelled=`. Raises UserError if all do."""
     without = [method for method in methods if method in (PLAIN, NATIVE)]
     if len(without) == len(methods):
-        raise UserError("unlabelled", f"has no effect on {' and '.join(without)}", "add a method, such as fitnet+pdf")
+        why = f"has no effect on method={','.join(without)}"
+        raise UserError("unlabelled", why, "add a method, such as fitnet+pdf")
     if without:
-        CONSOLE.print(f"unlabelled: these images are not used by {' and '.join(without)}")
+        CONSOLE.print(f"unlabelled: method={','.join(without)} trains without these images")
 
 
 def _resolve_files(keys: Mapping[str, Any]) -> Inputs:
@@ -194,7 +196,8 @@ def _plan_trainings(
 
 def _method_keys(inputs: Inputs, method: str) -> dict[str, Any]:
     """Return the keys that apply to a method; Ultralytics' own distillation has one teacher, the strongest."""
-    keys = {k: v for k, v in inputs.keys.items() if setting_applies(k, method) or k == "trust"} | {"method": method}
+    also = {"trust"} if method == NATIVE else {"trust", "report"}
+    keys = {k: v for k, v in inputs.keys.items() if setting_applies(k, method) or k in also} | {"method": method}
     return keys | {"teacher": inputs.teachers[-1]} if method == NATIVE else keys
 
 

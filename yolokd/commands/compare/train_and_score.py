@@ -26,7 +26,7 @@ from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path, sha256
 from yolokd.training.results.provenance import versions
-from yolokd.training.sidecar import is_trained, saved_epoch
+from yolokd.training.resume.sidecar import is_trained, saved_epoch
 
 VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", *NMS_SETTINGS)  # settings of training that scoring uses
 
@@ -59,6 +59,8 @@ def _disagreement(run: ComparisonRun, student: Detector, settings: Mapping[str, 
     identity = sha256(run.strongest_teacher)
     if run.classes_map is not None:  # which classes are compared depends on it
         identity = digest([identity, run.classes_map])
+    if run.teacher_channels is not None:
+        identity = digest([identity, list(run.teacher_channels)])
     return {} if value is None else {"d_pred": value, "d_pred_teacher": identity[:12]}
 
 

@@ -76,7 +76,7 @@ class DeployRow(BaseModel):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Return what two rows of one file must not have in common."""
+        """Return the key that is unique among a file's rows."""
         return self.model, self.format, "" if self.model == STUDENT else self.sha256
 
     @property

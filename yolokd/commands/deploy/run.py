@@ -81,7 +81,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as e:
-            raise KeyboardInterrupt("the same command goes on where it stopped") from e
+            raise KeyboardInterrupt("repeat the same command to continue") from e
 
 
 def _conditions(settings: DeploySettings, module: Detector, checkpoint: Checkpoint) -> tuple[Measurement, str]:

@@ -57,7 +57,7 @@ def run_label(**keys: Any) -> Path:
             with locked(folder):
                 return _write(labelled, record, data, teacher, settings)
         except KeyboardInterrupt as e:
-            raise KeyboardInterrupt("the same command goes on where it stopped") from e
+            raise KeyboardInterrupt("repeat the same command to continue") from e
 
 
 def _source_name(source: str) -> str:
@@ -160,7 +160,7 @@ def _describe_data(settings: LabelSettings, source: ImageSource, teacher: Labell
             f"its classes are not the teacher's, {', '.join(teacher.names.values())}",
             "give a data set with the teacher's classes in their order, or set val: in the data.yaml yourself",
         )
-    val = data["val"] if data is not None and fits else IMAGES
+    val = (data.get("val") if data is not None and fits else None) or IMAGES
     return {"train": IMAGES, "val": val, "channels": teacher.channels, "names": teacher.names}
 
 

@@ -68,6 +68,7 @@ def check_label_settings(keys: Mapping[str, Any]) -> LabelSettings:
         if keys.get(key) is None:
             raise UserError(key, "is missing", f"give {example}, for example")
     try:
-        return LabelSettings.model_validate(keys)
+        paths = {key: str(keys[key]) for key in ("teacher", "source", "project") if keys.get(key) is not None}
+        return LabelSettings.model_validate({**keys, **paths})  # a folder may be named by a number
     except ValidationError as e:
         raise as_user_error(e, keys) from e

@@ -40,7 +40,7 @@ class MapKind:
     compute: Callable[[Level, str], Tensor]
 
 
-KINDS: Mapping[str, MapKind] = {
+MAP_KINDS: Mapping[str, MapKind] = {
     "teacher_attention": MapKind("teacher", False, lambda level, _: spatial_attention(level.teacher)),
     "student_attention": MapKind("student", False, lambda level, _: spatial_attention(level.student)),
     "disparity": MapKind("both", False, lambda level, _: disparity(level.teacher, level.student)),
@@ -80,7 +80,7 @@ def observe(
     samples: Sequence[Sample],
     settings: MapSettings,
     device: torch.device,
-    names: Sequence[str] = tuple(KINDS),
+    names: Sequence[str] = tuple(MAP_KINDS),
 ) -> Observation:
     """Return the maps with these names that can be made of a student, which is not changed, and of a teacher.
 
@@ -96,7 +96,7 @@ def observe(
         levels = [_levels(small, large, as_images(sample, settings.imgsz).to(device), settings) for sample in samples]
     maps: LevelMaps = {}
     for at_one_level in zip(*levels, strict=True):
-        kinds = {name: KINDS[name] for name in names if _can_make(KINDS[name], at_one_level[0], teacher)}
+        kinds = {name: MAP_KINDS[name] for name in names if _can_make(MAP_KINDS[name], at_one_level[0], teacher)}
         maps[level_name(at_one_level[0].stride)] = {
             name: np.concatenate([kind.compute(level, settings.distance).cpu().numpy() for level in at_one_level])
             for name, kind in kinds.items()

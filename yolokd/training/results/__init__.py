@@ -7,7 +7,7 @@ from typing import Any
 from yolokd.training.results.model_card import write_model_card
 from yolokd.training.results.report import keep_beginning, write_run_report
 from yolokd.training.results.summary import log_summary, teacher_sizes
-from yolokd.training.sidecar import drop_sidecars
+from yolokd.training.resume.sidecar import drop_sidecars
 
 __all__ = ["finish_run", "keep_beginning", "teacher_sizes"]
 

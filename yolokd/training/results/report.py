@@ -1,6 +1,6 @@
 """The report of a run: what a training keeps for it at its start, and report.html at its end.
 
-A report is never worth a run: whatever fails here is a warning.
+Failures here are warnings, so that they never end a run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from yolokd.models.checkpoint import load_teacher
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.report.kept import Record, Skipped, read_kept, write_kept
 from yolokd.report.run_report import pdf_distance, write_report
-from yolokd.report.seen.maps import KINDS, MapSettings, observe
+from yolokd.report.seen.maps import MAP_KINDS, MapSettings, observe
 from yolokd.report.seen.samples import validation_samples
 from yolokd.runtime.console import warnings_only
 from yolokd.runtime.distributed import IS_MAIN
@@ -60,7 +60,7 @@ def _keep_beginning(trainer: Any) -> None:
     settings = MapSettings(
         classes, int(trainer.args.imgsz), config.teacher_imgsz, config.teacher_channels, pdf_distance(config)
     )
-    names = [name for name, kind in KINDS.items() if kind.models != "teacher"]
+    names = [name for name, kind in MAP_KINDS.items() if kind.models != "teacher"]
     before = observe(trainer.ema.ema, teacher, samples, settings, trainer.device, names)
     record = Record(
         images=[sample.file.name for sample in samples],

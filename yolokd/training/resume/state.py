@@ -19,7 +19,7 @@ from yolokd.models.precision import name_of
 from yolokd.runtime.distributed import IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import atomic_path
 from yolokd.runtime.rng import random_state, set_random_state
-from yolokd.training.sidecar import State
+from yolokd.training.resume.sidecar import State
 
 
 def capture_state(trainer: Any, streams_by_rank: Sequence[State]) -> State:
@@ -142,7 +142,13 @@ def restore_state(trainer: Any, state: State) -> None:
     vars(trainer.stopper).update({k: v for k, v in state["stopper"].items() if k != "patience"})
     trainer.best_fitness, trainer.fitness = state["best_fitness"], state["fitness"]
     trainer.metrics = state["metrics"]
-    if IS_MAIN and state["csv"]:  # epochs after the checkpoint are trained, and written, again
+    if IS_MAIN:
+        restore_csv(trainer, state)
+
+
+def restore_csv(trainer: Any, state: State) -> None:
+    """Write results.csv as it was: epochs after the checkpoint are trained, and written, again."""
+    if state["csv"]:
         with atomic_path(trainer.csv) as temporary:
             temporary.write_text(state["csv"], encoding="utf-8")
 
@@ -171,8 +177,8 @@ def restore_streams(trainer: Any, state: State) -> None:
     if state.get("content", trainer.content_hash) != trainer.content_hash:
         LOGGER.warning("resume: not exact, because images or labels have changed since the run began")
     if trainer.device.type == "cpu" and state.get("threads", torch.get_num_threads()) != torch.get_num_threads():
-        cores = f"{state['threads']} cores and now has {torch.get_num_threads()}"
-        LOGGER.warning(f"resume: not exact, the run began with {cores}, which sum in another order")
+        threads = f"{state['threads']} threads and now has {torch.get_num_threads()}"
+        LOGGER.warning(f"resume: not exact, the run began with {threads}, which sum in another order")
     if trainer.device.type == "cuda" and len(saved["random"]["cuda"]) != torch.cuda.device_count():
         devices = f"{len(saved['random']['cuda'])} CUDA devices and now has {torch.cuda.device_count()}"
         LOGGER.warning(f"resume: not exact, the run began with {devices}, and their random state is not restored")
