@@ -32,12 +32,14 @@ from helpers.models import (
 from ultralytics import YOLO
 
 from yolokd.commands.deploy import ledger
+from yolokd.commands.deploy.formats import Format, known_formats
 from yolokd.commands.deploy.latency import LatencyRequest, RuntimeFailure, measure_in_process
 from yolokd.commands.deploy.run import run_deploy
 from yolokd.commands.deploy.show import verdict
 from yolokd.data.dataset import validation_images
 from yolokd.errors import UserError
 from yolokd.runtime.files import sha256
+from yolokd.training.results.provenance import versions
 
 SIZE = 96
 FORMATS = ("onnx", "onnx-float16", "onnx-int8", "openvino", "hailo-int8")
@@ -164,6 +166,26 @@ def test_nothing_is_measured_twice_and_limits_refuse(deployed: Deployed, capsys:
     assert "refused" in shown
     assert f"lose more than limit={loss / 2:g}, or have no score: " in shown
     assert run_deploy(**keys, limit=loss + 1e-4)
+
+
+def test_each_format_and_precision_has_a_file_of_its_own() -> None:
+    """The exporter names its file after the checkpoint; it adds _int8 for some formats only."""
+    checkpoint, formats = Path("best.pt"), known_formats().values()
+    files = [(each.argument, each.checkpoint_name(checkpoint), _adds_int8(each)) for each in formats]
+    assert len(set(files)) == len(files)
+    assert known_formats()["onnx-int8"].checkpoint_name(checkpoint) == "best.pt"
+    assert known_formats()["mnn-int8"].checkpoint_name(checkpoint) == "best_int8.pt"
+    assert "imx" not in known_formats()  # Ultralytics exports it in INT8 alone
+
+
+def _adds_int8(each: Format) -> bool:
+    return each.precision == "int8" and each.argument in {"onnx", "openvino", "litert"}
+
+
+def test_rows_of_other_versions_are_named(deployed: Deployed) -> None:
+    found = list(ledger.read(deployed.run / "deploy.csv").values())
+    assert ledger.other_versions(found, versions()) == ""
+    assert ledger.other_versions(found, versions() | {"torch": "3.0"}) == f"torch {torch.__version__}"
 
 
 def test_a_run_measured_otherwise_is_not_mixed_in(deployed: Deployed, tmp_path: Path) -> None:

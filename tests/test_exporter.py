@@ -32,7 +32,7 @@ from yolokd.distiller import load_yolo
 from yolokd.errors import UserError
 from yolokd.exporter import export_model, parity
 from yolokd.exporter.agreement import Limits, Thresholds
-from yolokd.exporter.export_model import export
+from yolokd.exporter.export_model import INT8_ONLY, _calibration_options, _check_options, _precision, export
 from yolokd.exporter.parity import ExportReport, verify
 from yolokd.exporter.staging import PREFIX, publish, staging_folder
 from yolokd.models.checkpoint import load_model
@@ -150,6 +150,45 @@ def test_models_that_choose_their_boxes_themselves_pass(
     assert metadata(report.path)["end2end"] == end2end
     if family == "v26":
         assert not {"teacher", "method", "yolokd"} & metadata(report.path).keys()
+
+
+@pytest.mark.parametrize("family", ["v8", "v26"])
+def test_models_of_other_formats_that_choose_their_boxes_themselves_pass(
+    family: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    report = export(shutil.copy(checkpoints[family], tmp_path / "m.pt"), format="torchscript", nms=True, imgsz=96)
+    assert report.passed
+    assert all(row.torch_detections == row.file_detections > 20 for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision"),
+    [
+        ({"format": "torchscript"}, "float32"), ({"format": "torchscript", "quantize": 16}, "float16"),
+        ({"format": "openvino"}, "reduced"), ({"format": "openvino", "quantize": 8}, "int8"),
+        ({"format": "litert", "quantize": "w8a16"}, "int8"), *(({"format": form}, "int8") for form in INT8_ONLY),
+    ],
+)  # fmt: skip
+def test_files_in_int8_are_calibrated_on_the_users_images(
+    asked: dict[str, Any], precision: str, data: str, tmp_path: Path
+) -> None:
+    args = _check_options(asked)
+    options = _calibration_options(args, data, tmp_path)
+    assert _precision(args) == precision
+    assert ("data" in options) == (precision == "int8")
+    if options:
+        listed = yaml.safe_load(Path(options["data"]).read_text())
+        assert any(Path(options["data"]).parent.rglob("*.jpg"))
+        assert dict(listed["names"]) == NAMES
+
+
+def test_a_failed_download_is_no_full_disk(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_args: Any, **_keys: Any) -> None:
+        raise ConnectionError("Download failure, environment is offline")
+
+    monkeypatch.setattr(export_model.YOLO, "export", offline)
+    with pytest.raises(UserError, match=r"format=onnx: a download failed: Download failure.* \(check the network\)"):
+        export(checkpoints["v8"])
 
 
 def test_an_end_to_end_model_is_not_checked_with_fewer_anchors_than_rows(

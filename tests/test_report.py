@@ -252,6 +252,9 @@ def test_files_that_have_moved_are_named_and_a_run_of_plain_ultralytics_needs_no
     (folder / "distill.yaml").write_text(yaml.safe_dump(config | {"teacher": "/gone/t.pt"}))
     with pytest.raises(UserError, match=r"teacher=/gone/t[.]pt: no such file"):
         run_report(run=str(folder))
+    fewer = write_dataset(tmp_path / "fewer", names={0: "disc"})
+    with pytest.raises(UserError, match="has 1 classes, and the student knows"):
+        run_report(run=str(made.folder), data=str(fewer))
     (folder / "distill.yaml").unlink()
     assert "without a teacher" in text_of(run_report(run=str(folder)).read_text())
 

@@ -29,8 +29,8 @@ class BackendDetector:
         self.height, self.width = meta["imgsz"]
         self.channels = int(meta.get("channels", 3))
         self.dynamic = arguments.get("dynamic") is True
-        self.end2end = bool(meta.get("end2end"))
         self.embeds_nms = arguments.get("nms") is True
+        self.end2end = bool(meta.get("end2end")) and not self.embeds_nms  # Ultralytics calls both end-to-end here
 
     @property
     def chooses_boxes(self) -> bool:

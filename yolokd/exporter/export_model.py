@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.error import URLError
 
 import onnx
 from onnxruntime.transformers.onnx_model import OnnxModel
@@ -31,6 +32,9 @@ from yolokd.models.tasks import TASKS, YOLO_TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 
+# Formats that Ultralytics exports in INT8 alone (in 8 bits of weights and 16 of activations for qnn); it turns
+# `quantize` on by itself, after these options are made.
+INT8_ONLY = frozenset({"axelera", "deepx", "edgetpu", "hailo", "imx", "qnn", "xilinx"})
 # Our extras that install what formats need.
 EXTRAS = {"openvino": "'yolokd[deploy]'", "nncf": "'yolokd[deploy]'", "modelopt": "'yolokd[int8]'"}
 
@@ -92,13 +96,27 @@ def _complete_and_verify(file: Path, module: nn.Module, images: Sequence[Image],
         return verify(file, module, images, _thresholds(args))
     if not images:
         return ExportReport(path=file)
-    precision = "int8" if args.quantize == 8 else "float32" if args.format == "torchscript" else "reduced"
+    precision = _precision(args)
     try:
         BackendDetector(file)
     except Exception as e:  # whatever a runtime raises that is missing, or belongs to another machine
         LOGGER.warning(f"{file}: not compared with the checkpoint, since it does not run here: {first_line(e)}")
         return ExportReport(path=file, precision=precision)
     return verify(file, module, images, _thresholds(args), precision)
+
+
+def _precision(args: Any) -> str:
+    """Return the precision of a file that is no ONNX file, by whose limits it is compared."""
+    if _is_calibrated(args):
+        return "int8"
+    if args.format == "torchscript":
+        return "float16" if args.quantize == 16 else "float32"
+    return "reduced"
+
+
+def _is_calibrated(args: Any) -> bool:
+    """Return whether Ultralytics will quantize the file with ranges that it measures on images."""
+    return args.quantize in {8, "w8a16"} or args.format in INT8_ONLY
 
 
 def _makes_folder(form: str) -> bool:
@@ -149,7 +167,7 @@ def _calibration_options(args: Any, data: str | None, folder: Path) -> dict[str,
     """
     takes_data = "data" in _of_format(args.format, "Arguments")
     # In a file that is not calibrated, it would only put a local path into the file's metadata.
-    if not takes_data or args.quantize != 8:
+    if not takes_data or not _is_calibrated(args):
         return {}
     if args.split != DEFAULT_CFG_DICT["split"] or args.fraction != DEFAULT_CFG_DICT["fraction"]:
         split = args.split if args.split != DEFAULT_CFG_DICT["split"] else "train"
@@ -173,6 +191,10 @@ def _run_exporter(module: nn.Module, checkpoint: Path, options: Mapping[str, Any
         problem = f"needs {package}, which is not installed" if package else first_line(e)
         cure = f"pip install {EXTRAS[package]}" if package in EXTRAS else "see Ultralytics' page on this format"
         raise UserError(f"format={options['format']}", problem, cure) from e
+    except (ConnectionError, URLError) as e:  # both are OSErrors, which would be taken for a full disk
+        raise UserError(
+            f"format={options['format']}", f"a download failed: {first_line(e)}", "check the network"
+        ) from e
     except (AssertionError, SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
         raise UserError(f"format={options['format']}", first_line(e), "see Ultralytics' export settings") from e
 

@@ -86,6 +86,9 @@ def open_run(folder: Path, given: Mapping[str, Any]) -> Run:
     files = [file for file in config.teacher_files if config.method_configs and not is_backbone(file)]
     teacher = load_teacher(files[-1], config.trust) if files else None
     data = load_data(args.data, bool(args.single_cls), trust=config.trust, split=args.split)
+    if len(student.names) > len(data["names"]):
+        problem = f"has {len(data['names'])} classes, and the student knows {len(student.names)}"
+        raise UserError(f"data={args.data}", problem, "give the data set that it was trained on")
     record, metrics = getattr(student, "yolokd", None), checkpoint.get("train_metrics")
     record, metrics = (found if isinstance(found, dict) else {} for found in (record, metrics))
     finished = checkpoint.get("optimizer") is None

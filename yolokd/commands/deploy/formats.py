@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ultralytics.engine.exporter import FP16_FORMATS, INT8_FORMATS, export_formats
+from ultralytics.engine.exporter import FP16_FORMATS, FP32_UNSUPPORTED_FORMATS, INT8_FORMATS, export_formats
 
 from yolokd.config.arguments import did_you_mean
 from yolokd.errors import UserError
 
+NAMED_INT8 = frozenset({"litert", "onnx", "openvino"})  # the exporter adds _int8 to the names of these
 QUANTIZE = {"float32": None, "float16": 16, "int8": 8}  # Ultralytics' `quantize` for a precision
 
 
@@ -34,8 +35,9 @@ class Format:
         return {"format": self.argument} | ({"quantize": quantize} if quantize else {})
 
     def checkpoint_name(self, checkpoint: Path) -> str:
-        """Return the checkpoint's name for the exporter, which names its file after it: `_float16` for these."""
-        return f"{checkpoint.stem}{'_float16' if self.precision == 'float16' else ''}.pt"
+        """Return the checkpoint's name for the exporter, which names its file after it: each precision has its own."""
+        named = self.precision == "float32" or (self.precision == "int8" and self.argument in NAMED_INT8)
+        return f"{checkpoint.stem}{'' if named else f'_{self.precision}'}.pt"
 
 
 def parse_formats(names: Iterable[str]) -> list[Format]:
@@ -54,7 +56,8 @@ def parse_formats(names: Iterable[str]) -> list[Format]:
 
 def known_formats() -> dict[str, Format]:
     """Return all formats of Ultralytics in all precisions that it exports them in, by name."""
-    precisions = {"float32": set(export_formats()["Argument"]), "float16": FP16_FORMATS, "int8": INT8_FORMATS}
+    float32 = set(export_formats()["Argument"]) - FP32_UNSUPPORTED_FORMATS
+    precisions = {"float32": float32, "float16": FP16_FORMATS, "int8": INT8_FORMATS}
     formats = [
         Format(argument, precision)
         for argument in export_formats()["Argument"][1:]

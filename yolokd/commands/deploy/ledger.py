@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -137,6 +137,12 @@ def check_same(rows: Rows, new: DeployRow, path: Path) -> None:
                 raise UserError(str(path), f"holds rows of another {meaning}{values}", cure)
         if row.model == STUDENT and row.sha256 != new.sha256:
             raise UserError(str(path), "holds rows of another checkpoint", cure)
+
+
+def other_versions(rows: Iterable[DeployRow], current: Mapping[str, str]) -> str:
+    """Return which versions of libraries measured rows and are not the current ones, as text; empty if none."""
+    found = {(name, getattr(row, name)) for row in rows for name in current}
+    return ", ".join(f"{name} {version}" for name, version in sorted(found - {*current.items()}))
 
 
 def write(rows: Iterable[DeployRow], path: Path) -> None:

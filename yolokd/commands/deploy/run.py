@@ -28,7 +28,7 @@ from yolokd.models.checkpoint import Checkpoint, load_model
 from yolokd.models.detector import Detector, check_detector, describe_kind
 from yolokd.models.tasks import TASKS, task_of
 from yolokd.pyramid.pairing import pair_classes
-from yolokd.runtime.console import make_progress, quiet
+from yolokd.runtime.console import CONSOLE, make_progress, quiet
 from yolokd.runtime.files import sha256
 from yolokd.runtime.lock import held
 from yolokd.runtime.threads import training_threads, use_all_cores
@@ -55,6 +55,8 @@ def run_deploy(**keys: Any) -> bool:
         with quiet():
             shown = deployment.run(file, formats, references)
         save_plot(shown, places.plot, settings.limit)
+    if older := ledger.other_versions(shown, versions()):
+        CONSOLE.print(f"rows that were measured before, with {older}, are kept; another save_dir= measures anew")
     return print_rows(shown, settings.limit, places)
 
 
