@@ -54,7 +54,7 @@ def test_bench_measures_every_candidate(
     )  # fmt: skip
     with open(out / "bench.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert {(r["teacher"], r["contender"], r["amp"]) for r in rows} >= {
+    assert {(r["teacher"], r["candidate"], r["amp"]) for r in rows} >= {
         (t, c, a)
         for t in (YOLOV8N, YOLOV8S)
         for c, a in (
@@ -68,10 +68,10 @@ def test_bench_measures_every_candidate(
     for row in rows:
         assert float(row["fastest"]) <= float(row["step"]) <= float(row["slowest"])
         assert float(row["images_per_second"]) == pytest.approx(2 / float(row["step"]), rel=0.01)
-        assert (float(row["teacher_seconds"]) > 0) == (row["contender"] != "none")
+        assert (float(row["teacher_seconds"]) > 0) == (row["candidate"] != "none")
         assert float(row["times_native"]) > 0
-        assert (row["times_bound"] != "") == (row["contender"] != "none")
-        assert (float(row["methods"]) > 0) == (row["contender"] != "none")
+        assert (row["times_bound"] != "") == (row["candidate"] != "none")
+        assert (float(row["methods"]) > 0) == (row["candidate"] != "none")
     told = capsys.readouterr().out
     assert "DISAGREES with" in told
     assert re.search(r"dfd\+sl2: a step that measures gradients takes -?\d+% longer", told)
@@ -136,7 +136,7 @@ def test_peak_memory_is_measured_in_a_new_process(data: str, tmp_path: Path) -> 
     assert out == tmp_path / "7"
     with open(out / "bench.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert [row["contender"] for row in rows] == ["none", "fitnet"]
+    assert [row["candidate"] for row in rows] == ["none", "fitnet"]
     assert all(100 < float(row["peak_mib"]) < ballast.nbytes / 2**20 + 200 for row in rows)
 
 

@@ -220,8 +220,8 @@ def test_bench_says_what_an_ensemble_costs(data: str, tmp_path: Path, capsys: py
 
 
 def test_the_cost_is_that_of_teachers_and_losses() -> None:
-    def row(teacher: str, seconds: float, methods: float, contender: str = "fitnet") -> BenchRow:
-        return BenchRow(teacher, 64, 2, contender, "False", 1, 1.0, 1.0, 1.0, 2.0, 0.0, seconds, 0.5, methods)
+    def row(teacher: str, seconds: float, methods: float, candidate: str = "fitnet") -> BenchRow:
+        return BenchRow(teacher, 64, 2, candidate, "False", 1, 1.0, 1.0, 1.0, 2.0, 0.0, seconds, 0.5, methods)
 
     measured = [row("a+b", 0.3, 0.1), row("a", 0.2, 0.05), row("b", 0.2, 0.05), row("a", 9.0, 9.0, "native")]
     expected = "the ensemble costs 0.400 s of a step, its teachers alone 0.250 + 0.250 s: 80% of their sum"

@@ -120,7 +120,7 @@ def run_bench(
         if ensemble:
             CONSOLE.print(*ensemble_costs(rows, names), sep="\n")
         # The composition of most methods, in the first setting: there, measuring gradients costs most.
-        checked = max(rows, key=lambda row: row.contender.count("+") if row.contender in distilled else -1)
+        checked = max(rows, key=lambda row: row.candidate.count("+") if row.candidate in distilled else -1)
         agrees, comparison = _compare_with_real_epoch(checked, settings[0][1])
         CONSOLE.print(comparison)
         if not agrees:
@@ -180,13 +180,13 @@ def _measure_gradient_cost(row: BenchRow, setting: BenchSetting, rounds: int) ->
     amp = parse_value(row.amp)
     every = int(dict(setting.other_keys).get("probe", defaults()["probe"]))
     never, always = (
-        Candidate(replace(setting, other_keys=(*setting.other_keys, ("probe", n))), row.contender, amp)
+        Candidate(replace(setting, other_keys=(*setting.other_keys, ("probe", n))), row.candidate, amp)
         for n in (10**9, 1)
     )
     times = run_rounds({"without": never, "with": always}, rounds, "measuring gradients")
     extra = times.ratio("with", "without") - 1
     return (
-        f"{row.contender}: a step that measures gradients takes {extra:.0%} longer. One step in {every} does "
+        f"{row.candidate}: a step that measures gradients takes {extra:.0%} longer. One step in {every} does "
         f"(probe={every}), which adds {extra / every:.2%} to the training time"
     )
 
@@ -196,7 +196,7 @@ def _compare_with_real_epoch(row: BenchRow, setting: BenchSetting) -> tuple[bool
 
     Returns whether they agree, and a sentence that says so. On CUDA, where the benchmark loads no data, they need not.
     """
-    trainer = build_yolokd_trainer(setting, setting.keys(parse_value(row.amp), "real"), row.contender)
+    trainer = build_yolokd_trainer(setting, setting.keys(parse_value(row.amp), "real"), row.candidate)
     images = sum(1 for _ in split_images(trainer.data["train"]))
     trainer.args.fraction = min(1.0, REAL_BATCHES * row.batch / images)
     times: list[float] = []  # start and end of the first epoch, then of the second
@@ -207,12 +207,12 @@ def _compare_with_real_epoch(row: BenchRow, setting: BenchSetting) -> tuple[bool
     difference = row.images_per_second / real - 1
     if trainer.device.type == "cuda":
         return True, (
-            f"{row.contender}: {row.images_per_second:.1f} images per second, without the loading of data; a real "
+            f"{row.candidate}: {row.images_per_second:.1f} images per second, without the loading of data; a real "
             f"epoch with {trainer.args.workers} workers has {real:.1f}"
         )
     agrees = abs(difference) <= TOLERANCE
     verdict = "agrees with" if agrees else "DISAGREES with"
     return agrees, (
-        f"{row.contender}: the benchmark's {row.images_per_second:.1f} images per second {verdict} {real:.1f} in a "
+        f"{row.candidate}: the benchmark's {row.images_per_second:.1f} images per second {verdict} {real:.1f} in a "
         f"real epoch (difference {difference:+.0%}, allowed {TOLERANCE:.0%})"
     )

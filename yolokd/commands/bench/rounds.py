@@ -75,7 +75,7 @@ class BenchRow:
     teacher: str
     imgsz: int
     batch: int
-    contender: str  # the candidate's method; the name of a column of bench.csv
+    candidate: str  # the candidate's method; the name of a column of bench.csv
     amp: str
     threads: int
     step: float
@@ -164,9 +164,9 @@ def ensemble_costs(rows: Sequence[BenchRow], teachers: Sequence[str]) -> list[st
     """
     first = rows[0]
     costs: dict[tuple[str, str], dict[str, float]] = {}  # by method and precision, then by teacher
-    for row in (row for row in rows if not row.contender.startswith(NATIVE)):
+    for row in (row for row in rows if not row.candidate.startswith(NATIVE)):
         if (row.imgsz, row.batch) == (first.imgsz, first.batch) and row.teacher_seconds:
-            costs.setdefault((row.contender, row.amp), {})[row.teacher] = row.teacher_seconds + row.methods
+            costs.setdefault((row.candidate, row.amp), {})[row.teacher] = row.teacher_seconds + row.methods
     sentences = []
     for (method, amp), by_teacher in costs.items():
         alone = [by_teacher[teacher] for teacher in teachers if teacher in by_teacher]

@@ -31,7 +31,7 @@ def make_table(rows: Sequence[BenchRow], width: int) -> Table:
     """Return a table, of at most `width` characters, of the candidates of one setting."""
     lines = [
         (
-            r.contender, r.amp, str(r.threads), f"{r.step:.3f} ({r.fastest:.3f}–{r.slowest:.3f})",
+            r.candidate, r.amp, str(r.threads), f"{r.step:.3f} ({r.fastest:.3f}–{r.slowest:.3f})",
             f"{r.images_per_second:.1f}", _format(r.times_native), _format(r.times_native_all_cores),
             _format(r.times_bound), f"{r.data:.3f}", f"{r.teacher_seconds:.3f}", f"{r.student:.3f}",
             f"{r.methods:.3f}", _format(r.peak_mib, 0),
@@ -69,7 +69,7 @@ def save_plot(rows: Sequence[BenchRow], path: Path, warning: str = "") -> None:
                 widths = [getattr(r, part) for r in panel_rows]
                 axes.barh(range(len(panel_rows)), widths, left=left, label=label)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
-            labels = [r.contender + ("" if r.amp == "False" else f", amp={r.amp}") for r in panel_rows]
+            labels = [r.candidate + ("" if r.amp == "False" else f", amp={r.amp}") for r in panel_rows]
             axes.set_yticks(range(len(panel_rows)), labels)
             axes.invert_yaxis()
             axes.set(xlabel="seconds per step", title="{}, {} px, batch {}".format(*panel))
