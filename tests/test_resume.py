@@ -30,7 +30,7 @@ from yolokd import UserError, YoloDistiller
 from yolokd.config.parse import split_keys
 from yolokd.distiller import _resume_overrides
 from yolokd.runtime.files import AtomicPath, atomic_path
-from yolokd.runtime.lock import LOCK_FILE
+from yolokd.runtime.lock import LOCK_FILE, VARIABLE, FolderLock, inherit_lock
 from yolokd.runtime.rng import random_state, set_random_state
 from yolokd.runtime.signals import Interrupted, handle_signals
 from yolokd.training.resume.sidecar import is_trained, sidecars
@@ -440,12 +440,36 @@ def test_an_ignored_signal_stays_ignored() -> None:
 def test_a_folder_in_which_a_training_writes_is_refused(tiny: dict[str, Any], teacher: str, tmp_path: Path) -> None:
     folder = train_one_epoch(tiny, teacher)
     content = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (link := tmp_path / "link").symlink_to(folder.parent)
+    by_name = {k: v for k, v in tiny.items() if k != "save_dir"} | {"exist_ok": True, "name": folder.name}
     with FileLock(folder / LOCK_FILE):
-        for keys in ({"resume": str(folder)}, {**tiny, "save_dir": str(folder), "method": "none"}):
+        for keys in (
+            {"resume": str(folder)},
+            {"resume": str(link / folder.name)},
+            {**tiny, "save_dir": str(folder), "method": "none"},
+            {**by_name, "project": str(folder.parent), "method": "none"},
+            {**by_name, "project": str(link), "method": "none"},
+        ):
             with pytest.raises(UserError, match="another training is writing into this folder"):
                 YoloDistiller().train(**keys)
     assert content == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     YoloDistiller().train(resume=str(folder))  # the lock is released
+
+
+@pytest.mark.parametrize("name", ["real", "link", "real/../real"])
+def test_a_lock_is_inherited_whatever_the_folder_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.delenv(VARIABLE, raising=False)
+    folder = tmp_path / name
+    with FileLock(tmp_path / "real" / LOCK_FILE):
+        with pytest.raises(UserError, match="another training is writing"):
+            FolderLock().take(folder)
+        inherit_lock(folder)  # as the parent of a training of `compare` does
+        FolderLock().take(folder)
+        FolderLock().take(folder.resolve())  # as Ultralytics calls it
 
 
 def change_labels(folder: Path, data: Path) -> None:

@@ -17,6 +17,7 @@ from ultralytics import YOLO
 
 from yolokd import YoloDistiller
 from yolokd.models.disagreement import mean_disagreement
+from yolokd.models.evaluate import aligned_copy
 from yolokd.training.plan import make_plan
 from yolokd.training.teachers import score_teachers
 
@@ -28,13 +29,26 @@ def test_the_teacher_is_scored_on_the_classes_that_are_trained(tmp_path: Path) -
     label_with(calibrated_detector(YOLOV8S, images, 192), data, 192, teacher)
     common = {"data": str(data), "imgsz": 192, "device": "cpu", "workers": 0}
     scores = []
-    for classes in ([0], [1]):
-        plan = make_plan(common | {"teacher": str(teacher), "model": YOLOV8N, "classes": classes})
+    for chosen in ({"classes": [0]}, {"classes": [1]}, {"classes": [1], "iou": 0.1}):
+        plan = make_plan(common | {"teacher": str(teacher), "model": YOLOV8N, **chosen})
         scores.append(score_teachers(plan, plan.args, torch.device("cpu"), batch=3, save_dir=tmp_path))
-        val = YOLO(teacher).val(**common, classes=classes, batch=6, plots=False, project=str(tmp_path))
+        val = YOLO(teacher).val(**common, **chosen, batch=6, plots=False, project=str(tmp_path))
         assert scores[-1] == pytest.approx(val.box.map, abs=1e-3)  # one of them is fused
-    assert abs(scores[0] - scores[1]) > 1e-2
+    assert min(abs(scores[0] - scores[1]), abs(scores[1] - scores[2])) > 1e-2
     assert min(scores) > 0
+
+
+def test_an_end_to_end_teacher_without_its_one_to_many_branch_keeps_its_own_boxes() -> None:
+    fused = random_detector(YOLO26N).eval()
+    fused.end2end = True
+    fused.fuse(verbose=False)
+    assert fused.model[-1].cv2 is None
+    image, swapped = torch.rand(1, 3, 64, 64), {0: (1,), 1: (0,)}
+    with torch.no_grad():
+        own, aligned = fused(image)[0], aligned_copy(fused, fused.names, swapped)(image)[0]
+    assert own.shape[-1] == 6
+    assert torch.equal(aligned[..., :5], own[..., :5])
+    assert torch.equal(aligned[..., 5], 1 - own[..., 5])
 
 
 def test_a_teacher_whose_score_needs_too_much_memory_is_not_scored_and_the_run_goes_on(

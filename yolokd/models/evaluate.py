@@ -165,16 +165,18 @@ def aligned_copy(
         return (aligned, *proto) if proto else aligned, output[1]
 
     def relabel(head: Any, _inputs: object, output: Any) -> Any:
-        boxes, scores, classes = output[0].split((4, 1, 1), -1)  # (B, n, 6): the decoder selects boxes by itself
+        # (B, n, 6 + own): the decoder, or an end-to-end head without its one-to-many branch, selects boxes by itself.
+        boxes, scores, classes, own = output[0].tensor_split((4, 5, 6), -1)
         data_classes = classes.new_full((head.nc,), -1)
         for data_class, group in mapping.items():
             data_classes[list(group)] = data_class
         labels = data_classes[classes.long()]
         counts = (labels >= 0) & ~_repeated(torch.cat((boxes, labels), -1))[..., None]
-        return torch.cat((boxes, scores * counts, labels.clamp(min=0)), -1), output[1]
+        return torch.cat((boxes, scores * counts, labels.clamp(min=0), own), -1), output[1]
 
     copy.end2end = False
-    copy.model[-1].register_forward_hook(relabel if isinstance(copy.model[-1], RTDETRDecoder) else reorder)
+    selects = isinstance(head := copy.model[-1], RTDETRDecoder) or getattr(head, "cv2", head) is None
+    head.register_forward_hook(relabel if selects else reorder)
     copy.names = dict(names)
     if channels is not None:
         copy.register_forward_pre_hook(lambda _, inputs: (select_channels(inputs[0], channels), *inputs[1:]))

@@ -203,6 +203,10 @@ class Teacher:
         """Free the output of a `start` that no call will collect."""
         self._async_forward.discard()
 
+    def forget_graphs(self) -> None:
+        """Free the memory of recorded CUDA graphs: batches will have another size."""
+        self._graphs = CudaGraphs()
+
     def to(self, device: torch.device) -> Teacher:
         """Move the teacher to a device, and return it."""
         self._model.to(device)

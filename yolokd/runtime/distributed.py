@@ -29,7 +29,11 @@ WORLD_SIZE = LAUNCHED_PROCESSES if IS_DISTRIBUTED else 1
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE)) if IS_DISTRIBUTED else 1
 TIMEOUT = timedelta(hours=3)  # as in Ultralytics: the main process may have to download a data set
 # Ours: after the first step, how long a process waits for another one. In minutes.
-STEP_TIMEOUT = timedelta(minutes=float(os.environ.get("YOLOKD_STEP_TIMEOUT", "15")))
+try:
+    STEP_TIMEOUT = timedelta(minutes=float(os.environ.get("YOLOKD_STEP_TIMEOUT", "15")))
+except (ValueError, OverflowError) as e:
+    given = f"YOLOKD_STEP_TIMEOUT={os.environ['YOLOKD_STEP_TIMEOUT']}"
+    raise UserError(given, "is no number of minutes", "for example YOLOKD_STEP_TIMEOUT=30") from e
 
 
 def init_process_group(device: object) -> str:

@@ -30,7 +30,7 @@ def held(file: Path, refusal: Exception) -> Iterator[None]:
 
 def inherit_lock(folder: Path) -> None:
     """Let trainings of this process write into a folder that the process which started it has locked."""
-    os.environ[VARIABLE] = str(folder.absolute())
+    os.environ[VARIABLE] = str(folder.resolve())
 
 
 class FolderLock:
@@ -46,7 +46,7 @@ class FolderLock:
         """
         if folder is None or not IS_MAIN:
             return
-        folder = Path(folder).absolute()
+        folder = Path(folder).resolve()  # as Ultralytics does: one folder has one name
         if os.environ.get(VARIABLE) == str(folder):
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,11 @@ from yolokd.training.results.provenance import provenance
 from yolokd.training.resume.settings import teacher_precisions
 from yolokd.training.settings import images_per_batch
 
-SCORING_SETTINGS = ("data", "imgsz", "device", "workers", "split", "single_cls", "classes")
+# Those of the training's own validations.
+SCORING_SETTINGS = (
+    "data", "imgsz", "device", "workers", "split", "single_cls", "classes", "iou", "max_det", "agnostic_nms",
+    "overlap_mask", "mask_ratio",
+)  # fmt: skip
 
 
 def attach_criterion(trainer: Any) -> None:

@@ -86,11 +86,10 @@ class DistillationTrainer(DetectionTrainer):
             safe_loading(self.plan.config.trust),
             os_errors_as_user_errors(lambda: "give a folder that can be written"),
         ):
-            if IS_DISTRIBUTED and not keys.get("resume"):
+            if not keys.get("resume"):
                 settings["save_dir"] = distributed.shared_save_dir(get_cfg(cfg, settings))
-            self._lock.take(settings.get("save_dir"))  # before Ultralytics writes into it
+            self._lock.take(settings["save_dir"])  # before Ultralytics writes into it
             super().__init__(cfg, settings, callbacks)
-            self._lock.take(self.save_dir)
         if IS_DISTRIBUTED:
             self.world_size = WORLD_SIZE
             self.args.rect = False  # Ultralytics' own launch does so: rect gives processes unequal numbers of batches
@@ -224,12 +223,13 @@ class DistillationTrainer(DetectionTrainer):
     def _build_train_pipeline(self) -> None:
         """Build loaders as Ultralytics does, at the start and after such a step, whose gradients are dropped."""
         self.steps.pending = 0
+        for stage in self.criterion.active if self.criterion is not None else ():
+            stage.teacher.forget_graphs()
         super()._build_train_pipeline()
 
     def optimizer_step(self) -> None:
         """Count a batch; step the optimizer after `accumulate` of them, with adapters clipped apart."""
-        criterion = self.criterion
-        if criterion is not None:
+        if (criterion := self.criterion) is not None:
             criterion.guard.after_backward(int(self.accumulate))
         if self.steps.is_due(int(self.accumulate)):
             if criterion is None:

@@ -62,9 +62,9 @@ def run_compare(
     CONSOLE.print(f"{len(runs)} runs, {len(runs) - len(open_runs)} of them in {path}")
     failures = execute_all(open_runs, launch, path, images) if open_runs else {}
     ledger = read(path)
+    finished = [run for run in planned if run.hash in ledger]
     # Rows of earlier comparisons may refer to another score of the teacher, with other classes or channels.
-    rows = {run.hash: ledger[run.hash].model_copy(update={"teacher_row": run.teacher_row}) for run in planned
-            if run.hash in ledger}  # fmt: skip
+    rows = {run.hash: ledger[run.hash].model_copy(update={"teacher_row": run.teacher_row}) for run in finished}
     report(list(rows.values()), list((ledger | rows).values()), methods, path)
     if missing := [why for run, why in failures.items() if run not in ledger]:  # another comparison may have done it
         raise RuntimeError("; ".join(missing))

@@ -28,7 +28,7 @@ from yolokd.runtime.files import atomic_path, sha256
 from yolokd.training.results.provenance import versions
 from yolokd.training.resume.sidecar import is_trained, saved_epoch
 
-VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", *NMS_SETTINGS)  # settings of training that scoring uses
+VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", "overlap_mask", "mask_ratio", *NMS_SETTINGS)  # of training
 
 
 def train_and_score(run: ComparisonRun, device: object) -> None:

@@ -27,6 +27,12 @@ NODE_SECONDS = 600.0  # ours: how long a cluster may take to replace the last no
 STOP_SECONDS = 10.0  # ours: how long nodes may take to kill their runs
 
 
+def _portable(run: ComparisonRun) -> ComparisonRun:
+    """Return a run whose files are found from any folder of any node."""
+    strongest = os.path.abspath(run.strongest_teacher) if run.strongest_teacher else ""
+    return replace(run, keys=with_absolute_paths(run.keys), strongest_teacher=strongest)
+
+
 @contextmanager
 def launch_on_ray(runs: Sequence[ComparisonRun], needs: Needs) -> Iterator[Execution]:
     """Execute runs on the nodes of a Ray cluster; kill those that are not finished when the block ends.
@@ -34,7 +40,7 @@ def launch_on_ray(runs: Sequence[ComparisonRun], needs: Needs) -> Iterator[Execu
     needs: what each run takes of its node. The runs of a node that is lost go on on others, from their last
     checkpoints. Raises UserError if there is no cluster that can execute them.
     """
-    portable = {run.hash: replace(run, keys=with_absolute_paths(run.keys)) for run in runs}
+    portable = {run.hash: _portable(run) for run in runs}
     with connected(), ExitStack() as locks:
         check_nodes(list(portable.values()), needs)
         tasks: dict[Future[None], Any] = {}
