@@ -216,7 +216,7 @@ def test_a_run_measured_otherwise_is_not_mixed_in(deployed: Deployed, tmp_path: 
         ({"baseline": "none.pt"}, "baseline=none.pt"),
         ({"threads": 0}, "threads=0"),
         ({"split": "test"}, "cannot be used"),
-        ({"save_dir": "/dev/null/x"}, "save_dir=/dev/null/x: is no folder"),
+        ({"save_dir": "/dev/null/x"}, "save_dir=/dev/null/x: is not a writable folder"),
     ],
 )
 def test_wrong_keys_are_refused_before_anything_is_written(
