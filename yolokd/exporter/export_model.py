@@ -14,7 +14,7 @@ from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
-from ultralytics.engine.exporter import export_formats
+from ultralytics.engine.exporter import FP16_FORMATS, FP32_UNSUPPORTED_FORMATS, export_formats
 from ultralytics.utils import LOGGER
 
 from yolokd.config.arguments import did_you_mean
@@ -32,9 +32,8 @@ from yolokd.models.tasks import TASKS, YOLO_TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
 
-# Formats that Ultralytics exports in INT8 alone (in 8 bits of weights and 16 of activations for qnn); it turns
-# `quantize` on by itself, after these options are made.
-INT8_ONLY = frozenset({"axelera", "deepx", "edgetpu", "hailo", "imx", "qnn", "xilinx"})
+# Formats that have quantized files alone: Ultralytics turns `quantize` on by itself, after these options are made.
+INT8_ONLY = FP32_UNSUPPORTED_FORMATS - FP16_FORMATS
 # Our extras that install what formats need.
 EXTRAS = {"openvino": "'yolokd[deploy]'", "nncf": "'yolokd[deploy]'", "modelopt": "'yolokd[int8]'"}
 

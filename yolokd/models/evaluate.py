@@ -21,6 +21,9 @@ from yolokd.models.teacher import select_channels
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.runtime.rng import preserve_random_state
 
+NMS_SETTINGS = ("iou", "max_det", "agnostic_nms")  # which boxes count
+# The settings of a training that its own validations use, and so a score that is compared with theirs.
+VALIDATION_SETTINGS = ("data", "imgsz", "workers", "single_cls", "overlap_mask", "mask_ratio", *NMS_SETTINGS)
 USELESS_MAP = 0.05  # ours: a teacher of lower mAP50-95 has nothing to teach on this data
 
 

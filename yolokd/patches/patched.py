@@ -29,7 +29,7 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 class Converted:
-    """An attribute that keeps `convert(owner, value)` whenever `value` is assigned to it.
+    """Makes an attribute keep `convert(owner, value)` whenever `value` is assigned to it.
 
     >>> class Shelf:
     ...     books = Converted(lambda _, titles: sorted(titles))

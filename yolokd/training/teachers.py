@@ -15,7 +15,7 @@ from yolokd.data.dataset import sample_batch
 from yolokd.distillation.query_criterion import make_criterion
 from yolokd.models.backbone import Backbone
 from yolokd.models.detector import Detector, dense_heads, head_of, rounded_imgsz
-from yolokd.models.evaluate import check_teacher
+from yolokd.models.evaluate import VALIDATION_SETTINGS, check_teacher
 from yolokd.models.precision import choose_precision, name_of
 from yolokd.pyramid.pairing import Pairing
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
@@ -25,11 +25,7 @@ from yolokd.training.results.provenance import provenance
 from yolokd.training.resume.settings import teacher_precisions
 from yolokd.training.settings import images_per_batch
 
-# Those of the training's own validations.
-SCORING_SETTINGS = (
-    "data", "imgsz", "device", "workers", "split", "single_cls", "classes", "iou", "max_det", "agnostic_nms",
-    "overlap_mask", "mask_ratio",
-)  # fmt: skip
+SCORING_SETTINGS = (*VALIDATION_SETTINGS, "device", "split", "classes")
 
 
 def attach_criterion(trainer: Any) -> None:

@@ -52,7 +52,7 @@ def run_compare(
     launch = choose_launcher(launcher, device, cpus)
     with_baseline = methods if PLAIN in methods else [PLAIN, *methods]
     folder = check_project(project)
-    check_project(path.absolute().parent, "csv")
+    check_project(path.parent, "csv")
     planned, images = plan_runs(with_baseline, DEFAULT_SEEDS if seeds is None else seeds, split or "val", folder, keys)
     runs = [run for run in planned if run.method in (TEACHER, *methods)]
     ledger = read(path)

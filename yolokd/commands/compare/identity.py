@@ -23,6 +23,7 @@ from yolokd.config.schema import DistillationConfig, teacher_files
 from yolokd.data.dataset import split_images
 from yolokd.data.unlabelled import unlabelled_images
 from yolokd.models.backbone import is_backbone, load_backbone
+from yolokd.models.evaluate import NMS_SETTINGS
 from yolokd.runtime.files import sha256
 from yolokd.training.plan import TrainPlan
 
@@ -32,7 +33,6 @@ SCORE_NEUTRAL_KEYS = frozenset(
     {"device", "workers", "channels_last", "plots", "verbose", "check_teacher", "report", "trust", "force"}
     | {"save_period"}
 )
-NMS_SETTINGS = ("iou", "max_det", "agnostic_nms")  # which boxes count, in a training's validations as well
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 from yolokd.commands.candidates import NATIVE
-from yolokd.commands.compare.identity import NMS_SETTINGS, ComparisonRun, digest
+from yolokd.commands.compare.identity import ComparisonRun, digest
 from yolokd.commands.compare.ledger import TEACHER
 from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
@@ -18,7 +18,7 @@ from yolokd.distiller import YoloDistiller
 from yolokd.models.checkpoint import load_model, load_teacher, student_task
 from yolokd.models.detector import Detector, image_channels
 from yolokd.models.disagreement import mean_disagreement
-from yolokd.models.evaluate import aligned_copy, score
+from yolokd.models.evaluate import VALIDATION_SETTINGS, aligned_copy, score
 from yolokd.models.tasks import TASKS, Task
 from yolokd.models.teacher import seen_channels
 from yolokd.patches.safe_loading import safe_loading
@@ -27,8 +27,6 @@ from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path, sha256
 from yolokd.training.results.provenance import versions
 from yolokd.training.resume.sidecar import is_trained, saved_epoch
-
-VALIDATION_KEYS = ("data", "imgsz", "workers", "single_cls", "overlap_mask", "mask_ratio", *NMS_SETTINGS)  # of training
 
 
 def train_and_score(run: ComparisonRun, device: object) -> None:
@@ -43,7 +41,7 @@ def train_and_score(run: ComparisonRun, device: object) -> None:
         else:
             _finish_training(run, device, task)
             model = _trained_model(run)
-        settings = {key: run.keys[key] for key in VALIDATION_KEYS if key in run.keys}
+        settings = {key: run.keys[key] for key in VALIDATION_SETTINGS if key in run.keys}
         settings |= {"batch": 2 * run.keys.get("batch", 16), "device": device, "split": run.split, "save_json": True}
         scores = asdict(score(model, settings, run.folder, task)) | _disagreement(run, model, settings)
     with atomic_path(run.scores_path) as path:

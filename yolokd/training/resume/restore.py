@@ -55,9 +55,9 @@ def restore_criterion(criterion: DistillationCriterion, state: State) -> None:
 
 def _bring_files(trainer: Any, saved_run: SavedRun) -> None:
     """Copy what a trained run left into the folder where it continues, if that is another one; repair its best.pt."""
-    if not trainer.last.exists():
+    if saved_run.state is not None and not trainer.last.exists():
         trainer.last.write_bytes(saved_run.last.read_bytes())
-        restore_csv(trainer, trainer.saved_run.state)
+        restore_csv(trainer, saved_run.state)
     if not saved_run.stripped or not trainer.best.exists():
         _repair_best(trainer, saved_run)
 

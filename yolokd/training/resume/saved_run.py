@@ -1,4 +1,4 @@
-"""What an interrupted run has left, and what is refused when it continues."""
+"""Load what an interrupted run has left, and refuse what cannot continue."""
 
 from __future__ import annotations
 

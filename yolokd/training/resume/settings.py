@@ -1,4 +1,4 @@
-"""The settings and the plan of a run that may be a resumed one: what is given goes before what was saved."""
+"""Plan a run that may be a resumed one: settings that are given go before those that were saved."""
 
 from __future__ import annotations
 
