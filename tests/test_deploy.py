@@ -30,6 +30,7 @@ from helpers.models import (
     save_trained_checkpoint,
 )  # fmt: skip
 from ultralytics import YOLO
+from ultralytics.utils.cpu import CPUInfo
 
 from yolokd.commands.deploy import ledger
 from yolokd.commands.deploy.formats import Format, known_formats
@@ -188,12 +189,16 @@ def test_rows_of_other_versions_are_named(deployed: Deployed) -> None:
     assert ledger.other_versions(found, versions() | {"torch": "3.0"}) == f"torch {torch.__version__}"
 
 
-def test_a_run_measured_otherwise_is_not_mixed_in(deployed: Deployed, tmp_path: Path) -> None:
+def test_a_run_measured_otherwise_is_not_mixed_in(deployed: Deployed, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = deployed.keys | {"model": str(deployed.keys["model"]), "formats": "onnx"}
     before = (deployed.run / "deploy.csv").read_bytes()
     for change, words in (({"imgsz": 64}, "another image size, 96, not 64"), ({"threads": 2}, "number of threads")):
         with pytest.raises(UserError, match=words):
             run_deploy(**keys | change)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(CPUInfo, "name", lambda: "Cortex-A76")
+        with pytest.raises(UserError, match="another processor, .+, not Cortex-A76"):
+            run_deploy(**keys)
     other = str(deployed.run / "weights" / "last.pt")
     shutil.copy(deployed.keys["model"], other)
     torch.save(torch.load(other, weights_only=False) | {"date": "today"}, other)

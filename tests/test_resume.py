@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,7 +160,11 @@ def test_another_teacher_is_refused_also_without_a_sidecar(tiny: dict[str, Any],
     other = str(save_checkpoint(random_detector(YOLOV8S, seed=9), tmp_path / "other.pt"))
     with pytest.raises(UserError, match="teacher: is another than the run began with"):
         YoloDistiller().train(resume=str(folder), teacher=other)
-    YoloDistiller().train(resume=str(folder))
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    YoloDistiller().train(resume=str(copy))
+    with captured_log() as lines:
+        YoloDistiller().train(resume=str(folder), teacher=other, force=True)
+    assert any("adapters and optimizer start anew" in line for line in lines)
 
 
 def test_a_resume_ignores_settings_that_ultralytics_ignores(tiny: dict[str, Any], teacher: str) -> None:

@@ -36,14 +36,15 @@ class StopRequest:
 def handle_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
     """Turn SIGINT and SIGTERM into a request to stop inside the block, and yield it: the one given, or a new one.
 
-    Changes nothing outside the main thread, where Python cannot handle signals, and nothing for a signal that was
-    ignored before: shells let background processes ignore SIGINT.
+    Changes nothing outside the main thread, where Python cannot handle signals. Leaves a signal alone that was ignored
+    before, as shells let background processes ignore SIGINT, or that code outside Python handles (None): Python could
+    not put that handler back.
     """
     request = request or StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    handled = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    handled = [signum for signum in SIGNALS if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
     original_handlers = {signum: signal.signal(signum, request.receive) for signum in handled}
     try:
         yield request

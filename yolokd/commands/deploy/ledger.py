@@ -35,7 +35,7 @@ class DeployRow(BaseModel):
     difference: of mAP50-95 to the student's checkpoint. ap_by_class: AP50-95 of each class, as JSON. worst_class: the
     one of the lowest; most_lost_class: the one that lost most against the student's checkpoint. p50_ms, p95_ms: latency
     of one image. peak_mib: memory of a process that runs nothing else. parity: whether outputs and detections agree
-    with the checkpoint's. problem: why something was not measured.
+    with the checkpoint's. problem: why something was not measured. processor: its name; empty in older files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -59,6 +59,7 @@ class DeployRow(BaseModel):
     images: int | None = None
     imgsz: int
     threads: int
+    processor: str = ""
     runs: int | None = None
     runtime: str = ""
     map50: Score | None = None
@@ -100,7 +101,7 @@ OPTIONAL = [name for name, field in DeployRow.model_fields.items() if field.defa
 # What all rows of a file share, in a user's words.
 SHARED = {
     "data": "data set", "split": "split", "validation": "validation images or labels", "imgsz": "image size",
-    "threads": "number of threads",
+    "threads": "number of threads", "processor": "processor",
 }  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def check_same(rows: Rows, new: DeployRow, path: Path) -> None:
     for row in rows.values():
         for column, meaning in SHARED.items():
             old, now = getattr(row, column), getattr(new, column)
-            if old != now:
+            if old not in ("", now):
                 values = "" if column == "validation" else f", {old}, not {now}"
                 raise UserError(str(path), f"holds rows of another {meaning}{values}", cure)
         if row.model == STUDENT and row.sha256 != new.sha256:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn
+from ultralytics.utils.cpu import CPUInfo
 from ultralytics.utils.torch_utils import is_qat
 
 from yolokd.commands.deploy import ledger
@@ -172,5 +173,6 @@ class Deployment:
         shared = self._measurement
         described: dict[str, Any] = {"model": model, "format": form, "file": checkpoint.name, **versions()}
         conditions = {"split": shared.split, "imgsz": shared.imgsz, "threads": shared.threads}
+        conditions |= {"processor": CPUInfo.name()}
         described |= conditions | {"data": Path(shared.data).name, "validation": self._validation}
         return DeployRow(**described, sha256=sha256(checkpoint))

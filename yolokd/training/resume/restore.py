@@ -77,10 +77,10 @@ def _repair_best(trainer: Any, saved_run: SavedRun) -> None:
 
 def optimizer_matches(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
     """Return whether the checkpoint's optimizer knows the same parameters: the same teachers, method and adapters."""
-    plan, state = trainer.plan, trainer.saved_run.state if trainer.saved_run is not None else None
-    if state is not None and state["teachers"] != [paired.sha256 for paired in plan.teachers]:
+    plan, saved_run = trainer.plan, trainer.saved_run
+    if saved_run is not None and not saved_run.has_teachers([paired.sha256 for paired in plan.teachers]):
         return False
-    if state is not None and state["own"].get("method") != plan.config.method:
+    if saved_run is not None and saved_run.state and saved_run.state["own"].get("method") != plan.config.method:
         return False
     return optimizer_fits(checkpoint.get("optimizer"), trainer.optimizer)
 

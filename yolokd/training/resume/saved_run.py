@@ -44,6 +44,10 @@ class SavedRun:
         """Return whether all its epochs are done, so that only the final evaluation remains."""
         return self.state is not None and bool(self.state["stop"])
 
+    def has_teachers(self, sha256: list[str]) -> bool:
+        """Return whether the run began with these teachers, as far as is known."""
+        return self.teachers is None or self.teachers == sha256
+
 
 def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
     """Load the run that `resume=` names.

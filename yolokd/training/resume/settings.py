@@ -72,7 +72,7 @@ def check_same_run(plan: TrainPlan, saved_run: SavedRun) -> None:
     """Raise UserError if a resumed run has another teacher or other classes than it began with, unless force=True."""
     if plan.config.force:
         return
-    if saved_run.teachers is not None and saved_run.teachers != [paired.sha256 for paired in plan.teachers]:
+    if not saved_run.has_teachers([paired.sha256 for paired in plan.teachers]):
         raise UserError("teacher", "is another than the run began with", "give that one, or force=True")
     if saved_run.state is not None and saved_run.state["names"] != dict(plan.data["names"]):
         raise UserError("data", "has other classes than the run began with", "give that set, or force=True")
