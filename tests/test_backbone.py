@@ -19,10 +19,10 @@ from yolokd import UserError, YoloDistiller
 from yolokd.commands.check import print_check
 from yolokd.commands.compare.identity import read_shared_content
 from yolokd.commands.compare.plan import plan_runs
-from yolokd.models import backbone as backbone_module
-from yolokd.models.backbone import Backbone, backbone_teacher, load_backbone
 from yolokd.models.checkpoint import load_model
-from yolokd.models.teacher import InferenceSettings, Teacher
+from yolokd.models.teachers import backbone as backbone_module
+from yolokd.models.teachers.backbone import Backbone, backbone_teacher, load_backbone
+from yolokd.models.teachers.teacher import InferenceSettings, Teacher
 from yolokd.training.plan import make_plan
 from yolokd.training.settings import training_keys, with_absolute_paths
 

@@ -25,8 +25,9 @@ from yolokd.config.schedule import Schedule
 from yolokd.distillation.balance import CEILING, WINDOW, Balance
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods.features.fitnet import FitNet
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.level import confidence_shares
 from yolokd.training.logs import balance_summary
 from yolokd.training.resume.sidecar import sidecar_path

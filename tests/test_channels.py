@@ -14,7 +14,7 @@ from helpers.runs import distil
 
 from yolokd import UserError
 from yolokd.models.evaluate import aligned_copy
-from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.training.plan import make_plan
 
 

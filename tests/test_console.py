@@ -28,7 +28,7 @@ def test_a_progress_bar_shows_names_as_they_are(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["[red]x", "a :smile: b"])
 def test_the_table_of_an_export_shows_names_as_they_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    print_report(ExportReport(path=Path(f"{name}.onnx")), 0.25)
+    print_report(ExportReport(path=Path(f"{name}.onnx")))
     assert f"{name}.onnx" in capsys.readouterr().out
 
 

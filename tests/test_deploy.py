@@ -39,8 +39,8 @@ from yolokd.commands.deploy.run import run_deploy
 from yolokd.commands.deploy.show import verdict
 from yolokd.data.dataset import validation_images
 from yolokd.errors import UserError
+from yolokd.models.origin import versions
 from yolokd.runtime.files import sha256
-from yolokd.training.results.provenance import versions
 
 SIZE = 96
 FORMATS = ("onnx", "onnx-float16", "onnx-int8", "openvino", "hailo-int8")
@@ -197,7 +197,7 @@ def test_a_run_measured_otherwise_is_not_mixed_in(deployed: Deployed, monkeypatc
             run_deploy(**keys | change)
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(CPUInfo, "name", lambda: "Cortex-A76")
-        with pytest.raises(UserError, match="another processor, .+, not Cortex-A76"):
+        with pytest.raises(UserError, match=r"another processor, .+, not Cortex-A76"):
             run_deploy(**keys)
     other = str(deployed.run / "weights" / "last.pt")
     shutil.copy(deployed.keys["model"], other)

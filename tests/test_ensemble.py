@@ -26,8 +26,8 @@ from yolokd.config.parse import parse
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.distillation.predictions import Predictions, average_predictions
 from yolokd.models.checkpoint import load_model
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import Teacher
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.level import LevelShape
 from yolokd.pyramid.pairing import ClassPairing, Pairing

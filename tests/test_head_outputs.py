@@ -15,8 +15,9 @@ from yolokd import register
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.distillation.observer import StepObserver
 from yolokd.methods import Method
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import InferenceSettings, RequestedOutputs
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import InferenceSettings
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.level import Level, LevelShape
 

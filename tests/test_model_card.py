@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from ultralytics.utils.metrics import DetMetrics
 
+from yolokd.models.origin import TeacherOrigin
 from yolokd.runtime.files import sha256
 from yolokd.training.results.model_card import card_content, model_card, without_folders
 
@@ -167,9 +168,9 @@ def test_a_run_without_a_teacher_has_a_card_that_says_so(tiny: dict[str, Any]) -
 
 def test_several_teachers_are_named_in_turn(trainer: Any) -> None:
     content = card_content(trainer)
-    second = {"file": "second.pt", "sha256": "0" * 64, "precision": "fp32"}
+    second = TeacherOrigin(file="second.pt", sha256="0" * 64, precision="fp32")
     rows = table_rows(parsed(model_card({**content, "teachers": [*content["teachers"], second]})))
-    assert [second["file"], second["sha256"], "fp32"] in rows
+    assert [second.file, second.sha256, "fp32"] in rows
 
 
 @pytest.mark.parametrize("record", ["text", {"teacher": "text", "constants": 1}, {"teacher": [{"file": "a"}]}], ids=str)

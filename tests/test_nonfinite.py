@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from yolokd import UserError, YoloDistiller, register
 from yolokd.distillation.nonfinite import MAX_SKIPPED_IN_A_ROW, MAX_STEPS_IN_A_ROW, NonFiniteGuard
 from yolokd.methods import Method
-from yolokd.models.teacher import Teacher, TeacherOutput
+from yolokd.models.teachers.outputs import TeacherOutput
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.level import Level
 
 

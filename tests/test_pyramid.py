@@ -17,8 +17,8 @@ from yolokd import UserError
 from yolokd.models.checkpoint import load_student
 from yolokd.models.detector import read_pyramid
 from yolokd.models.evaluate import aligned_copy
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import RequestedOutputs
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.pyramid.level import confidence_shares, resize_to, split_levels
 from yolokd.pyramid.pairing import ClassSelection, pair_classes, pair_levels
 

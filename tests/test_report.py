@@ -28,8 +28,8 @@ from yolokd import UserError, YoloDistiller
 from yolokd.commands.compare.ledger import LedgerRow, read
 from yolokd.commands.compare.report import verdicts
 from yolokd.commands.report import result_sentence, run_report
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import RequestedOutputs
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.report.facts import settings_tables
 from yolokd.report.history import History, read_history
 from yolokd.report.kept import NAME, Record, read_kept, write_kept

@@ -23,8 +23,8 @@ from yolokd.exporter.export_model import export
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import read_pyramid
 from yolokd.models.evaluate import score
-from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.tasks import TASKS
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.threads import training_threads
 from yolokd.training.plan import make_plan

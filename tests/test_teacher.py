@@ -22,11 +22,12 @@ from yolokd.data.dataset import sample_batch
 from yolokd.distillation import stage as stage_module
 from yolokd.distillation.stage import Stage
 from yolokd.methods import registered
-from yolokd.models import precision
 from yolokd.models.detector import read_pyramid
-from yolokd.models.precision import MAX_ERROR, choose_precision, fast_precisions, measure_precision
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
+from yolokd.models.teachers import precision
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.precision import MAX_ERROR, choose_precision, fast_precisions, measure_precision
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import InferenceSettings, Teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
 
@@ -176,7 +177,7 @@ def test_only_batches_of_the_trainings_shape_run_compiled(
     def noting(model: nn.Module) -> Any:
         return lambda images: runs.append(images.shape) or model(images)
 
-    monkeypatch.setattr("yolokd.models.teacher._compiled", noting)
+    monkeypatch.setattr("yolokd.models.teachers.teacher._compiled", noting)
     fast, _ = choose_precision(teacher, images[:1], "fp32", None, len(images), compiled=True)
     runs.clear()
     fast(images[:batch])
@@ -192,7 +193,7 @@ def test_a_teacher_that_fails_to_compile_runs_uncompiled(
 
         return run
 
-    monkeypatch.setattr("yolokd.models.teacher._compiled", broken)
+    monkeypatch.setattr("yolokd.models.teachers.teacher._compiled", broken)
     plain, notes = choose_precision(teacher, images, "fp32", None, len(images), compiled=True)
     assert notes[-1] == "teacher_compile: RuntimeError: no compiler here; runs uncompiled"
     assert relative_error(plain(images).maps[8], teacher(images).maps[8]) < 1e-5

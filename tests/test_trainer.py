@@ -29,8 +29,8 @@ from yolokd.commands.check import print_check
 from yolokd.config.parse import split_keys
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.methods import Method
-from yolokd.models import precision
 from yolokd.models.checkpoint import load_model
+from yolokd.models.teachers import precision
 from yolokd.training.resume.sidecar import sidecar_path, sidecars
 
 # Every time for an end-to-end head, which Ultralytics handles separately; for the simpler one among the slow tests.

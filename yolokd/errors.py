@@ -38,11 +38,17 @@ def first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
+def first_problem(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """Return where the first wrong value is, and what pydantic says about it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return first["loc"], first["msg"].removeprefix("Value error, ")
+
+
 def describe_invalid(error: ValidationError, name: str = "") -> str:
     """Return what is wrong with the first wrong value: where it is, and what pydantic says about it.
 
     name: of the value that was checked, if it is part of another.
     """
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in (name, *first["loc"]) if part not in {"", "[key]"})
-    return f"its {place or 'content'}: {first['msg'].removeprefix('Value error, ')}"
+    place, problem = first_problem(error)
+    path = ".".join(str(part) for part in (name, *place) if part not in {"", "[key]"})
+    return f"its {path or 'content'}: {problem}"

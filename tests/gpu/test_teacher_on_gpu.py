@@ -12,9 +12,10 @@ from helpers.results import states_equal, weights
 from helpers.runs import distil
 from torch import Tensor
 
-from yolokd.models.precision import choose_precision, fast_precisions, measure_precision
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.precision import choose_precision, fast_precisions, measure_precision
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import InferenceSettings, Teacher
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)

@@ -18,7 +18,8 @@ from helpers.runs import captured_log, train_one_epoch, train_plainly
 
 from yolokd import YoloDistiller
 from yolokd.methods import registered
-from yolokd.models.teacher import Teacher, TeacherOutput
+from yolokd.models.teachers.outputs import TeacherOutput
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.training.resume.sidecar import sidecars
 
 pytestmark = pytest.mark.gpu

@@ -17,7 +17,7 @@ from helpers.data import NAMES
 from yolokd.config.parse import parse
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.detector import dense_heads, read_pyramid
-from yolokd.models.tapped_detector import detector_teacher
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 
 # Ultralytics' architectures with a fraction of the width: most of a short training's time goes into its checkpoints.

@@ -15,10 +15,10 @@ from ultralytics.utils.torch_utils import get_num_params, parse_device, select_d
 
 from yolokd.data.dataset import boxes_per_class, sample_batch
 from yolokd.distillation.stage import build_methods
-from yolokd.models.backbone import Backbone
 from yolokd.models.detector import rounded_imgsz
-from yolokd.models.precision import choose_precision, name_of
 from yolokd.models.tasks import scored_task, task_of
+from yolokd.models.teachers.backbone import Backbone
+from yolokd.models.teachers.precision import choose_precision, name_of
 from yolokd.pyramid.boxes import Labels
 from yolokd.pyramid.head import Head
 from yolokd.pyramid.level import Level, LevelShape, level_name

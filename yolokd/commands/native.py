@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from yolokd.errors import UserError
-from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import student_task
 from yolokd.models.detector import Detector, read_pyramid
+from yolokd.models.teachers.backbone import is_backbone
 
 CURE = "drop native, for example method=none,fitnet"
 

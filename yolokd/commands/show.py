@@ -16,7 +16,7 @@ from yolokd.config.validate import as_user_error
 from yolokd.data.dataset import spread
 from yolokd.data.sources import read_source
 from yolokd.errors import UserError
-from yolokd.models.checkpoint import load_model, load_student, load_teacher
+from yolokd.models.checkpoint import load_model, load_student, load_teacher, trained_imgsz
 from yolokd.models.detector import Detector, check_detector, image_channels, rounded_imgsz
 from yolokd.pyramid.pairing import pair_classes, pair_levels
 from yolokd.report.pictures import GROUPS, MapGroup
@@ -112,7 +112,9 @@ def _load(settings: ShowSettings) -> tuple[Detector, Detector]:
     teacher = load_teacher(settings.teacher, settings.trust)
     strides = check_detector(teacher, f"teacher={settings.teacher}")
     channels = image_channels(teacher)
-    student = load_student(settings.student, {"nc": len(teacher.names), "channels": channels}, settings.trust)
+    # A random student that finds poses needs a shape of keypoints; its maps do not depend on it.
+    data = {"nc": len(teacher.names), "channels": channels, "kpt_shape": [17, 3]}
+    student = load_student(settings.student, data, settings.trust)
     if settings.student.endswith((".yaml", ".yml")):
         student.names = dict(teacher.names)
     if image_channels(student) != channels:
@@ -123,16 +125,9 @@ def _load(settings: ShowSettings) -> tuple[Detector, Detector]:
 
 
 def _imgsz(settings: ShowSettings, student: Detector, teacher: Detector) -> int:
-    trained = [_trained_imgsz(model, settings.trust) for model in (student, teacher)]
-    imgsz = settings.imgsz or next(filter(None, trained), IMGSZ)
-    return rounded_imgsz(imgsz, student, teacher)
-
-
-def _trained_imgsz(model: Detector, trust: bool) -> int | None:
-    """Return the image size that a checkpoint names; None for a model that is none."""
-    file = getattr(model, "pt_path", None)
-    found = load_model(file, "imgsz", trust)[1].get("train_args", {}).get("imgsz") if file else None
-    return found if isinstance(found, int) and found > 0 else None
+    files = [file for model in (student, teacher) if (file := getattr(model, "pt_path", None))]
+    trained = (trained_imgsz(load_model(file, "imgsz", settings.trust)[1]) for file in files)
+    return rounded_imgsz(settings.imgsz or next(filter(None, trained), IMGSZ), student, teacher)
 
 
 def _say(

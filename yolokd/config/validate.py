@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from yolokd.errors import UserError
+from yolokd.errors import UserError, first_problem
 
 
 def validate(key: str, value: object, kind: Any, problem: str, cure: str) -> Any:
@@ -27,6 +27,6 @@ def validate(key: str, value: object, kind: Any, problem: str, cure: str) -> Any
 
 def as_user_error(error: ValidationError, values: Mapping[str, Any], prefix: str = "") -> UserError:
     """Return a UserError for the first wrong value. values: those that were checked. prefix: of their keys (`dfd.`)."""
-    first = error.errors()[0]
-    key = str(first["loc"][0]) if first["loc"] else ""
-    return UserError(f"{prefix}{key}={values.get(key)}", "not a valid value", first["msg"])
+    place, problem = first_problem(error)
+    key = str(place[0]) if place else ""
+    return UserError(f"{prefix}{key}={values.get(key)}", "not a valid value", problem)

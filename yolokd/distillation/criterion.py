@@ -20,7 +20,8 @@ from yolokd.distillation.predictions import average_predictions
 from yolokd.distillation.stage import Stage
 from yolokd.errors import UserError
 from yolokd.models.detector import Detector, dense_heads, head_of
-from yolokd.models.teacher import Teacher, TeacherOutput
+from yolokd.models.teachers.outputs import TeacherOutput
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.level import Level
 from yolokd.pyramid.pairing import Pairing
 

@@ -12,7 +12,7 @@ from ultralytics.nn.modules.head import RTDETRDecoder
 from yolokd.config.schema import DistillationConfig
 from yolokd.distillation.criterion import DistillationCriterion
 from yolokd.models.detector import Detector, head_of
-from yolokd.models.teacher import Teacher
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.pairing import Pairing
 
 

@@ -18,7 +18,8 @@ from yolokd.distillation.observer import Observed
 from yolokd.distillation.predictions import Predictions
 from yolokd.methods import Method, registered
 from yolokd.methods.blocks import Adapter
-from yolokd.models.teacher import RequestedOutputs, Teacher, TeacherOutput
+from yolokd.models.teachers.outputs import RequestedOutputs, TeacherOutput
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.boxes import Labels, decode_distances, resize_distances, split_bins
 from yolokd.pyramid.level import Level, LevelShape, confidence_shares, floored, resize_to, split_levels
 from yolokd.pyramid.pairing import ClassSelection, Pairing

@@ -28,6 +28,7 @@ from yolokd.exporter.onnx_detector import precision_of
 from yolokd.exporter.parity import ExportReport, print_report, verify
 from yolokd.exporter.staging import publish, staging_folder
 from yolokd.models.checkpoint import load_model
+from yolokd.models.origin import origin_of, record_of
 from yolokd.models.tasks import TASKS, YOLO_TASKS, task_of
 from yolokd.patches.no_autoinstall import no_autoinstall
 from yolokd.patches.safe_loading import safe_loading
@@ -38,28 +39,32 @@ INT8_ONLY = FP32_UNSUPPORTED_FORMATS - FP16_FORMATS
 EXTRAS = {"openvino": "'yolokd[deploy]'", "nncf": "'yolokd[deploy]'", "modelopt": "'yolokd[int8]'"}
 
 
-def export(
-    model: str | Path,
-    *,
-    data: str | None = None,
-    trust: bool = False,
-    into: Path | None = None,
-    show: bool = True,
-    **kwargs: Any,
-) -> ExportReport:
+def export(model: str | Path, *, data: str | None = None, trust: bool = False, **kwargs: Any) -> ExportReport:
     """Export a checkpoint with Ultralytics' export arguments and check the result; the default is format="onnx".
 
     The file is compared with the checkpoint on validation images of `data`, by default of the data set that the
     checkpoint was trained on. The result is written beside the file as `NAME.parity.json`, and shown as a table. The
     report has `passed=False` if the two differ. An INT8 file is calibrated on training images of `data`. trust=True
-    loads a checkpoint that could run code. into: the path of a checkpoint, which need not exist; the file gets
-    its folder and name instead of those of the model.
+    loads a checkpoint that could run code.
     Raises UserError for a missing or broken checkpoint, a missing data set, and arguments that Ultralytics rejects.
 
         report = export("runs/detect/train/weights/best.pt", dynamic=True)
         print(report.path, report.passed)
     """
-    options = kwargs | {"format": str(kwargs.get("format", "onnx")).lower()}
+    report = export_into(None, model, data, trust, kwargs)
+    if report.parity:
+        print_report(report)
+    return report
+
+
+def export_into(
+    into: Path | None, model: str | Path, data: str | None, trust: bool, given: Mapping[str, Any]
+) -> ExportReport:
+    """Export and check as `export` does, without the table.
+
+    into: the path of a checkpoint, which need not exist; the file gets its folder and name instead of the model's.
+    """
+    options = {**given, "format": str(given.get("format", "onnx")).lower()}
     args = _check_options(options)
     module, checkpoint = load_model(model, "model", trust)
     images: list[Image] = []
@@ -82,10 +87,7 @@ def export(
         for by_product in {*staging.glob("*.onnx")} - {file}:
             by_product.unlink()
         publish(staging)
-    report = report.moved(staging, path.parent)
-    if show and report.parity:
-        print_report(report, _thresholds(args).conf)
-    return report
+    return report.moved(staging, path.parent)
 
 
 def _complete_and_verify(file: Path, module: nn.Module, images: Sequence[Image], args: Any) -> ExportReport:
@@ -213,14 +215,14 @@ def _complete_onnx(path: Path, module: nn.Module) -> None:
         # The float16 converter appends its casts at the end; ONNX forbids this order, ONNX Runtime accepts it.
         OnnxModel(graph).topological_sort()
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
-    onnx.helper.set_model_props(graph, metadata | _provenance(getattr(module, "yolokd", None)))
+    onnx.helper.set_model_props(graph, metadata | _provenance(module))
     onnx.save(graph, path)
 
 
-def _provenance(record: object) -> dict[str, str]:
-    """Return metadata entries from the model's provenance record; empty if the model has none."""
-    if not isinstance(record, dict):
+def _provenance(module: nn.Module) -> dict[str, str]:
+    """Return metadata entries on the model's origin; empty if yolokd did not train it."""
+    record, origin = record_of(module), origin_of(module)
+    if not record:
         return {}
-    teacher = record.get("teacher")
-    name = teacher.get("file") if isinstance(teacher, dict) else teacher
-    return {"teacher": str(name), "method": str(record.get("method")), "yolokd": json.dumps(record, default=str)}
+    teacher = ", ".join(teacher.file for teacher in origin.teachers)
+    return {"teacher": teacher, "method": origin.method, "yolokd": json.dumps(record, default=str)}

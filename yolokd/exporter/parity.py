@@ -71,7 +71,8 @@ class ExportReport(BaseModel):
     """The result of an export.
 
     path: the exported file. parity: the JSON file with the result of the check. precision: whose limits count. rows:
-    one per input size. problem: why the file could not be checked. task: the model's.
+    one per input size. problem: why the file could not be checked. task: the model's. conf: the score above which
+    detections were compared.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,6 +83,7 @@ class ExportReport(BaseModel):
     passed: bool = True
     problem: str | None = None
     task: str = "detect"
+    conf: float = 0.25
 
     def moved(self, source: Path, target: Path) -> ExportReport:
         """Return the report after its files have been moved from one folder to another."""
@@ -116,6 +118,7 @@ def verify(
         passed=passed,
         problem=problem,
         task=layout.task,
+        conf=thresholds.conf,
     )
     _write_json(report, record_path(path))
     return report
@@ -246,11 +249,8 @@ def _write_json(report: ExportReport, path: Path) -> None:
         temporary.write_text(json.dumps(header | content, indent=1) + "\n", encoding="utf-8")
 
 
-def print_report(report: ExportReport, conf: float) -> None:
-    """Print how the file's results differ from the checkpoint's, one line for each size of the input.
-
-    conf: the threshold above which detections were compared.
-    """
+def print_report(report: ExportReport) -> None:
+    """Print how the file's results differ from the checkpoint's, one line for each size of the input."""
     if report.problem:
         LOGGER.error(f"{report.path}: {report.problem}")
         return
@@ -276,4 +276,4 @@ def print_report(report: ExportReport, conf: float) -> None:
         )
     make_console().print(table)
     if report.rows and not any(row.torch_detections for row in report.rows):
-        LOGGER.warning(f"{report.path}: no detections were compared, because no score is above conf={conf}")
+        LOGGER.warning(f"{report.path}: no detections were compared, because no score is above conf={report.conf}")

@@ -1,1 +1,1 @@
-"""Detectors as checkpoint files and as modules; the teacher, its precision and its score."""
+"""Detectors as checkpoint files and as modules, their tasks, scores and sizes; in teachers/ how a teacher runs."""

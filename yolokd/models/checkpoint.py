@@ -90,6 +90,13 @@ def _loading_problem(error: Exception) -> str:
     return f"not a readable checkpoint{f': {error}' if isinstance(error, TensorSizeError) else ''}"
 
 
+def trained_imgsz(checkpoint: Checkpoint) -> int | None:
+    """Return the longer side in pixels of the images that a checkpoint was trained on; None if it does not say."""
+    imgsz = checkpoint.get("train_args", {}).get("imgsz")
+    sides = imgsz if isinstance(imgsz, list | tuple) else [imgsz]
+    return max(sides) if sides and all(isinstance(side, int) and side > 0 for side in sides) else None
+
+
 def load_teacher(path: str | None, trust: bool) -> Detector:
     """Load a teacher from a .pt checkpoint, without running it.
 

@@ -13,8 +13,8 @@ from ultralytics.utils.torch_utils import select_device
 from yolokd.data.dataset import load_data
 from yolokd.methods.features.pdf import class_disagreement
 from yolokd.models.detector import Detector
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import RequestedOutputs
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.pyramid.level import resize_to
 from yolokd.pyramid.pairing import ClassSelection, pair_classes
 from yolokd.runtime.rng import preserve_random_state

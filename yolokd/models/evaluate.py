@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,16 @@ from ultralytics.nn.modules.head import RTDETRDecoder
 from ultralytics.utils import LOGGER
 
 from yolokd.data.dataset import learned_names
-from yolokd.models.detector import Detector
+from yolokd.models.channels import seen_channels, select_channels
+from yolokd.models.detector import Detector, image_channels
 from yolokd.models.tasks import TASKS, Task, scored_task
-from yolokd.models.teacher import select_channels
-from yolokd.pyramid.pairing import ClassPairing
+from yolokd.pyramid.pairing import ClassPairing, pair_classes
 from yolokd.runtime.rng import preserve_random_state
 
-NMS_SETTINGS = ("iou", "max_det", "agnostic_nms")  # which boxes count
+# The settings that change the score of a model on the same images and labels.
+SCORE_SETTINGS = ("overlap_mask", "mask_ratio", "iou", "max_det", "agnostic_nms")
 # The settings of a training that its own validations use, and so a score that is compared with theirs.
-VALIDATION_SETTINGS = ("data", "imgsz", "workers", "single_cls", "overlap_mask", "mask_ratio", *NMS_SETTINGS)
+VALIDATION_SETTINGS = ("data", "imgsz", "workers", "single_cls", *SCORE_SETTINGS)
 USELESS_MAP = 0.05  # ours: a teacher of lower mAP50-95 has nothing to teach on this data
 
 
@@ -139,6 +140,23 @@ def check_teacher(
             "objects, and will likely score lower than without a teacher; use a teacher trained on such images"
         )
     return scores.map if task is student else None
+
+
+def copy_for_data(
+    model: Detector,
+    data: Mapping[str, Any],
+    task: Task,
+    classes_map: Mapping[str, str] | None = None,
+    teacher_channels: Sequence[int] | None = None,
+) -> Detector | None:
+    """Return an `aligned_copy` of a model for Ultralytics' dictionary of a data set; None if it knows no class of it.
+
+    classes_map, teacher_channels: as in the configuration. Raises UserError if the images' channels do not fit.
+    """
+    names = data["names"]
+    mapping = pair_classes(model.names, names, classes_map).mapping
+    channels = seen_channels(image_channels(model), data["channels"], teacher_channels)
+    return aligned_copy(model, names, mapping, task, channels) if mapping else None
 
 
 def aligned_copy(

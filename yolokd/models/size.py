@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils.torch_utils import get_flops, get_num_params
 
-from yolokd.models.backbone import Backbone
 from yolokd.models.detector import Detector
+from yolokd.models.teachers.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ def scored_task(teacher: Detector, student: Task, data: Mapping[str, Any]) -> Ta
     data: Ultralytics' dictionary of the data set. Returns None for a teacher of rotated boxes, if the student's are
     upright.
     """
-    own, head = task_of(teacher), head_of(teacher)
-    if own is student and (own.name != "pose" or list(head.kpt_shape) == list(data["kpt_shape"])):  # type: ignore[union-attr, arg-type]
-        return own
+    own = task_of(teacher)
+    is_same = own is not None and own.name == student.name  # an RT-DETR and a YOLO both detect
+    if is_same and (student.name != "pose" or list(head_of(teacher).kpt_shape) == list(data["kpt_shape"])):  # type: ignore[union-attr, arg-type]
+        return student
     return None if own is TASKS["obb"] else TASKS["detect"]

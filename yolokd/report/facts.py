@@ -13,9 +13,10 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.schedule import Schedule
 from yolokd.data.dataset import data_name
-from yolokd.models.backbone import is_backbone, teacher_name
+from yolokd.models.origin import origin_of
 from yolokd.models.size import ModelSize, model_size
 from yolokd.models.tasks import Task
+from yolokd.models.teachers.backbone import is_backbone, teacher_name
 from yolokd.pyramid.level import level_name
 from yolokd.pyramid.pairing import Pairing
 from yolokd.report.history import History
@@ -165,14 +166,11 @@ def models_table(found: Result) -> Table:
 
 def origin_table(run: Run, record: Record) -> Table:
     """Return where a student comes from: its teachers with their hashes, the versions, and the data set."""
-    teachers = run.record.get("teacher") or []
-    teachers = [t for t in (teachers if isinstance(teachers, list) else [teachers]) if isinstance(t, dict)]
-    rows = [[f"teacher {t.get('file', '')}", f"SHA-256 {t.get('sha256', '')}"] for t in teachers]
-    if run.teacher is not None and sha256(run.teacher.pt_path) not in {t.get("sha256") for t in teachers}:
+    origin = origin_of(run.student)
+    rows = [[f"teacher {teacher.file}", f"SHA-256 {teacher.sha256}"] for teacher in origin.teachers]
+    if run.teacher is not None and sha256(run.teacher.pt_path) not in {teacher.sha256 for teacher in origin.teachers}:
         rows.append(["note", "the teacher's file is now another one than the training read"])
-    versions = run.record.get("versions")
-    for name, version in versions.items() if isinstance(versions, dict) else ():
-        rows.append([str(name), str(version)])
+    rows += [[name, version] for name, version in origin.versions.items()]
     rows.append(["data set", f"{data_name(str(run.args.data), run.data)}, {len(run.data['names'])} classes"])
     for split, skipped in record.skipped.items():
         left_out = f"{skipped.images} skipped as broken" if skipped.images else "none skipped"

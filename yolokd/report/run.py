@@ -15,10 +15,10 @@ from yolokd.config.parse import parse, split_keys, without_trust
 from yolokd.config.schema import DistillationConfig
 from yolokd.data.dataset import learned_names, load_data
 from yolokd.errors import UserError
-from yolokd.models.backbone import is_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector, rounded_imgsz
 from yolokd.models.tasks import TASKS, Task, task_of
+from yolokd.models.teachers.backbone import is_backbone, teacher_name
 from yolokd.runtime.console import warnings_only
 
 CURE = "give the folder of a run, such as runs/distill/train"
@@ -29,7 +29,7 @@ class Run:
     """A run: its settings, its data set, its trained student, and the last of its teachers that is a detector.
 
     settings: flat, as in distill.yaml. args: Ultralytics' settings. best: the student's checkpoint. teacher: None
-    without one. record: what the checkpoint says of its origin. metrics: the checkpoint's scores. finished: whether the
+    without one. metrics: the checkpoint's scores. finished: whether the
     training has ended.
     """
 
@@ -41,7 +41,6 @@ class Run:
     best: Path
     student: Detector
     teacher: Detector | None
-    record: Mapping[str, Any]
     metrics: Mapping[str, Any]
     finished: bool
 
@@ -89,10 +88,10 @@ def open_run(folder: Path, given: Mapping[str, Any]) -> Run:
     if len(student.names) > len(data["names"]):
         problem = f"has {len(data['names'])} classes, and the student knows {len(student.names)}"
         raise UserError(f"data={args.data}", problem, "give the data set that it was trained on")
-    record, metrics = getattr(student, "yolokd", None), checkpoint.get("train_metrics")
-    record, metrics = (found if isinstance(found, dict) else {} for found in (record, metrics))
+    metrics = checkpoint.get("train_metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
     finished = checkpoint.get("optimizer") is None
-    return Run(folder, settings, config, args, data, best, student, teacher, record, metrics, finished)
+    return Run(folder, settings, config, args, data, best, student, teacher, metrics, finished)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 
 from yolokd.config.defaults import method_defaults
 from yolokd.config.schema import DistillationConfig
+from yolokd.models.channels import seen_channels
 from yolokd.models.detector import dense_heads, image_channels, read_pyramid
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import seen_channels
+from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.pyramid.pairing import ClassPairing, Pairing, choose_levels, pair_classes, pair_levels
 from yolokd.report import facts, plots
 from yolokd.report.history import read_history

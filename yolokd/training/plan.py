@@ -18,12 +18,13 @@ from yolokd.data.unlabelled import unlabelled_images
 from yolokd.distillation.stage import build_methods
 from yolokd.errors import UserError
 from yolokd.methods import registered
-from yolokd.models.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
 from yolokd.models.detector import Detector, check_detector, dense_heads, head_of, rounded_imgsz
-from yolokd.models.tapped_detector import detector_teacher
 from yolokd.models.tasks import TASKS, Task, task_of
-from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.models.teachers.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.head import HeadShape
 from yolokd.pyramid.level import LevelShape
 from yolokd.pyramid.pairing import Pairing, choose_levels, pair_classes, pair_levels, unknown_names

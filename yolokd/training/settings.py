@@ -20,10 +20,10 @@ from yolokd.config.schema import DistillationConfig, normalize_teachers
 from yolokd.config.train_settings import check_types
 from yolokd.data.mixed import unlabelled_count
 from yolokd.errors import UserError, first_line
-from yolokd.models.backbone import is_backbone, with_absolute_weights
 from yolokd.models.checkpoint import check_path, student_task
 from yolokd.models.model_objects import as_paths
 from yolokd.models.tasks import TASKS
+from yolokd.models.teachers.backbone import is_backbone, with_absolute_weights
 from yolokd.runtime.distributed import WORLD_SIZE
 from yolokd.runtime.files import check_output_folder
 

@@ -13,10 +13,10 @@ from ultralytics.utils import LOGGER
 
 from yolokd.data.dataset import sample_batch
 from yolokd.distillation.query_criterion import make_criterion
-from yolokd.models.backbone import Backbone
 from yolokd.models.detector import Detector, dense_heads, head_of, rounded_imgsz
 from yolokd.models.evaluate import VALIDATION_SETTINGS, check_teacher
-from yolokd.models.precision import choose_precision, name_of
+from yolokd.models.teachers.backbone import Backbone
+from yolokd.models.teachers.precision import choose_precision, name_of
 from yolokd.pyramid.pairing import Pairing
 from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broadcast
 from yolokd.runtime.threads import use_all_cores

@@ -27,9 +27,9 @@ from yolokd.config.defaults import defaults
 from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, load_data, split_images
 from yolokd.errors import UserError
-from yolokd.models.backbone import is_backbone, load_backbone
 from yolokd.models.checkpoint import load_student, load_teacher
 from yolokd.models.detector import check_detector
+from yolokd.models.teachers.backbone import is_backbone, load_backbone
 from yolokd.patches.no_loggers import no_loggers
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
 from yolokd.training.settings import check_device
@@ -159,7 +159,7 @@ def _teacher_checkpoint(teacher: object, data: str, folder: Path, trust: bool) -
     if not str(teacher).endswith((".yaml", ".yml")):
         check_detector(load_teacher(str(teacher), trust), f"teacher={teacher}")
         return str(teacher)
-    dataset = load_data(data)
+    dataset = load_data(data, trust=trust)
     torch.manual_seed(0)
     try:
         model = load_student(teacher, dataset, trust)

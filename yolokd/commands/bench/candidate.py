@@ -19,7 +19,8 @@ from yolokd.config.parse import split_keys
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import student_task
 from yolokd.models.tasks import TASKS
-from yolokd.models.teacher import RequestedOutputs, Teacher
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.teacher import Teacher
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
 from yolokd.runtime.threads import training_threads
@@ -135,7 +136,7 @@ class Candidate:
         elif self.trainer.criterion is not None:
             for teacher in teachers_of(self):
                 if self.trainer.device.type == "cuda":
-                    vars(teacher._async_forward)["collect"] = self._timed(teacher._async_forward.collect)
+                    vars(teacher._side_stream)["collect"] = self._timed(teacher._side_stream.collect)
                 else:
                     vars(teacher)["_run"] = self._timed(teacher._run)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,8 @@ from textwrap import fill
 from rich.table import Table
 
 from yolokd.commands.bench.rounds import BenchRow
+from yolokd.runtime import files
 from yolokd.runtime.console import fit_table
-from yolokd.runtime.files import atomic_path
 from yolokd.runtime.plots import new_plot
 
 HEADERS = (
@@ -47,10 +46,8 @@ def _format(value: float | None, digits: int = 2) -> str:
 
 def write_csv(rows: Sequence[BenchRow], path: Path) -> None:
     """Write one line for each candidate of each setting."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fieldnames=list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(r).items()} for r in rows)
+    lines = [{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows]
+    files.write_csv(path, list(lines[0]), lines)
 
 
 def save_plot(rows: Sequence[BenchRow], path: Path, warning: str = "") -> None:

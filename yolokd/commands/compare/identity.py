@@ -22,8 +22,8 @@ from yolokd.config.parse import split_keys
 from yolokd.config.schema import DistillationConfig, teacher_files
 from yolokd.data.dataset import split_images
 from yolokd.data.unlabelled import unlabelled_images
-from yolokd.models.backbone import is_backbone, load_backbone
-from yolokd.models.evaluate import NMS_SETTINGS
+from yolokd.models.evaluate import SCORE_SETTINGS
+from yolokd.models.teachers.backbone import is_backbone, load_backbone
 from yolokd.runtime.files import sha256
 from yolokd.training.plan import TrainPlan
 
@@ -168,7 +168,7 @@ def teacher_hashes(
 
     keys: the comparison's; only those that change a validation's scores count. task: on which it is scored.
     """
-    validation = {key: keys[key] for key in NMS_SETTINGS if key in keys}
+    validation = {key: keys[key] for key in SCORE_SETTINGS if key in keys}
     if keys.get("classes_map") is not None:
         validation["classes_map"] = keys["classes_map"]
     if keys.get("teacher_channels") is not None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from yolokd.errors import UserError
-from yolokd.runtime.files import atomic_path
+from yolokd.errors import UserError, first_problem
+from yolokd.runtime.files import write_csv
 
 VERSIONS = ("yolokd", "ultralytics", "torch")  # columns with the versions that made a row
 TEACHER = "teacher"  # the `method` of the row that holds the teacher's own score
@@ -102,9 +102,9 @@ def read(path: Path) -> dict[str, LedgerRow]:
             if reader.fieldnames not in (COLUMNS, OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED):
                 raise KeyError(reader.fieldnames)
     except ValidationError as e:
-        first = e.errors()[0]
-        where = f"line {reader.line_num}, column {first['loc'][0]}"
-        raise UserError(f"csv={path}", f"is no comparison's CSV: {where}: {first['msg']}", cure) from e
+        (column, *_), problem = first_problem(e)
+        why = f"is no comparison's CSV: line {reader.line_num}, column {column}: {problem}"
+        raise UserError(f"csv={path}", why, cure) from e
     except (TypeError, KeyError, UnicodeDecodeError, OSError, csv.Error) as e:
         raise UserError(f"csv={path}", "is no comparison's CSV", cure) from e
     return rows
@@ -129,7 +129,4 @@ def append(path: Path, row: LedgerRow) -> None:
 
 def write(rows: Iterable[LedgerRow], path: Path) -> None:
     """Write rows as a ledger, replacing the file in one step."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row.model_dump() for row in rows)
+    write_csv(path, COLUMNS, (row.model_dump() for row in rows))

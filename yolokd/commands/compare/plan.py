@@ -27,11 +27,11 @@ from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.config.validate import validate
 from yolokd.data.dataset import data_file, split_images
 from yolokd.errors import UserError
-from yolokd.models.backbone import is_backbone, with_absolute_weights
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector, check_detector
 from yolokd.models.model_objects import as_paths
 from yolokd.models.tasks import Task, scored_task
+from yolokd.models.teachers.backbone import is_backbone, with_absolute_weights
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.console import CONSOLE
 from yolokd.training.plan import TrainPlan, check_data, make_plan

@@ -10,8 +10,8 @@ from yolokd.commands.compare.identity import FILES, SCORE_NEUTRAL_KEYS, Comparis
 from yolokd.commands.compare.ledger import TEACHER, LedgerRow
 from yolokd.config.schema import teacher_files
 from yolokd.errors import UserError
-from yolokd.models.backbone import teacher_name
 from yolokd.models.tasks import TASKS
+from yolokd.models.teachers.backbone import teacher_name
 from yolokd.report.history import read_history
 
 

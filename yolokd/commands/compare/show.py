@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from math import ceil, inf
 from pathlib import Path
@@ -14,8 +13,8 @@ from rich.table import Table
 
 from yolokd.commands.compare.ledger import LedgerRow
 from yolokd.commands.compare.statistics import Interval, Summary
+from yolokd.runtime import files
 from yolokd.runtime.console import fit_table
-from yolokd.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,10 +126,7 @@ def write_csv(summaries: Sequence[Summary], teachers: Sequence[LedgerRow], path:
     """Write summaries and teachers' scores as a CSV: one unrounded number in a cell; an empty cell if there is none."""
     lines: list[dict[str, object]] = [_csv_line(summary) for summary in summaries]
     lines += [{"method": f"teacher {teacher.teacher}", **_known_scores([teacher])} for teacher in teachers]
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(key for line in lines for key in line)))
-        writer.writeheader()
-        writer.writerows(lines)
+    files.write_csv(path, list(dict.fromkeys(key for line in lines for key in line)), lines)
 
 
 def _csv_line(summary: Summary) -> dict[str, object]:

@@ -16,16 +16,14 @@ from yolokd.config.parse import split_keys
 from yolokd.data.dataset import load_data
 from yolokd.distiller import YoloDistiller
 from yolokd.models.checkpoint import load_model, load_teacher, student_task
-from yolokd.models.detector import Detector, image_channels
+from yolokd.models.detector import Detector
 from yolokd.models.disagreement import mean_disagreement
-from yolokd.models.evaluate import VALIDATION_SETTINGS, aligned_copy, score
+from yolokd.models.evaluate import VALIDATION_SETTINGS, copy_for_data, score
+from yolokd.models.origin import versions
 from yolokd.models.tasks import TASKS, Task
-from yolokd.models.teacher import seen_channels
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
-from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path, sha256
-from yolokd.training.results.provenance import versions
 from yolokd.training.resume.sidecar import is_trained, saved_epoch
 
 
@@ -66,9 +64,9 @@ def _aligned_teacher(run: ComparisonRun, task: Task) -> Detector:
     """Return the teacher, its classes mapped to those of the data set."""
     model = load_teacher(run.keys["teacher"], run.trusts_files)
     data = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=run.trusts_files)
-    names, own = data["names"], image_channels(model)
-    channels = seen_channels(own, data["channels"], run.teacher_channels)
-    return aligned_copy(model, names, pair_classes(model.names, names, run.classes_map).mapping, task, channels)
+    known = copy_for_data(model, data, task, run.classes_map, run.teacher_channels)
+    assert known is not None  # the comparison's plan does not score a teacher that knows no class
+    return known
 
 
 def _finish_training(run: ComparisonRun, device: object, task: Task) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from yolokd.errors import UserError
-from yolokd.runtime.files import atomic_path
+from yolokd.errors import UserError, first_problem
+from yolokd.runtime.files import write_csv
 
 STUDENT, TEACHER, BASELINE = "student", "teacher", "baseline"  # of the column `model`
 CHECKPOINT = "checkpoint"  # of the column `format`
@@ -115,9 +115,9 @@ def read(path: Path) -> Rows:
             reader = csv.DictReader(f)
             rows = [DeployRow.model_validate(_empty_as_none(line)) for line in reader]
     except ValidationError as e:
-        first = e.errors()[0]
-        where = f"line {reader.line_num}, column {first['loc'][0]}"
-        raise UserError(str(path), f"was not written by `yolokd deploy`: {where}: {first['msg']}", cure) from e
+        (column, *_), problem = first_problem(e)
+        why = f"was not written by `yolokd deploy`: line {reader.line_num}, column {column}: {problem}"
+        raise UserError(str(path), why, cure) from e
     except (TypeError, UnicodeDecodeError, OSError, csv.Error) as e:
         raise UserError(str(path), "was not written by `yolokd deploy`", cure) from e
     return {row.key: row for row in rows}
@@ -148,9 +148,5 @@ def other_versions(rows: Iterable[DeployRow], current: Mapping[str, str]) -> str
 
 def write(rows: Iterable[DeployRow], path: Path) -> None:
     """Write rows, replacing the file in one step. Raises UserError if that fails."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fieldnames=COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: round(v, 5) if isinstance(v, float) else v for k, v in row.model_dump().items()} for row in rows
-        )
+    lines = ({k: round(v, 5) if isinstance(v, float) else v for k, v in row.model_dump().items()} for row in rows)
+    write_csv(path, COLUMNS, lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,15 +13,14 @@ from yolokd.commands.deploy.formats import Format
 from yolokd.commands.deploy.latency import LatencyRequest, RuntimeFailure, measure_in_process
 from yolokd.commands.deploy.ledger import NOT_SCORED, TEACHER, DeployRow
 from yolokd.errors import UserError, first_line
-from yolokd.exporter import export
+from yolokd.exporter.export_model import export_into
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import Detector, image_channels
-from yolokd.models.evaluate import ClassScores, aligned_copy, score_by_class
+from yolokd.models.evaluate import ClassScores, copy_for_data, score_by_class
+from yolokd.models.origin import Origin
 from yolokd.models.tasks import Task, scored_task
-from yolokd.models.teacher import seen_channels
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.safe_models import own_exports
-from yolokd.pyramid.pairing import pair_classes
 
 Say = Callable[[str], None]  # shows what is being done
 
@@ -31,7 +30,7 @@ class Measurement:
     """The conditions under which all models and formats are measured.
 
     data: path of the data set's .yaml; dataset: Ultralytics' dictionary of it. task: the student's. imgsz: in pixels.
-    single_cls: whether all classes count as one. classes_map, teacher_channels: of the student's training.
+    single_cls: whether all classes count as one. origin: the student's, with what the training mapped for its teacher.
     """
 
     data: str
@@ -41,9 +40,8 @@ class Measurement:
     imgsz: int
     threads: int
     trust: bool
-    single_cls: bool = False
-    classes_map: Mapping[str, str] | None = None
-    teacher_channels: Sequence[int] | None = None
+    single_cls: bool
+    origin: Origin
 
     def checkpoint(self, row: DeployRow, file: Path, say: Say) -> DeployRow:
         """Measure a checkpoint; return its row, completed. A class that it does not know counts as never detected."""
@@ -51,15 +49,14 @@ class Measurement:
         row = row.model_copy(update={"megabytes": megabytes(file)})
         if scored_task(module, self.task, self.dataset) is not self.task:
             return row.model_copy(update={"problem": f"is no model of the task {self.task.name}, and is not scored"})
-        is_teacher, names, own = row.model == TEACHER, self.dataset["names"], image_channels(module)
-        mapping = pair_classes(module.names, names, self.classes_map if is_teacher else None).mapping
-        if not mapping:
-            return row.model_copy(update={"problem": "knows none of the data set's classes"})
+        origin = self.origin if row.model == TEACHER else Origin.model_validate({})
         try:
-            channels = seen_channels(own, self.dataset["channels"], self.teacher_channels if is_teacher else None)
+            model = copy_for_data(module, self.dataset, self.task, origin.classes_map, origin.teacher_channels)
         except UserError as e:
             return row.model_copy(update={"problem": e.problem})
-        return self._run(row, file, aligned_copy(module, names, mapping, self.task, channels), own, say)
+        if model is None:
+            return row.model_copy(update={"problem": "knows none of the data set's classes"})
+        return self._run(row, file, model, image_channels(module), say)
 
     def exported(self, row: DeployRow, checkpoint: Path, each: Format, folder: Path, say: Say) -> DeployRow:
         """Export a checkpoint in a format into a folder, and measure the file; return its row, completed.
@@ -68,16 +65,8 @@ class Measurement:
         """
         say("exporting")
         try:
-            into = folder / each.checkpoint_name(checkpoint)
-            report = export(
-                checkpoint,
-                data=self.data,
-                trust=self.trust,
-                into=into,
-                show=False,
-                imgsz=self.imgsz,
-                **each.options,
-            )
+            options = {"imgsz": self.imgsz, **each.options}
+            report = export_into(folder / each.checkpoint_name(checkpoint), checkpoint, self.data, self.trust, options)
         except UserError as e:
             return row.model_copy(update={"problem": f"{e.problem} ({e.cure})"})
         except Exception as e:  # exporters raise errors of many types

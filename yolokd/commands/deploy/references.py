@@ -7,9 +7,10 @@ from pathlib import Path
 from yolokd.commands.deploy.ledger import BASELINE, TEACHER
 from yolokd.commands.deploy.settings import DeploySettings
 from yolokd.config.arguments import as_list
-from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import load_model, load_teacher
 from yolokd.models.detector import Detector
+from yolokd.models.origin import origin_of
+from yolokd.models.teachers.backbone import is_backbone
 from yolokd.runtime.console import CONSOLE
 from yolokd.runtime.files import read_yaml, sha256
 
@@ -28,9 +29,7 @@ def find_references(settings: DeploySettings, module: Detector, run: Path) -> li
 
 
 def _teachers_of_run(module: Detector, run: Path) -> list[str]:
-    record = getattr(module, "yolokd", None)
-    taught_by = record.get("teacher") if isinstance(record, dict) else None
-    hashes = {teacher.get("sha256") for teacher in as_list(taught_by) if isinstance(teacher, dict)}
+    hashes = {teacher.sha256 for teacher in origin_of(module).teachers}
     if not hashes:
         return []
     named = [str(file) for file in as_list(read_yaml(run / "distill.yaml").get("teacher") or [])]

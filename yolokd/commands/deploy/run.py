@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,15 @@ from yolokd.data.dataset import load_data, split_images
 from yolokd.data.fingerprint import files_hash
 from yolokd.errors import UserError
 from yolokd.exporter.export_model import choose_data
-from yolokd.models.checkpoint import Checkpoint, load_model
-from yolokd.models.detector import Detector, check_detector, describe_kind
+from yolokd.models.checkpoint import Checkpoint, load_model, trained_imgsz
+from yolokd.models.detector import Detector, check_detector, describe_kind, rounded_imgsz
+from yolokd.models.origin import origin_of, versions
 from yolokd.models.tasks import TASKS, task_of
 from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.console import CONSOLE, make_progress, quiet
 from yolokd.runtime.files import sha256
 from yolokd.runtime.lock import held
 from yolokd.runtime.threads import training_threads, use_all_cores
-from yolokd.training.results.provenance import versions
 
 
 def run_deploy(**keys: Any) -> bool:
@@ -93,7 +92,8 @@ def _conditions(settings: DeploySettings, module: Detector, checkpoint: Checkpoi
     Raises UserError if the model is no detector, or if its classes are not the data set's.
     """
     argument = f"model={settings.model}"
-    pyramid, task = check_detector(module, argument), task_of(module)
+    check_detector(module, argument)
+    task = task_of(module)
     if task is None:
         raise UserError(argument, f"is {describe_kind(module)}", f"give a model of the tasks {', '.join(TASKS)}")
     data = choose_data(settings.data, checkpoint)
@@ -103,17 +103,11 @@ def _conditions(settings: DeploySettings, module: Detector, checkpoint: Checkpoi
     if pair_classes(module.names, names).mapping != {i: (i,) for i in names} or len(module.names) != len(names):
         problem = f"its classes are not those of the data set: {', '.join(names.values())}"
         raise UserError(argument, problem, "give data= the data set that it was trained on")
-    asked = settings.imgsz or checkpoint.get("train_args", {}).get("imgsz") or 640
-    stride = max(pyramid)
-    imgsz = ceil(max(asked) / stride if isinstance(asked, list | tuple) else asked / stride) * stride
+    imgsz = rounded_imgsz(settings.imgsz or trained_imgsz(checkpoint) or 640, module)
     threads = settings.threads or training_threads()
-    record = getattr(module, "yolokd", None)
-    taught = (
-        {key: record.get(key) or None for key in ("classes_map", "teacher_channels")}
-        if isinstance(record, dict)
-        else {}
+    shared = Measurement(
+        data, content, task, settings.split, imgsz, threads, settings.trust, single_cls, origin_of(module)
     )
-    shared = Measurement(data, content, task, settings.split, imgsz, threads, settings.trust, single_cls, **taught)
     return shared, files_hash(split_images(content[settings.split]))[:12]
 
 

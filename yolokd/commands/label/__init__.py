@@ -20,10 +20,10 @@ from yolokd.data.dataset import load_data, split_images
 from yolokd.data.sources import ImageSource, read_source
 from yolokd.data.unlabelled import copies
 from yolokd.errors import UserError
+from yolokd.models.origin import versions
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.console import CONSOLE, make_progress, print_table
 from yolokd.runtime.files import sha256
-from yolokd.training.results.provenance import versions
 from yolokd.training.settings import check_device
 
 PICTURE = "sample.png"

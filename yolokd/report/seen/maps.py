@@ -17,8 +17,9 @@ from yolokd.methods.features.dfd import above_mean, disparity
 from yolokd.methods.features.frs import richness
 from yolokd.methods.features.pdf import class_disagreement
 from yolokd.models.detector import Detector
-from yolokd.models.tapped_detector import detector_teacher
-from yolokd.models.teacher import InferenceSettings, RequestedOutputs, Teacher
+from yolokd.models.teachers.outputs import RequestedOutputs
+from yolokd.models.teachers.tapped_detector import detector_teacher
+from yolokd.models.teachers.teacher import InferenceSettings, Teacher
 from yolokd.pyramid.level import Level, confidence_shares, level_name, resize_to
 from yolokd.pyramid.pairing import ClassPairing, ClassSelection
 from yolokd.report.seen.samples import Sample, as_images

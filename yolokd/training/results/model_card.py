@@ -13,8 +13,9 @@ from ultralytics.utils.torch_utils import get_num_params
 
 from yolokd.data.dataset import data_name
 from yolokd.models.checkpoint import load_model
+from yolokd.models.origin import origin_of, record_of, versions
 from yolokd.models.tasks import TASKS, task_of
-from yolokd.training.results.provenance import flattened, versions
+from yolokd.training.results.provenance import flattened
 
 NAME = "MODEL_CARD.md"
 TEMPLATE = "model_card.md.jinja"
@@ -69,12 +70,9 @@ def as_markdown(value: object) -> str:
 def card_content(trainer: Any) -> dict[str, Any]:
     """Return what the card says of a finished run, as plain data without folders of this machine."""
     student, _ = load_model(trainer.best, "best", trainer.plan.config.trust)
-    record = getattr(student, "yolokd", {})
-    record = record if isinstance(record, dict) else {}  # a resumed run of someone else may hold anything here
-    teachers = record.get("teacher", [])
-    teachers = [teacher for teacher in (teachers if isinstance(teachers, list) else [teachers]) if _is_origin(teacher)]
+    record, teachers = record_of(student), origin_of(student).teachers
     name = PurePath(str(student.yaml.get("yaml_file") or "YOLO detector")).stem
-    taught_by = f"taught by {', '.join(teacher['file'] for teacher in teachers)}" if teachers else "without a teacher"
+    taught_by = f"taught by {', '.join(teacher.file for teacher in teachers)}" if teachers else "without a teacher"
     own = {key: value for key, value in record.items() if key not in ("teacher", "versions", "unlabelled")}
     settings = {"method": "none", **own, **{key: getattr(trainer.args, key) for key in TRAINING}}
     metrics, task = trainer.validator.metrics, trainer.plan.task
@@ -106,10 +104,6 @@ def card_content(trainer: Any) -> dict[str, Any]:
         "chosen": trainer.args.val and trainer.args.split == "val",
         "versions": versions(),
     }
-
-
-def _is_origin(teacher: object) -> bool:
-    return isinstance(teacher, dict) and {"file", "sha256", "precision"} <= teacher.keys()
 
 
 def without_folders(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-import ultralytics
-
-from yolokd.models.backbone import Backbone
-from yolokd.models.precision import name_of
+from yolokd.models.origin import versions
+from yolokd.models.teachers.backbone import Backbone
+from yolokd.models.teachers.precision import name_of
 from yolokd.training.plan import PairedTeacher, TrainPlan
-from yolokd.version import __version__
 
 
 def provenance(plan: TrainPlan) -> dict[str, Any]:
@@ -42,15 +39,6 @@ def _teacher(paired: PairedTeacher) -> dict[str, str]:
     precision = name_of(paired.teacher.settings.dtype)  # `auto` may choose another one on another device
     weights = {"weights": paired.model.weights} if isinstance(paired.model, Backbone) else {}
     return {"file": paired.name, "sha256": paired.sha256, "precision": precision, **weights}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that a training depends on."""
-    return {
-        "yolokd": __version__,
-        "ultralytics": ultralytics.__version__,
-        "torch": str(torch.__version__),
-    }
 
 
 def flattened(record: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

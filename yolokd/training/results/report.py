@@ -15,8 +15,8 @@ from ultralytics.utils import LOGGER
 
 from yolokd.data.mixed import MixedDataset
 from yolokd.errors import UserError, first_line
-from yolokd.models.backbone import is_backbone
 from yolokd.models.checkpoint import load_teacher
+from yolokd.models.teachers.backbone import is_backbone
 from yolokd.pyramid.pairing import ClassPairing
 from yolokd.report.kept import Record, Skipped, read_kept, write_kept
 from yolokd.report.run_report import pdf_distance, write_report

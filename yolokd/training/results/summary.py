@@ -10,8 +10,8 @@ from typing import Any
 from rich.table import Table
 from ultralytics.utils import LOGGER
 
-from yolokd.models.backbone import Backbone, is_backbone
 from yolokd.models.size import ModelSize, backbone_size, model_size
+from yolokd.models.teachers.backbone import Backbone, is_backbone
 from yolokd.runtime.console import make_console, table_width
 
 

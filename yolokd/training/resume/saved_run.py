@@ -15,6 +15,7 @@ from yolokd.config.parse import split_keys, without_replaced, without_trust
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import Detector
+from yolokd.models.origin import origin_of
 from yolokd.training.resume.sidecar import State, load_sidecar
 
 # yolokd's keys that a resumed run may be given anew; the content of files is compared later.
@@ -83,11 +84,7 @@ def _teachers(model: Detector, state: State | None) -> list[str] | None:
     """Return the SHA-256 of a run's teachers, by its sidecar, or else by the record in its checkpoint."""
     if state is not None:
         return list(state["teachers"])
-    record = getattr(model, "yolokd", None)
-    found = record.get("teacher") if isinstance(record, dict) else None
-    teachers = found if isinstance(found, list) else [found]
-    hashes = [teacher.get("sha256") if isinstance(teacher, dict) else None for teacher in teachers]
-    return [str(sha256) for sha256 in hashes] if all(hashes) else None
+    return [teacher.sha256 for teacher in origin_of(model).teachers] or None
 
 
 def _is_of_checkpoint(state: State, model: Detector) -> bool:

@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolokd.config.parse import split_keys
 from yolokd.data.fingerprint import image_names_hash
 from yolokd.data.mixed import MixedDataset
-from yolokd.models.precision import name_of
+from yolokd.models.teachers.precision import name_of
 from yolokd.runtime.distributed import IS_MAIN, WORLD_SIZE
 from yolokd.runtime.files import atomic_path
 from yolokd.runtime.rng import random_state, set_random_state

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from yolokd.config.schema import Precision
 from yolokd.errors import first_line
-from yolokd.models.teacher import InferenceSettings, Teacher
+from yolokd.models.teachers.teacher import InferenceSettings, Teacher
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_ERROR = 0.02  # ours: largest relative L2 distance of a level's map to that in float32

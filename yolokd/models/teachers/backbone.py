@@ -17,7 +17,7 @@ from torch import Tensor
 from yolokd.config.arguments import did_you_mean
 from yolokd.errors import UserError, first_line
 from yolokd.models.model_objects import module_hash
-from yolokd.models.teacher import Network, Teacher
+from yolokd.models.teachers.teacher import Network, Teacher
 from yolokd.runtime.rng import preserve_random_state
 
 PREFIX = "timm:"  # how a teacher that is a backbone is named: timm:NAME, or timm:NAME@FILE with weights of one's own

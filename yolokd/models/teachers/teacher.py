@@ -11,40 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yolokd.errors import UserError
-from yolokd.models.cuda_graphs import CudaGraphs
+from yolokd.models.channels import seen_channels, select_channels
+from yolokd.models.teachers.cuda_graphs import CudaGraphs
+from yolokd.models.teachers.outputs import MAPS_ONLY, RequestedOutputs, TeacherOutput
+from yolokd.models.teachers.side_stream import SideStream
 from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.head import Head
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """The teacher's output for a batch, each a dictionary by stride; empty if it was not requested or has no branch.
-
-    maps: (B, C, H, W) neck maps, in the teacher's dtype. logits: (B, nc, H, W) class scores before the sigmoid.
-    mean_logits: the mean of the logits of an end-to-end teacher's two branches; the logits for other teachers.
-    boxes: (B, 4, H, W) distances left, top, right, bottom from the cell's center, in cells.
-    box_logits: (B, 4·bins, H, W) raw box outputs, from which these distances are decoded.
-    """
-
-    maps: dict[int, Tensor]
-    logits: dict[int, Tensor]
-    mean_logits: dict[int, Tensor]
-    boxes: dict[int, Tensor]
-    box_logits: dict[int, Tensor]
-
-
-@dataclass(frozen=True)
-class RequestedOutputs:
-    """The predictions that a step needs beside the neck maps; other branches of the head do not run."""
-
-    logits: bool = False
-    mean_logits: bool = False
-    boxes: bool = False
-    box_logits: bool = False
-
-
-MAPS_ONLY = RequestedOutputs()
 
 
 @dataclass(frozen=True)
@@ -120,7 +92,7 @@ class Teacher:
         self._model: Any = network.eval().requires_grad_(False)
         self._multiple = multiple
         self._compiled: Callable[[Tensor], list[Tensor]] = self._model
-        self._async_forward, self._graphs = _AsyncForward(), CudaGraphs()
+        self._side_stream, self._graphs = SideStream(), CudaGraphs()
 
     @property
     def has_logits(self) -> bool:
@@ -134,7 +106,7 @@ class Teacher:
         """Return a copy of the teacher that runs with other settings."""
         other = copy(self)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        other.settings, other._async_forward, other._graphs = settings, _AsyncForward(), CudaGraphs()
+        other.settings, other._side_stream, other._graphs = settings, SideStream(), CudaGraphs()
         other._model = deepcopy(self._model).to(dtype=settings.dtype, memory_format=layout)
         other._compiled = _compiled(other._model) if settings.compiled_for is not None else other._model
         return other
@@ -151,11 +123,11 @@ class Teacher:
         The next call with the same `images` returns the output; `requested` must be the same.
         """
         if images.is_cuda:
-            self._async_forward.start(images, lambda: self._run(images, requested))
+            self._side_stream.start(images, lambda: self._run(images, requested))
 
     def __call__(self, images: Tensor, requested: RequestedOutputs = MAPS_ONLY) -> TeacherOutput:
         """Return the output for (B, channels, H, W) images in 0..1, or collect it if `start` was called with them."""
-        return self._async_forward.collect(images) or self._run(images, requested)
+        return self._side_stream.collect(images) or self._run(images, requested)
 
     def _run(self, images: Tensor, requested: RequestedOutputs) -> TeacherOutput:
         if images.is_cuda and images.shape == self.settings.graph_for:
@@ -201,7 +173,7 @@ class Teacher:
 
     def discard_pending(self) -> None:
         """Free the output of a `start` that no call will collect."""
-        self._async_forward.discard()
+        self._side_stream.discard()
 
     def forget_graphs(self) -> None:
         """Free the memory of recorded CUDA graphs: batches will have another size."""
@@ -218,75 +190,6 @@ class Teacher:
         """Return every parameter and buffer; tests check that none of them ever changes."""
         state: dict[str, Tensor] = self._model.state_dict()
         return state
-
-
-class _AsyncForward:
-    """Runs the teacher on a CUDA stream of its own, so that it overlaps the student's forward.
-
-    `start` queues one run and returns at once. `collect` lets the current stream wait for that run, and returns its
-    output. No memory is freed while a stream may still use it.
-    """
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._images: Tensor | None = None
-        self._output: TeacherOutput | None = None
-
-    def start(self, images: Tensor, run: Callable[[], TeacherOutput]) -> None:
-        """Queue `run` on the teacher's stream, after the work that made `images`."""
-        self.discard()  # frees its memory before the next run needs some
-        self._stream = self._stream or torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(self._stream):
-            self._images, self._output = images, run()
-        images.record_stream(self._stream)  # keeps their memory until the teacher has read them
-
-    def collect(self, images: Tensor) -> TeacherOutput | None:
-        """Return the output for these images, or None if the last `start` was not given the same tensor."""
-        output = self._output if self._images is images else None
-        self.discard()
-        if output is None or self._stream is None:
-            return None
-        current = torch.cuda.current_stream(images.device)
-        current.wait_stream(self._stream)
-        for values in vars(output).values():
-            for tensor in values.values():
-                tensor.record_stream(current)  # allocated on the teacher's stream, used on this one
-        return output
-
-    def discard(self) -> None:
-        """Forget what was started and not collected."""
-        self._images = self._output = None
-
-
-def seen_channels(own: int, channels: int, chosen: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return which channels of images a teacher sees, in its own order, counted from 0; None: all, as they are.
-
-    own, channels: the numbers of the teacher's channels and of the images'. chosen: what the user gives, counted from
-    1; if it is None, an only channel is seen again and again. Raises UserError if they do not fit.
-
-    >>> seen_channels(3, 1, None), seen_channels(3, 8, [4, 3, 2])
-    ((0, 0, 0), (3, 2, 1))
-    """
-    if chosen is not None:
-        if len(chosen) != own or max(chosen) > channels:
-            cure = f"give {own} numbers from 1 to {channels}"
-            raise UserError(f"teacher_channels={list(chosen)}", "does not fit the teacher and the data", cure)
-        return tuple(channel - 1 for channel in chosen)
-    if channels == own:
-        return None
-    if channels == 1:
-        return (0,) * own
-    problem = f"takes {own} channels, the data {channels}"
-    raise UserError("teacher", problem, f"say which it sees, for example teacher_channels={[*range(own, 0, -1)]}")
-
-
-def select_channels(images: Tensor, channels: Sequence[int] | None) -> Tensor:
-    """Return (B, C, H, W) images with these channels, counted from 0; None: as they are."""
-    if channels is None:
-        return images
-    # Slices, because an index would be a copy to the device, which no CUDA graph can hold.
-    return torch.cat([images[:, channel : channel + 1] for channel in channels], 1)
 
 
 def _branch_outputs(branch: nn.ModuleList | None, maps: list[Tensor]) -> list[Tensor]:

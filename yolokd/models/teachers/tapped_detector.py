@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from yolokd.models.detector import Detector, check_detector, dense_heads, image_channels
-from yolokd.models.teacher import Branches, Network, Teacher
+from yolokd.models.teachers.teacher import Branches, Network, Teacher
 from yolokd.pyramid.head import Head
 
 

@@ -1,0 +1,1 @@
+"""Teachers: frozen detectors and backbones, their precision, and how they run beside the student."""
