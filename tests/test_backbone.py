@@ -143,6 +143,7 @@ def settings(data: str, teacher: Any, **more: Any) -> dict[str, Any]:
     [
         ({"method": "fitnet+bckd"}, "has no class scores and boxes per position, which bckd needs"),
         ({"method": "pdf"}, "has no class scores and boxes per position, which pdf needs"),
+        ({"level_floor": 0.3}, "level_floor=0.3: has no effect: the teacher scores no classes"),
         ({"levels": 64}, "levels=[64]: teacher and student do not both have a level of stride 64"),
         ({"levels": 0}, "levels=(0,): not a valid value"),
         ({"teacher": "timm:vit_smal_patch16_dinov3"}, "timm knows no model 'vit_smal_patch16_dinov3' (did"),

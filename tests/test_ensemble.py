@@ -32,6 +32,8 @@ from yolokd.pyramid.boxes import decode_distances
 from yolokd.pyramid.level import LevelShape
 from yolokd.pyramid.pairing import ClassPairing, Pairing
 from yolokd.training.logs import level_weights
+from yolokd.training.plan import make_plan
+from yolokd.training.settings import training_keys
 
 NAMES = ({0: "disc"}, {0: "box", 1: "disc", 2: "cloud"})  # the teachers' classes; the data set has disc and box
 
@@ -194,6 +196,15 @@ def test_a_resumed_ensemble_ends_as_one_that_was_not_stopped_and_keeps_its_teach
 def test_settings_that_fit_no_ensemble_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         parse({"teachers": "ensemble", **keys})
+
+
+def test_teachers_in_turn_refuse_a_training_whose_number_of_epochs_changes(
+    data: str, teachers: list[str], tmp_path: Path
+) -> None:
+    keys = settings(data, teachers, tmp_path / "run") | {"time": 0.1}
+    make_plan(training_keys(keys))
+    with pytest.raises(UserError, match=re.escape("time=0.1: changes the number of epochs")):
+        make_plan(training_keys(keys | {"teachers": "stages"}))
 
 
 def test_check_says_that_all_teach_throughout(

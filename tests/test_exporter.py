@@ -38,7 +38,8 @@ from yolokd.exporter.staging import PREFIX, publish, staging_folder
 from yolokd.models.checkpoint import load_model
 from yolokd.runtime.files import sha256
 
-PROVENANCE = {"teacher": {"file": "big.pt", "sha256": "0a1b"}, "method": "dfd+pdf", "gains": {"dfd": 1.0, "pdf": 0.5}}
+TEACHERS = [{"file": "weak.pt", "sha256": "2c"}, {"file": "big.pt", "sha256": "0a1b"}]
+PROVENANCE = {"teacher": TEACHERS, "method": "dfd+pdf", "gains": {"dfd": 1.0, "pdf": 0.5}}
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +102,7 @@ def test_the_file_holds_ultralytics_metadata_and_provenance(plain: ExportReport)
     meta = metadata(plain.path)
     assert meta["names"] == str(NAMES)
     assert meta["stride"] == "32"
-    assert meta["teacher"] == "big.pt"
+    assert meta["teacher"] == "weak.pt, big.pt"
     assert meta["method"] == "dfd+pdf"
     assert json.loads(meta["yolokd"]) == PROVENANCE
 

@@ -802,6 +802,15 @@ def test_two_adapters_of_one_method_are_not_merged() -> None:
     assert two.c.out_channels == 1
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_adapters_between_layers_of_heads_are_dropped_at_equal_channels_too(depth: int) -> None:
+    head = HeadShape(BINS, (CT, 7, 2), (CT, 7, 5))
+    shape = LevelShape(8, CS, CT, student_head=head, teacher_head=head)
+    parts = parse({"teacher": "t", "method": "crosskd", "crosskd.depth": depth}).method_configs
+    method = build_methods(parts, [shape], 0, "identity_if_equal")[0][0]
+    assert not any(isinstance(module, nn.Conv2d) for module in method.modules())
+
+
 WITH_ADAPTERS = [name for name in NAMES if name not in {"bckd", "ld"}]
 
 

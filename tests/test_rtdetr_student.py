@@ -23,7 +23,7 @@ from yolokd.exporter.export_model import export
 from yolokd.models.checkpoint import load_model
 from yolokd.models.detector import read_pyramid
 from yolokd.models.evaluate import score
-from yolokd.models.tasks import TASKS
+from yolokd.models.tasks import TASKS, scored_task
 from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.pyramid.pairing import Pairing, pair_classes, pair_levels
 from yolokd.runtime.threads import training_threads
@@ -129,6 +129,7 @@ def test_images_without_labels_are_refused(data: str, teacher: str, tmp_path: Pa
 def test_a_yolo_is_scored_for_an_rtdetr_student(data: str, teacher: str, tmp_path: Path) -> None:
     settings = {"data": data, "imgsz": 64, "device": "cpu", "batch": 4}
     model = load_model(teacher, "teacher")[0]
+    assert scored_task(model, TASKS["rtdetr"], {}) is TASKS["rtdetr"]
     assert score(model, settings, tmp_path, TASKS["rtdetr"]) == score(model, settings, tmp_path, TASKS["detect"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import pytest
 from helpers.models import YOLOV8N
+from helpers.tasks import write_model
 
 from yolokd import UserError
 from yolokd.commands.show import run_show
@@ -28,6 +29,12 @@ def test_an_image_and_its_maps_are_drawn_for_a_student_that_has_not_been_trained
     assert heights[0] == heights[1]
     assert widths[0] / widths[1] == pytest.approx(6 / 4, rel=0.02)  # the image, two attentions, and three maps or one
     assert all(picture.std() > 20 for picture in drawn)
+
+
+def test_a_student_that_finds_poses_is_drawn(data: str, teacher: str, tmp_path: Path) -> None:
+    student = write_model(tmp_path, "pose")
+    keys = {"teacher": teacher, "student": student, "source": data, "imgsz": 64, "count": 1, "device": "cpu"}
+    assert len(list(run_show(**keys, method="frs", project=str(tmp_path)).iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.models import YOLO26N, YOLOV8N, YOLOV8S, attach_criterion, random_detector
 from helpers.results import rows
 from helpers.runs import captured_log
@@ -63,10 +64,10 @@ def test_a_folder_a_list_and_a_data_set_name_the_images(photos: Path, data: str,
     names = [f"{i}.png" for i in range(5)]
     lists = tmp_path / "list.txt"
     lists.write_text("\n".join(f"./photos/{name}" for name in names))
-    yaml = tmp_path / "d.yaml"
-    yaml.write_text(f"train: photos\nval: {Path(data).parent / 'images' / 'val'}\nnames: [thing]\n")
+    data_file = tmp_path / "d.yaml"
+    data_file.write_text(f"train: photos\nval: {Path(data).parent / 'images' / 'val'}\nnames: [thing]\n")
     before = sorted(tmp_path.rglob("*"))
-    for source in (photos, tmp_path, lists, yaml):
+    for source in (photos, tmp_path, lists, data_file):
         assert found(source, data) == (names, [])
     assert sorted(tmp_path.rglob("*")) == before  # no cache of labels
 
@@ -102,6 +103,15 @@ def test_missing_and_broken_images_are_skipped_with_a_warning(data: str, photos:
     assert "2 of 3 images are skipped" in log[0]
 
 
+def test_images_of_other_channels_than_the_students_are_skipped(photos: Path, data: str, tmp_path: Path) -> None:
+    cv2.imwrite(str(photos / "5.png"), np.zeros((64, 70, 4), np.uint8))
+    content = yaml.safe_load(Path(data).read_text()) | {"path": str(Path(data).parent), "channels": 4}
+    (tmp_path / "four.yaml").write_text(yaml.safe_dump(content))
+    names, log = found(photos, str(tmp_path / "four.yaml"))
+    assert names == ["5.png"]
+    assert "5 of 6 images are skipped: they are missing, broken, or of another number of channels" in log[0]
+
+
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
@@ -117,6 +127,7 @@ def test_missing_and_broken_images_are_skipped_with_a_warning(data: str, photos:
         ({"unlabelled_ratio": 2.0}, "unlabelled_ratio: has no effect"),
         ({"unlabelled": "photos", "method": "none"}, "method=none learns from labelled images alone"),
         ({"unlabelled": "photos", "method": "fgd"}, "method=fgd learns from labelled images alone"),
+        ({"unlabelled": "photos", "method": "crosskd", "crosskd.alpha": 0.0}, "method=crosskd learns from labelled"),
         ({"unlabelled": "photos", "rect": True}, "rect=True: gives each batch the shape"),
         ({"unlabelled": "photos", "imgsz": 40000, "batch": 60, "unlabelled_ratio": 16.0}, "1020 images in a batch"),
     ],

@@ -119,12 +119,11 @@ def _check_teachers(config: DistillationConfig) -> None:
 
 
 def _check_unlabelled(config: DistillationConfig) -> None:
-    """Raise UserError for images without labels that no method of the run would use, and for a ratio without images."""
-    if config.unlabelled is None:
-        if config.unlabelled_ratio != defaults()["unlabelled_ratio"]:
-            raise UserError("unlabelled_ratio", "has no effect without images", "give unlabelled=, too, or drop it")
-    elif all(registered()[method.name].needs_labels for method in config.method_configs):
-        why = f"would not be used: method={config.method} learns from labelled images alone"
+    """Raise UserError for a ratio without images, and for images without a method; the plan knows what each learns."""
+    if config.unlabelled is None and config.unlabelled_ratio != defaults()["unlabelled_ratio"]:
+        raise UserError("unlabelled_ratio", "has no effect without images", "give unlabelled=, too, or drop it")
+    if config.unlabelled is not None and not config.method_configs:
+        why = "would not be used: method=none learns from labelled images alone"
         raise UserError(f"unlabelled={config.unlabelled}", why, "add a method such as fitnet, or drop it")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any
 
 from ultralytics.data.build import build_yolo_dataset
 from ultralytics.data.utils import verify_image
 from ultralytics.utils import LOGGER, NUM_THREADS
 
-from yolokd.data.dataset import read_flag, split_images, uncached, undecodable_bitmaps
+from yolokd.data.dataset import read_flag, read_image, split_images, uncached, undecodable_bitmaps
 from yolokd.data.sources import read_source
 from yolokd.errors import UserError
 from yolokd.patches.safe_loading import safe_loading
@@ -49,17 +50,23 @@ def unlabelled_images(source: str, data: dict[str, Any], args: Any, trust: bool 
 
 
 def _readable(argument: str, files: Sequence[str], channels: int) -> list[str]:
-    """Return the files that Ultralytics and OpenCV can read as images; warn if there are others."""
+    """Return the files that Ultralytics can read as images of so many channels; warn if there are others."""
     with ThreadPool(NUM_THREADS) as pool:
         results = pool.imap(verify_image, (((file, None), "unlabelled: ") for file in files))
         valid = [file for (file, _), found, _, _ in results if found]
     broken = {*undecodable_bitmaps(valid, read_flag(channels))}
     valid = [file for file in valid if file not in broken]
+    if channels not in (1, 3):  # OpenCV converts others to these two alone
+        with ThreadPool(NUM_THREADS) as pool:
+            images = pool.imap(lambda file: read_image(Path(file), channels), valid)
+            valid = [file for file, image in zip(valid, images, strict=True) if image is not None]
     if not valid:
-        raise UserError(argument, f"none of its {len(files)} images can be read", "repair them, or give others")
+        problem = f"none of its {len(files)} images can be read as one of {channels} channels"
+        raise UserError(argument, problem, "repair them, or give others")
     if skipped := sorted({*files} - {*valid}):
         counts = f"{len(skipped)} of {len(files)} images are skipped"
-        LOGGER.warning(f"unlabelled: {counts}: they are missing or broken, such as {skipped[0]}")
+        reasons = "missing, broken, or of another number of channels" if channels not in (1, 3) else "missing or broken"
+        LOGGER.warning(f"unlabelled: {counts}: they are {reasons}, such as {skipped[0]}")
     return valid
 
 

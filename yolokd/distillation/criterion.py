@@ -94,7 +94,8 @@ class DistillationCriterion(nn.Module):
         """Set the clock of schedules and stages: `epoch`, from 0, of `epochs`, each of `steps` steps.
 
         The trainer calls this at every epoch, because Ultralytics may change both numbers during a training (`time=`,
-        a batch that did not fit into memory).
+        a batch that did not fit into memory). It gives the main process's `epochs`: with `time=`, each process has an
+        estimate of its own.
         """
         self._epochs, self._steps = epochs, steps
         self._step = epoch * steps  # a plain number: reading a tensor's value would make a GPU wait

@@ -17,7 +17,7 @@ from yolokd.distillation.nonfinite import NonFiniteGuard
 from yolokd.distillation.observer import Observed
 from yolokd.distillation.predictions import Predictions
 from yolokd.methods import Method, registered
-from yolokd.methods.blocks import Adapter
+from yolokd.methods.blocks import Adapter, ChannelAdapter
 from yolokd.models.teachers.outputs import RequestedOutputs, TeacherOutput
 from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.boxes import Labels, decode_distances, resize_distances, split_bins
@@ -46,7 +46,7 @@ class Stage(nn.Module):
         if teacher.settings.channels_last:  # maps in two memory formats would be slow to compare
             self.methods.to(memory_format=torch.channels_last)
         methods = [module for module in self.methods.modules() if isinstance(module, Method)]
-        self._needs_labels = [registered()[method.name].needs_labels for method in config.method_configs]
+        self._needs_labels = [needs_labels(method) for method in self.methods]
         self.wants_logits = any(method.wants_logits or method.wants_boxes for method in methods)
         self.wants_mean_logits = any(method.wants_mean_logits for method in methods)
         self.wants_boxes = any(method.wants_boxes for method in methods)
@@ -246,6 +246,11 @@ def _methods_autocast(teacher: Teacher, device: str) -> AbstractContextManager[o
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def needs_labels(method: nn.Module) -> bool:
+    """Return whether a method, built at every level, learns from labelled images alone."""
+    return any(module.needs_labels for module in method.modules() if isinstance(module, Method))
+
+
 class PerLevel(nn.ModuleList):
     """One method at every level: L levels in, L scalar losses out."""
 
@@ -292,5 +297,5 @@ def _drop_equal_adapters(methods: nn.ModuleList) -> None:
     identities: dict[nn.Module, nn.Identity] = {}
     for module in list(methods.modules()):
         for name, child in module.named_children():
-            if isinstance(child, Adapter) and child.in_channels == child.out_channels:
+            if isinstance(child, ChannelAdapter) and child.in_channels == child.out_channels:
                 setattr(module, name, identities.setdefault(child, nn.Identity()))

@@ -47,7 +47,7 @@ class Method(nn.Module):
     wants_assigned: bool = False  # the positions that the YOLO loss assigned to objects; an instance may set it, too
     wants_teacher_head: ClassVar[bool] = False  # the teacher's head, as a function of a map
     head_depth: int = 0  # if above 0: the maps that enter this layer of the student's head; an instance may set it
-    needs_labels: ClassVar[bool] = False  # whether it gets labelled images only: it would misread the others
+    needs_labels: bool = False  # whether it gets labelled images only, or learns of no others; an instance may set it
 
     @classmethod
     def wants_scores(cls) -> bool:

@@ -18,18 +18,26 @@ Hidden = Annotated[float, Field(gt=0, le=1)]  # the width of a generator's hidde
 EPS = 1e-6  # ours: added to a variance, so that a constant channel is standardized to 0; see PKD
 
 
-class Adapter(nn.Conv2d):
-    """A 1x1 convolution from the student's channels to the teacher's: (B, C_S, H, W) -> (B, C_T, H, W).
+class ChannelAdapter(nn.Conv2d):
+    """A 1x1 convolution from a student's channels to a teacher's: (B, C_S, H, W) -> (B, C_T, H, W).
+
+    Ours: a method has its adapters also where both models have the same channels. The released code of FGD, MGD and PKD
+    has none there; with adapter=identity_if_equal, yolokd replaces such adapters by an `nn.Identity`.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__(student_channels, teacher_channels, kernel_size=1)
+
+
+class Adapter(ChannelAdapter):
+    """Brings a level's neck map to the teacher's channels.
 
     In a composition of methods such as `fitnet+pdf`, the methods of one level share their first adapter if its shape is
     the same.
-
-    Ours: a method has its adapter also where both models have the same channels. The released code of FGD, MGD and PKD
-    has none there; with adapter=identity_if_equal, yolokd replaces the adapter by an `nn.Identity` there, too.
     """
 
     def __init__(self, shape: LevelShape) -> None:
-        super().__init__(shape.student_channels, shape.teacher_channels, kernel_size=1)
+        super().__init__(shape.student_channels, shape.teacher_channels)
 
 
 def adapted(adapt: nn.Module, level: Level) -> Tensor:

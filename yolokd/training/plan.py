@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ultralytics.utils import LOGGER
 
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import check_keys, parse, split_keys
@@ -15,18 +16,18 @@ from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import check_images, learned_names, load_data, sample_batch
 from yolokd.data.unlabelled import unlabelled_images
-from yolokd.distillation.stage import build_methods
+from yolokd.distillation.stage import build_methods, needs_labels
 from yolokd.errors import UserError
 from yolokd.methods import registered
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
-from yolokd.models.detector import Detector, check_detector, dense_heads, head_of, rounded_imgsz
+from yolokd.models.detector import Detector, changing_strides, check_detector, dense_heads, head_of, rounded_imgsz
 from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.models.teachers.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
 from yolokd.models.teachers.outputs import RequestedOutputs
 from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.head import HeadShape
-from yolokd.pyramid.level import LevelShape
+from yolokd.pyramid.level import LevelShape, level_name
 from yolokd.pyramid.pairing import Pairing, choose_levels, pair_classes, pair_levels, unknown_names
 from yolokd.runtime.files import sha256
 from yolokd.training.settings import check_settings
@@ -102,14 +103,20 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     strides = check_detector(student, f"student={settings.get('model')}")
     args.task = _student_task(student, settings.get("task"))
     if files:
-        _check_stages(config, args.epochs)
+        _check_stages(config, args)
         taught = [name for model in models.values() for name in model.names.values()]
         check_classes_map(config.classes_map or {}, taught, [*data["names"].values()])
     heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
     if not heads:
         _check_student_without_scores(f"student={settings.get('model')}", config)
     names = learned_names(data, args.classes)
-    teachers = tuple(_pair_teacher(file, model, config, data, names, strides, heads) for file, model in models.items())
+    changing = changing_strides(student, strides, args.freeze)
+    teachers = tuple(
+        _pair_teacher(file, model, config, data, names, strides, heads, changing) for file, model in models.items()
+    )
+    if teachers:
+        _log_frozen_levels(config, teachers, strides, changing)
+        _check_level_floor(config, teachers)
     return TrainPlan(config, data, args, student, teachers)
 
 
@@ -121,10 +128,12 @@ def _pair_teacher(
     names: Mapping[int, str],
     strides: Mapping[int, int],
     heads: Mapping[int, HeadShape],
+    changing: Sequence[int],
 ) -> PairedTeacher:
     """Pair a teacher with the student.
 
-    names: of the classes that the student learns. strides, heads: its channels and head at each stride.
+    names: of the classes that the student learns. strides, heads: its channels and head at each stride. changing: the
+    strides at which training changes its map.
     """
     if isinstance(model, Backbone):
         teacher = backbone_teacher(model, list(strides), config.levels)
@@ -135,6 +144,9 @@ def _pair_teacher(
     _check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
     levels = choose_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config.levels)
+    levels = tuple(level for level in levels if level.stride in changing)
+    if not levels:
+        raise UserError("freeze", "leaves no feature map that a teacher could change", "freeze fewer layers")
     pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, names, config.classes_map))
     _check_methods(config, levels)
     content = model.sha256 if isinstance(model, Backbone) else sha256(model.pt_path)
@@ -150,13 +162,31 @@ def _student_task(student: Detector, given: object) -> str:
     return task.name
 
 
-def _check_stages(config: DistillationConfig, epochs: int) -> None:
-    if config.starts(epochs)[-1] >= epochs:
-        raise UserError(
-            f"stages={list(config.stages or ())}",
-            f"leaves no epoch of {epochs} to the last teacher",
-            "begin it earlier",
-        )
+def _check_stages(config: DistillationConfig, args: Any) -> None:
+    """Raise UserError if a teacher's turn could not come."""
+    if args.time and config.teachers == "stages" and len(config.teacher_files) > 1:
+        why = "changes the number of epochs during the training, and by this number teachers take turns"
+        raise UserError(f"time={args.time:g}", why, "give epochs=, or teachers=ensemble")
+    if config.starts(args.epochs)[-1] >= args.epochs:
+        problem = f"leaves no epoch of {args.epochs} to the last teacher"
+        raise UserError(f"stages={list(config.stages or ())}", problem, "begin it earlier")
+
+
+def _log_frozen_levels(
+    config: DistillationConfig, teachers: Sequence[PairedTeacher], strides: Mapping[int, int], changing: Sequence[int]
+) -> None:
+    """Warn of levels that are not taught because `freeze=` keeps the student's map there as it is."""
+    frozen = [stride for stride in strides if stride not in changing and stride in (config.levels or strides)]
+    if frozen:
+        taught = {level.stride for paired in teachers for level in paired.pairing.levels}
+        names = [", ".join(map(level_name, sorted(some))) for some in (frozen, taught)]
+        LOGGER.warning(f"freeze: keeps the feature map at {names[0]} as it is: the teacher teaches at {names[1]} only")
+
+
+def _check_level_floor(config: DistillationConfig, teachers: Sequence[PairedTeacher]) -> None:
+    if config.level_floor > 0 and not any(paired.teacher.has_logits for paired in teachers):
+        why = "has no effect: the teacher scores no classes, so that all levels weigh the same"
+        raise UserError(f"level_floor={config.level_floor:g}", why, "drop it")
 
 
 def check_classes_map(
@@ -244,8 +274,11 @@ def _check_student_without_scores(argument: str, config: DistillationConfig) -> 
 
 
 def _check_methods(config: DistillationConfig, levels: Sequence[LevelShape]) -> None:
-    """Build the methods, so that each can refuse the models' shapes; raise UserError if one needs equal grids."""
+    """Build the methods, so that each can refuse the models' shapes; raise UserError for what they cannot work with."""
     built = build_methods(config.method_configs, levels, seed=0)
+    if config.unlabelled is not None and all(map(needs_labels, built)):
+        why = f"would not be used: method={config.method} learns from labelled images alone"
+        raise UserError(f"unlabelled={config.unlabelled}", why, "add a method such as fitnet, or drop it")
     for method, per_level in zip(config.method_configs, built, strict=True):
         if config.teacher_imgsz is not None and any(m.wants_box_logits for m in per_level.children()):
             problem = f"gives the teacher cells of another size, and {method.name} compares distances counted in cells"

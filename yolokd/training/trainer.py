@@ -205,7 +205,7 @@ class DistillationTrainer(DetectionTrainer):
 
     def _begin_epoch(self) -> None:
         if self.criterion is not None:
-            self.criterion.begin_epoch(self.epoch, self.epochs, len(self.train_loader))
+            self.criterion.begin_epoch(self.epoch, distributed.broadcast(self.epochs), len(self.train_loader))
             if not IS_MAIN:  # only the main process writes measurements
                 self.steps.norms = []
                 self.criterion.recorder.discard()

@@ -21,8 +21,9 @@ class BCKD(Method):
         w_k = |p_T − p_S| of class k
 
     p_T, p_S: class probabilities, each class by itself. z_S: the student's class logits. b_T, b_S: the boxes that both
-    models predict at the position. BCE: binary cross-entropy. Σ and max run over the shared classes. w carries no
-    gradient. There is no adapter: the method trains the student's head and all below it.
+    models predict at the position. BCE: binary cross-entropy. Σ and max run over the shared classes, so the box of an
+    object that is of no shared class counts little. w carries no gradient. There is no adapter: the method trains the
+    student's head and all below it.
 
     alpha_1, alpha_2: the paper's α_1 and α_2, the weights of class scores and boxes.
 

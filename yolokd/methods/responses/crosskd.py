@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from yolokd.errors import UserError
 from yolokd.methods.base import Level, LevelShape, Method, Weight, register
-from yolokd.methods.blocks import Adapter, adapted
+from yolokd.methods.blocks import Adapter, ChannelAdapter, adapted
 from yolokd.pyramid.boxes import box_divergence, decode_distances, giou
 
 BoxLoss = Literal["giou", "kl"]
@@ -71,16 +71,17 @@ class CrossKD(Method):
         self.region: Region = region
         self.wants_boxes, self.wants_box_logits = beta > 0 and box == "giou", beta > 0 and box == "kl"
         self.wants_assigned = beta > 0 and region == "assigned"
+        self.needs_labels = alpha == 0 and region == "assigned"
         if not depth:
             self.adapt = Adapter(shape)
             return
         student, teacher = shape.student_head, shape.teacher_head
         assert student is not None
         assert teacher is not None
-        # No Adapters, which other methods would share: these read maps of the head.
+        # Not of the class Adapter, which methods share: these read maps of the head.
         if beta:
-            self.adapt_boxes = nn.Conv2d(student.box_channels[depth], teacher.box_channels[depth], kernel_size=1)
-        self.adapt_classes = nn.Conv2d(student.class_channels[depth], teacher.class_channels[depth], kernel_size=1)
+            self.adapt_boxes = ChannelAdapter(student.box_channels[depth], teacher.box_channels[depth])
+        self.adapt_classes = ChannelAdapter(student.class_channels[depth], teacher.class_channels[depth])
 
     def forward(self, level: Level) -> Tensor:
         """Return the loss of one level, a float32 scalar."""
