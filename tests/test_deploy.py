@@ -32,9 +32,10 @@ from helpers.models import (
 from ultralytics import YOLO
 from ultralytics.utils.cpu import CPUInfo
 
+from yolokd.commands.apart import ProcessFailure
 from yolokd.commands.deploy import ledger
 from yolokd.commands.deploy.formats import Format, known_formats
-from yolokd.commands.deploy.latency import LatencyRequest, RuntimeFailure, measure_in_process
+from yolokd.commands.deploy.latency import LatencyRequest, measure_in_process
 from yolokd.commands.deploy.run import run_deploy
 from yolokd.commands.deploy.show import verdict
 from yolokd.data.dataset import validation_images
@@ -303,7 +304,7 @@ def test_a_format_that_runs_but_was_not_scored_is_not_to_be_shipped(deployed: De
 
 def test_a_file_that_no_runtime_reads_is_a_failure_and_not_a_crash(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"no network")
-    with pytest.raises(RuntimeFailure, match="Protobuf parsing failed"):
+    with pytest.raises(ProcessFailure, match="Protobuf parsing failed"):
         measure_in_process(LatencyRequest(tmp_path / "x.onnx", (64, 64), 3, 1))
 
 

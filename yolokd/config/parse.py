@@ -57,10 +57,8 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
         values["balance"] = "off"
     if isinstance(values["unlabelled"], Path):
         values["unlabelled"] = str(values["unlabelled"])
-    if isinstance(values["stages"], int | float | list):
-        values["stages"] = tuple(map(_as_float, as_list(values["stages"])))
-    for key in ("levels", "teacher_channels"):
-        if isinstance(values[key], int | list):
+    for key in ("levels", "stages", "teacher_channels"):
+        if isinstance(values[key], int | float | list):
             values[key] = tuple(as_list(values[key]))
     if values["levels"] and all(isinstance(stride, int) for stride in values["levels"]):
         values["levels"] = tuple(sorted({*values["levels"]}))
@@ -81,11 +79,6 @@ def parse(keys: Mapping[str, Any]) -> DistillationConfig:
         raise UserError(f"level_floor={config.level_floor:g}", why, "drop it, or give level_weights=confidence")
     _check_unlabelled(config)
     return config
-
-
-def _as_float(value: object) -> object:
-    """Return an integer as a float, which pydantic's strict mode asks for; anything else as it is."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_constants(constants: Mapping[str, Any], names: tuple[str, ...], balance: object) -> None:

@@ -22,7 +22,7 @@ from yolokd.runtime.distributed import IS_DISTRIBUTED, IS_MAIN, WORLD_SIZE, broa
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training.plan import PairedTeacher, TrainPlan
 from yolokd.training.results.provenance import provenance
-from yolokd.training.resume.settings import teacher_precisions
+from yolokd.training.resume.same_run import teacher_precisions
 from yolokd.training.settings import images_per_batch
 
 SCORING_SETTINGS = (*VALIDATION_SETTINGS, "device", "split", "classes")

@@ -33,8 +33,8 @@ from yolokd.training import announce, logs, results
 from yolokd.training.launch import SharedStopRequest, same_content_hash, stop_together, supervise_launch, worker_process
 from yolokd.training.optimizer import OptimizerSteps, StepAfterEveryBatch
 from yolokd.training.plan import TrainPlan, check_task
+from yolokd.training.plan_run import device_of_run, plan_run, ultralytics_settings
 from yolokd.training.resume import hint, restore, saved_run
-from yolokd.training.resume.settings import device_of_run, plan_run, ultralytics_settings
 from yolokd.training.resume.sidecar import State, drop_sidecars, load_sidecar, save_sidecar
 from yolokd.training.resume.state import capture_state, capture_streams, restore_streams
 from yolokd.training.settings import with_absolute_paths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from yolokd.errors import first_line
-from yolokd.patches.safe_imports import safe_imports
+from yolokd.commands.apart import call_apart
 from yolokd.runtime.memory import peak_resident_mib
 from yolokd.runtime.users_threads import set_threads
 
@@ -52,57 +50,33 @@ class Latency:
     runtime: str
 
 
-class RuntimeFailure(Exception):
-    """The error for a model that does not run here; its message says why."""
-
-
 def measure_in_process(request: LatencyRequest) -> Latency:
-    """Measure in a new process. Raises RuntimeFailure if the file does not run there, or if the process dies."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, request), daemon=True)
+    """Measure in a new process. Raises ProcessFailure if the file does not run there, or if the process dies."""
     before = dict(os.environ)
     set_threads(request.threads)
     try:
-        with safe_imports():
-            process.start()
-        sender.close()
-        if not receiver.poll(TIMEOUT):
-            raise RuntimeFailure(f"gave no result in {TIMEOUT:g} seconds")
-        result = receiver.recv()
-    except EOFError as e:
-        process.join()
-        raise RuntimeFailure(f"its process died (exit code {process.exitcode})") from e
+        return call_apart(_measure_silently, request, timeout=TIMEOUT)
     finally:
         os.environ.clear()
         os.environ.update(before)
-        process.kill()
-        process.join()
-    if isinstance(result, str):
-        raise RuntimeFailure(result)
-    return Latency(**result)
 
 
-def _report(sender: Any, request: LatencyRequest) -> None:
-    """Measure in this process, whose output is dropped; send the fields of a Latency, or what is wrong."""
+def _measure_silently(request: LatencyRequest) -> Latency:
+    """Measure in this process, and drop what runtimes print."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    try:
-        sender.send(measure(request))
-    except Exception as e:  # runtimes raise errors of many types
-        sender.send(first_line(e))
+    return measure(request)
 
 
-def measure(request: LatencyRequest) -> dict[str, Any]:
-    """Run a model on noise until enough runs are measured; return the fields of a Latency."""
+def measure(request: LatencyRequest) -> Latency:
+    """Run a model on noise until enough runs are measured."""
     run, runtime = _open(request)
     image = np.random.default_rng(0).random((1, request.channels, *request.size), np.float32)
     _times(run, image, WARM_UP, WARM_UP, WARM_UP_SECONDS)
     times = _times(run, image, MIN_RUNS, MAX_RUNS, SECONDS)
     p50, p95 = np.percentile(times, [50, 95]) * 1000
-    fields = {"p50_ms": float(p50), "p95_ms": float(p95), "runs": len(times)}
-    return fields | {"peak_mib": peak_resident_mib(), "runtime": runtime}
+    return Latency(float(p50), float(p95), len(times), peak_resident_mib(), runtime)
 
 
 def _times(run: Callable[[Floats], object], image: Floats, least: int, most: int, seconds: float) -> list[float]:
@@ -152,12 +126,7 @@ def _open_torchscript(request: LatencyRequest) -> tuple[Callable[[Floats], objec
 
     torch.set_num_threads(request.threads)
     model = torch.jit.load(str(request.file), map_location="cpu").eval()  # type: ignore[no-untyped-call]
-
-    def run(image: Floats) -> object:
-        with torch.inference_mode():
-            return model(torch.from_numpy(image))
-
-    return run, f"torch {torch.__version__}"
+    return _without_gradients(model), f"torch {torch.__version__}"
 
 
 def _open_with_ultralytics(request: LatencyRequest) -> tuple[Callable[[Floats], object], str]:
@@ -174,9 +143,15 @@ def _open_with_ultralytics(request: LatencyRequest) -> tuple[Callable[[Floats], 
         source = load_model(request.file, "model", request.trust)[0] if is_checkpoint else str(request.file)
         model = AutoBackend(source, device=torch.device("cpu"), verbose=False)
     torch.set_num_threads(request.threads)
+    return _without_gradients(model), f"torch {torch.__version__}" if is_checkpoint else f"ultralytics {__version__}"
+
+
+def _without_gradients(model: Callable[[Any], object]) -> Callable[[Floats], object]:
+    """Return a function that runs a model of torch on a NumPy array, without gradients."""
+    import torch
 
     def run(image: Floats) -> object:
         with torch.inference_mode():
             return model(torch.from_numpy(image))
 
-    return run, f"torch {torch.__version__}" if is_checkpoint else f"ultralytics {__version__}"
+    return run

@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from yolokd.commands.apart import ProcessFailure
 from yolokd.commands.deploy.formats import Format
-from yolokd.commands.deploy.latency import LatencyRequest, RuntimeFailure, measure_in_process
+from yolokd.commands.deploy.latency import LatencyRequest, measure_in_process
 from yolokd.commands.deploy.ledger import NOT_SCORED, TEACHER, DeployRow
 from yolokd.errors import UserError, first_line
 from yolokd.exporter.export_model import export_into
@@ -85,7 +86,7 @@ class Measurement:
         size = (self.imgsz, self.imgsz)
         try:
             latency = measure_in_process(LatencyRequest(file, size, channels, self.threads, self.trust))
-        except RuntimeFailure as e:
+        except ProcessFailure as e:
             return row.model_copy(update={"problem": f"does not run here: {e}"})
         say("mAP")
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from ultralytics.utils import LOCAL_RANK
 from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
@@ -13,8 +12,8 @@ from yolokd.config.parse import is_yolokd_key, split_keys
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import data_file
 from yolokd.data.shape_labels import SHAPE_SETS
-from yolokd.errors import UserError
 from yolokd.training.plan import TrainPlan, check_data, make_plan, with_unlabelled_images
+from yolokd.training.resume.same_run import check_same_run
 from yolokd.training.resume.saved_run import SavedRun
 
 # What Ultralytics' BaseTrainer.check_resume lets change; it ignores other keys, with a warning.
@@ -66,21 +65,3 @@ def plan_run(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> T
             check_same_run(plan, saved_run)
         check_data(plan)
         return with_unlabelled_images(plan)
-
-
-def check_same_run(plan: TrainPlan, saved_run: SavedRun) -> None:
-    """Raise UserError if a resumed run has another teacher or other classes than it began with, unless force=True."""
-    if plan.config.force:
-        return
-    if not saved_run.has_teachers([paired.sha256 for paired in plan.teachers]):
-        raise UserError("teacher", "is another than the run began with", "give that one, or force=True")
-    if saved_run.state is not None and saved_run.state["names"] != dict(plan.data["names"]):
-        raise UserError("data", "has other classes than the run began with", "give that set, or force=True")
-
-
-def teacher_precisions(saved_run: SavedRun | None, plan: TrainPlan, device: torch.device) -> list[Any]:
-    """Return a precision for each teacher: what the run began with if it resumes on the same kind of device."""
-    state = saved_run.state if saved_run is not None else None
-    saved = list(state["precisions"]) if state is not None and state["device"] == device.type else []
-    count = len(plan.teachers)
-    return saved if len(saved) == count else [plan.config.teacher_precision] * count
