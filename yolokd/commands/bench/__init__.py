@@ -6,6 +6,7 @@ The bound is the least that distillation must cost: a plain training step and th
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -75,43 +76,31 @@ def run_bench(
     """
     on_cuda = select_device(check_device(other_keys.get("device")), verbose=False).type == "cuda"
     rounds = (40 if on_cuda else 7) if rounds is None else rounds
-    for key in ("unlabelled", "unlabelled_ratio"):
-        if key in other_keys:
-            raise UserError(key, "is not measured by bench: its batches hold labelled images alone", "drop it")
-    for key in (*FIXED, "nbs", "cfg", "save_dir", "resume"):
-        if key in other_keys:
-            raise UserError(key, "is set by bench, or has no meaning to it", "drop it")
-    validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
+    _check_keys(rounds, other_keys)
     check_project(project)
     # Plain training is always measured, first: the others are compared with it.
     methods = list(dict.fromkeys([PLAIN, *parse_candidates(method, other_keys)]))
-    distilled = [m for m in methods if m not in (PLAIN, NATIVE)]
     if NATIVE in methods:
         check_native(student, as_list(teacher), bool(other_keys.get("trust")))
     amps = [on_cuda] if amp is None else [parse_value(str(a)) for a in as_list(amp)]
     names = [str(t) for t in as_list(teacher)]
     ensemble = _is_ensemble(other_keys.pop("teachers", "stages"), len(names))
-    rows: list[BenchRow] = []
-    out: Path | None = None
+    groups = [*([tuple(names)] if ensemble else []), *((name,) for name in names)]
+    combinations = _combinations(groups, _integers("imgsz", imgsz), _integers("batch", batch))
     with TemporaryDirectory(prefix="yolokd-bench-") as folder, warnings_only(), no_loggers():
         source = data_file(data)
-        trust = bool(other_keys.get("trust"))
-        checkpoints = {t: _teacher_checkpoint(t, source, Path(folder), trust) for t in names}
-        if NATIVE in methods:
-            own = load_student(student, load_data(source, trust=trust), trust)
-            for checkpoint in checkpoints.values():
-                check_same_levels(own, load_teacher(checkpoint, trust))
-        teachers = [*([tuple(names)] if ensemble else []), *((t,) for t in names)]
+        checkpoints = _teacher_checkpoints(
+            names, source, Path(folder), student if NATIVE in methods else None, other_keys
+        )
         shared = source, folder, tuple(other_keys.items())
         settings = [
             ("+".join(group), BenchSetting(tuple(checkpoints[t] for t in group), str(student), size, count, *shared))
-            for group, size, count in _combinations(teachers, _integers("imgsz", imgsz), _integers("batch", batch))
+            for group, size, count in combinations
         ]
+        rows: list[BenchRow] = []
+        out: Path | None = None
         for title, setting in settings:
-            new_rows = measure(setting, title, methods, amps, rounds, memory)
-            CONSOLE.print(f"{title}, {setting.imgsz} px, batch {setting.batch}: medians, in seconds per step")
-            print_table(make_table(new_rows, table_width()))
-            rows += new_rows
+            rows += _measure_setting(setting, title, methods, amps, rounds, memory)
             out = out or Path(increment_path(Path(str(project)) / str(name), mkdir=True))
             write_csv(rows, out / "bench.csv")  # after each setting, because a later one may run out of memory
             save_plot(rows, out / "bench.png")
@@ -119,15 +108,44 @@ def run_bench(
         CONSOLE.print(out / "bench.csv", out / "bench.png", sep="\n")
         if ensemble:
             CONSOLE.print(*ensemble_costs(rows, names), sep="\n")
-        # The composition of most methods, in the first setting: there, measuring gradients costs most.
-        checked = max(rows, key=lambda row: row.candidate.count("+") if row.candidate in distilled else -1)
-        agrees, comparison = _compare_with_real_epoch(checked, settings[0][1])
-        CONSOLE.print(comparison)
-        if not agrees:
-            save_plot(rows, out / "bench.png", warning=comparison)
-        if distilled:
-            CONSOLE.print(_measure_gradient_cost(checked, settings[0][1], rounds))
+        _cross_check(rows, settings[0][1], rounds, out)
     return out
+
+
+def _check_keys(rounds: object, other_keys: Mapping[str, Any]) -> None:
+    """Raise UserError for keys of `yolokd train` that a benchmark does not take, and for a wrong number of rounds."""
+    for key in ("unlabelled", "unlabelled_ratio"):
+        if key in other_keys:
+            raise UserError(key, "is not measured by bench: its batches hold labelled images alone", "drop it")
+    for key in (*FIXED, "nbs", "cfg", "save_dir", "resume"):
+        if key in other_keys:
+            raise UserError(key, "is set by bench, or has no meaning to it", "drop it")
+    validate("rounds", rounds, PositiveInt, "must be a whole number of at least 1", "for example rounds=7")
+
+
+def _measure_setting(
+    setting: BenchSetting, title: str, methods: Sequence[str], amps: Sequence[Any], rounds: int, memory: bool
+) -> list[BenchRow]:
+    """Measure all candidates of a setting, print a table of them, and return its rows. title: the teachers' names."""
+    rows = measure(setting, title, methods, amps, rounds, memory)
+    CONSOLE.print(f"{title}, {setting.imgsz} px, batch {setting.batch}: medians, in seconds per step")
+    print_table(make_table(rows, table_width()))
+    return rows
+
+
+def _cross_check(rows: Sequence[BenchRow], first: BenchSetting, rounds: int, out: Path) -> None:
+    """Compare the benchmark with a real epoch, and say what measuring gradients costs.
+
+    first: the first setting. Writes a warning into the plot in `out` if the real epoch disagrees.
+    """
+    # The composition of most methods: there, measuring gradients costs most.
+    checked = max(rows, key=lambda row: -1 if row.candidate in (PLAIN, NATIVE) else row.candidate.count("+"))
+    agrees, comparison = _compare_with_real_epoch(checked, first)
+    CONSOLE.print(comparison)
+    if not agrees:
+        save_plot(rows, out / "bench.png", warning=comparison)
+    if checked.candidate not in (PLAIN, NATIVE):
+        CONSOLE.print(_measure_gradient_cost(checked, first, rounds))
 
 
 def _integers(key: str, value: object) -> list[int]:
@@ -146,6 +164,23 @@ def _combinations(teachers: list[Any], sizes: list[Any], batches: list[Any]) -> 
         *((first[0], s, first[2]) for s in sizes[1:]),
         *((*first[:2], b) for b in batches[1:]),
     ]
+
+
+def _teacher_checkpoints(
+    names: Sequence[str], data: str, folder: Path, native_student: object, other_keys: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the path of each teacher's .pt, by its name; a .yaml gets random weights, in `folder`.
+
+    native_student: the student that Ultralytics' own distillation trains, if it is measured.
+    Raises UserError for a teacher that cannot be measured, and for one whose levels are not the native student's.
+    """
+    trust = bool(other_keys.get("trust"))
+    checkpoints = {name: _teacher_checkpoint(name, data, folder, trust) for name in names}
+    if native_student is not None:
+        own = load_student(native_student, load_data(data, trust=trust), trust)
+        for checkpoint in checkpoints.values():
+            check_same_levels(own, load_teacher(checkpoint, trust))
+    return checkpoints
 
 
 def _teacher_checkpoint(teacher: object, data: str, folder: Path, trust: bool) -> str:
