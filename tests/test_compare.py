@@ -32,10 +32,10 @@ from yolokd.commands.compare.grounds import name_configurations
 from yolokd.commands.compare.identity import ComparisonRun, fingerprint
 from yolokd.commands.compare.ledger import OLD_COLUMNS, OLD_COLUMNS_WITH_D_PRED, VERSIONS, LedgerRow, append, read
 from yolokd.commands.compare.plan import plan_runs
-from yolokd.commands.compare.report import report
 from yolokd.commands.compare.row import make_row
 from yolokd.commands.compare.show import draw_plot, markdown, summary_cells, terminal_table
 from yolokd.commands.compare.statistics import interval, ratio, summarize
+from yolokd.commands.compare.verdicts import report
 from yolokd.data.dataset import load_data
 from yolokd.errors import UserError
 from yolokd.runtime.files import sha256

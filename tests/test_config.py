@@ -17,7 +17,7 @@ from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.parse import merge_cfg_file, method_names, parse
 from yolokd.config.schema import OWN_KEYS
 from yolokd.methods import constants_model, registered
-from yolokd.runtime.resources import bundled_folder
+from yolokd.runtime.bundled import bundled_folder
 
 T = {"teacher": "t.pt"}
 

@@ -23,7 +23,7 @@ from yolokd import UserError
 from yolokd.config.defaults import method_defaults
 from yolokd.config.parse import parse
 from yolokd.config.schema import METHOD_SETTINGS
-from yolokd.distillation.stage import build_methods
+from yolokd.distillation.per_level import build_methods
 from yolokd.methods import Method, register, registered
 from yolokd.methods.blocks import Adapter, spatial_attention, standardized
 from yolokd.methods.features.dfd import high_disparity

@@ -26,7 +26,7 @@ from helpers.runs import TINY, captured_log, distil, train_and_stop
 
 from yolokd import UserError, YoloDistiller
 from yolokd.commands.compare.ledger import LedgerRow, read
-from yolokd.commands.compare.report import verdicts
+from yolokd.commands.compare.verdicts import verdicts
 from yolokd.commands.report import result_sentence, run_report
 from yolokd.models.teachers.outputs import RequestedOutputs
 from yolokd.models.teachers.tapped_detector import detector_teacher

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from yolokd.runtime.users_threads import OMP, OURS, set_threads, users_threads
+from yolokd.runtime.users_threads import OMP, OURS, omp_text_of_user, set_threads
 
 YOLOKD, ULTRALYTICS = "from yolokd import YoloDistiller", "from ultralytics import YOLO"
 PRINT = "from yolokd.runtime.threads import training_threads\nprint(training_threads())"
@@ -52,7 +52,7 @@ def test_trainings_use_as_many_threads_as_the_user_has_set_also_in_processes_tha
 def test_a_1_of_ultralytics_or_torchrun_is_not_the_users(
     environment: dict[str, str], ultralytics_is_imported: bool, threads: str
 ) -> None:
-    assert users_threads(environment, ultralytics_is_imported) == threads
+    assert omp_text_of_user(environment, ultralytics_is_imported) == threads
 
 
 def test_threads_that_a_command_sets_count_as_the_users_in_processes_that_it_starts(
@@ -61,4 +61,4 @@ def test_threads_that_a_command_sets_count_as_the_users_in_processes_that_it_sta
     for variable in (OMP, OURS):
         monkeypatch.setenv(variable, "")
     set_threads(1)
-    assert users_threads(os.environ) == "1"
+    assert omp_text_of_user(os.environ) == "1"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from yolokd.runtime.resources import bundled_folder
+from yolokd.runtime.bundled import bundled_folder
 
 SCRIPT = bundled_folder("export") / "detect.py"
 

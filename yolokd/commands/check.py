@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ultralytics.utils.torch_utils import get_num_params, parse_device, select_device
 
 from yolokd.data.dataset import boxes_per_class, sample_batch
-from yolokd.distillation.stage import build_methods
+from yolokd.distillation.per_level import build_methods
 from yolokd.models.detector import rounded_imgsz
 from yolokd.models.tasks import scored_task, task_of
 from yolokd.models.teachers.backbone import Backbone

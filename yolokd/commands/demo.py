@@ -26,10 +26,10 @@ from yolokd.errors import UserError
 from yolokd.exporter.export_model import export
 from yolokd.report.history import MAP, read_history
 from yolokd.report.run_report import NAME as REPORT
+from yolokd.runtime.bundled import bundled_folder
 from yolokd.runtime.console import CONSOLE, print_table
 from yolokd.runtime.files import atomic_path
 from yolokd.runtime.plots import new_plot
-from yolokd.runtime.resources import bundled_folder
 from yolokd.runtime.signals import Interrupted
 from yolokd.training.resume.sidecar import is_trained
 from yolokd.version import __version__

@@ -9,9 +9,9 @@ from ultralytics.utils.torch_utils import select_device
 
 from yolokd.commands.candidates import PLAIN
 from yolokd.commands.compare.ledger import TEACHER, read
-from yolokd.commands.compare.report import Verdict, verdicts
 from yolokd.commands.compare.show import deciding, draw_plot, headers_of, percentage
 from yolokd.commands.compare.statistics import Summary
+from yolokd.commands.compare.verdicts import Verdict, verdicts
 from yolokd.config.arguments import check_known
 from yolokd.errors import UserError
 from yolokd.report.facts import Table

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from yolokd.methods import constants_model, registered
-from yolokd.runtime.resources import bundled_folder
+from yolokd.runtime.bundled import bundled_folder
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from yolokd.runtime.resources import bundled_folder
+from yolokd.runtime.bundled import bundled_folder
 
 KEY_LINE = re.compile(r"(?P<name>\w+):(?P<default>.*?)\s#\s*(?P<meaning>.*)")  # key: default  # meaning
 CONTINUATION = re.compile(r"\s+#\s*(?P<meaning>.*)")  # an indented comment alone goes on with the meaning above it

@@ -12,7 +12,7 @@ from ultralytics.utils import LOGGER
 
 from yolokd.errors import UserError
 from yolokd.pyramid.level import Level, level_name
-from yolokd.runtime.late import LateFlags
+from yolokd.runtime.late_flags import LateFlags
 
 MAX_STEPS_IN_A_ROW = 10  # ours: after so many steps without distillation the training stops
 # Ours: a gradient scaler starts at 2^16 and halves its scale at each step that it skips: so many halvings are enough.

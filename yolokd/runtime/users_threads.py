@@ -14,13 +14,13 @@ from collections.abc import Mapping
 OMP, OURS = "OMP_NUM_THREADS", "YOLOKD_OMP_NUM_THREADS"
 
 
-def users_threads(environment: Mapping[str, str], ultralytics_is_imported: bool = False) -> str:
+def omp_text_of_user(environment: Mapping[str, str], ultralytics_is_imported: bool = False) -> str:
     """Return the user's OMP_NUM_THREADS out of the environment of a process; '' if there is none.
 
     A 1 does not count if it may be that of Ultralytics or torchrun. ultralytics_is_imported: whether Ultralytics was
     imported before yolokd.
 
-    >>> users_threads({OMP: "4"}), users_threads({OMP: "1"}), users_threads({OMP: "1", OURS: ""})
+    >>> omp_text_of_user({OMP: "4"}), omp_text_of_user({OMP: "1"}), omp_text_of_user({OMP: "1", OURS: ""})
     ('4', '1', '')
     """
     threads, noted = environment.get(OMP, ""), environment.get(OURS)
@@ -31,7 +31,7 @@ def users_threads(environment: Mapping[str, str], ultralytics_is_imported: bool 
 
 def note_users_threads() -> None:
     """Note the user's OMP_NUM_THREADS, for `threads_of_user` in this process and in those that it starts."""
-    os.environ[OURS] = users_threads(os.environ, "ultralytics" in sys.modules)
+    os.environ[OURS] = omp_text_of_user(os.environ, "ultralytics" in sys.modules)
 
 
 def threads_of_user() -> int | None:

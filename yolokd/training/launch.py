@@ -26,7 +26,7 @@ from yolokd.runtime.distributed import (
     shorten_timeout,
     timed_out,
 )
-from yolokd.runtime.late import LateFlags
+from yolokd.runtime.late_flags import LateFlags
 from yolokd.runtime.signals import SIGNALS, Interrupted, StopRequest, handle_signals
 
 

@@ -7,32 +7,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from ultralytics.utils import LOGGER
-
 from yolokd.config.arguments import did_you_mean
 from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
-from yolokd.data.dataset import check_images, learned_names, load_data, sample_batch
+from yolokd.data.dataset import check_images, learned_names, load_data
 from yolokd.data.unlabelled import unlabelled_images
-from yolokd.distillation.stage import build_methods, needs_labels
 from yolokd.errors import UserError
-from yolokd.methods import registered
 from yolokd.models.checkpoint import load_model, load_student, load_teacher
 from yolokd.models.detector import Detector, changing_strides, check_detector, dense_heads, head_of, rounded_imgsz
 from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.models.teachers.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
-from yolokd.models.teachers.outputs import RequestedOutputs
 from yolokd.models.teachers.tapped_detector import detector_teacher
 from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.head import HeadShape
-from yolokd.pyramid.level import LevelShape, level_name
 from yolokd.pyramid.pairing import Pairing, choose_levels, pair_classes, pair_levels, unknown_names
 from yolokd.runtime.files import sha256
+from yolokd.training.compatibility import (
+    check_distinct,
+    check_finite,
+    check_level_floor,
+    check_methods,
+    check_outputs,
+    check_stages,
+    check_student_without_scores,
+    log_frozen_levels,
+)
 from yolokd.training.settings import check_settings
-
-TRIAL_IMGSZ = 64  # ours: the image size in pixels at which a teacher is tried before anything is written
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     args = check_settings(settings, config)
     files = config.teacher_files if config.method_configs else ()
     for file in files:
-        _check_distinct(file, settings.get("model"))
+        check_distinct(file, settings.get("model"))
     for key in ("pretrained", "distill_model"):
         if isinstance(settings.get(key), str | Path):
             load_model(settings[key], key, config.trust)
@@ -103,20 +104,20 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     strides = check_detector(student, f"student={settings.get('model')}")
     args.task = _student_task(student, settings.get("task"))
     if files:
-        _check_stages(config, args)
+        check_stages(config, args)
         taught = [name for model in models.values() for name in model.names.values()]
         check_classes_map(config.classes_map or {}, taught, [*data["names"].values()])
     heads = {stride: head.shape for stride, head in dense_heads(head_of(student), strides).items()}
     if not heads:
-        _check_student_without_scores(f"student={settings.get('model')}", config)
+        check_student_without_scores(f"student={settings.get('model')}", config)
     names = learned_names(data, args.classes)
     changing = changing_strides(student, strides, args.freeze)
     teachers = tuple(
         _pair_teacher(file, model, config, data, names, strides, heads, changing) for file, model in models.items()
     )
     if teachers:
-        _log_frozen_levels(config, teachers, strides, changing)
-        _check_level_floor(config, teachers)
+        log_frozen_levels(config, [paired.pairing for paired in teachers], strides, changing)
+        check_level_floor(config, [paired.teacher for paired in teachers])
     return TrainPlan(config, data, args, student, teachers)
 
 
@@ -140,15 +141,15 @@ def _pair_teacher(
     else:
         teacher = detector_teacher(model, f"teacher={file}")
     teacher = teacher.for_images(data["channels"], config.teacher_channels)
-    _check_fit(file, teacher, config)
-    _check_finite(file, teacher, data)
+    check_outputs(file, teacher, config)
+    check_finite(file, teacher, data)
     teacher_heads = {stride: head.shape for stride, head in teacher.heads.items()}
     levels = choose_levels(pair_levels(teacher.pyramid, strides, teacher_heads, heads), config.levels)
     levels = tuple(level for level in levels if level.stride in changing)
     if not levels:
         raise UserError("freeze", "leaves no feature map that a teacher could change", "freeze fewer layers")
     pairing = Pairing(levels, tuple(strides), pair_classes(teacher.names, names, config.classes_map))
-    _check_methods(config, levels)
+    check_methods(config, levels)
     content = model.sha256 if isinstance(model, Backbone) else sha256(model.pt_path)
     return PairedTeacher(file, content, model, teacher, pairing)
 
@@ -160,33 +161,6 @@ def _student_task(student: Detector, given: object) -> str:
     if given not in (None, task.name):
         raise UserError(f"task={given}", f"is not that of the student: {task.name}", "drop task")
     return task.name
-
-
-def _check_stages(config: DistillationConfig, args: Any) -> None:
-    """Raise UserError if a teacher's turn could not come."""
-    if args.time and config.teachers == "stages" and len(config.teacher_files) > 1:
-        why = "changes the number of epochs during the training, and by this number teachers take turns"
-        raise UserError(f"time={args.time:g}", why, "give epochs=, or teachers=ensemble")
-    if config.starts(args.epochs)[-1] >= args.epochs:
-        problem = f"leaves no epoch of {args.epochs} to the last teacher"
-        raise UserError(f"stages={list(config.stages or ())}", problem, "begin it earlier")
-
-
-def _log_frozen_levels(
-    config: DistillationConfig, teachers: Sequence[PairedTeacher], strides: Mapping[int, int], changing: Sequence[int]
-) -> None:
-    """Warn of levels that are not taught because `freeze=` keeps the student's map there as it is."""
-    frozen = [stride for stride in strides if stride not in changing and stride in (config.levels or strides)]
-    if frozen:
-        taught = {level.stride for paired in teachers for level in paired.pairing.levels}
-        names = [", ".join(map(level_name, sorted(some))) for some in (frozen, taught)]
-        LOGGER.warning(f"freeze: keeps the feature map at {names[0]} as it is: the teacher teaches at {names[1]} only")
-
-
-def _check_level_floor(config: DistillationConfig, teachers: Sequence[PairedTeacher]) -> None:
-    if config.level_floor > 0 and not any(paired.teacher.has_logits for paired in teachers):
-        why = "has no effect: the teacher scores no classes, so that all levels weigh the same"
-        raise UserError(f"level_floor={config.level_floor:g}", why, "drop it")
 
 
 def check_classes_map(
@@ -242,66 +216,3 @@ def check_task(plan: TrainPlan, trained: str) -> None:
     if plan.task.name != trained:
         problem = f"has the task {plan.task.name}, but its file's name says {trained}"
         raise UserError("student", problem, "download the file first, then give its path")
-
-
-def _check_distinct(teacher: object, student: object) -> None:
-    if isinstance(student, str | Path) and teacher is not None:
-        t, s = Path(str(teacher)), Path(student)
-        if t == s or (t.exists() and s.exists() and t.samefile(s)):
-            raise UserError(f"student={student}", "is the teacher's own file", "give a smaller model as the student")
-
-
-def _check_fit(file: str, teacher: Teacher, config: DistillationConfig) -> None:
-    needing = [method.name for method in config.method_configs if registered()[method.name].wants_dense_head()]
-    if needing and not teacher.has_logits:
-        raise UserError(
-            f"teacher={file}",
-            f"has no class scores and boxes per position, which {needing[0]} needs",
-            "use a YOLO teacher, or methods that compare feature maps alone, such as dfd",
-        )
-
-
-def _check_student_without_scores(argument: str, config: DistillationConfig) -> None:
-    """Raise UserError for what an RT-DETR cannot learn: no position of its maps has a class score or a box."""
-    for name in (method.name for method in config.method_configs):
-        method = registered()[name]
-        if method.wants_student_head():
-            problem = f"has no class scores and boxes per position, which {name} needs"
-            raise UserError(argument, problem, "use a YOLO student, or methods that compare feature maps, such as dfd")
-    if config.unlabelled is not None:
-        problem = "an RT-DETR's loss would count the objects in images without labels as background"
-        raise UserError(f"unlabelled={config.unlabelled}", problem, "drop it, or use a YOLO student")
-
-
-def _check_methods(config: DistillationConfig, levels: Sequence[LevelShape]) -> None:
-    """Build the methods, so that each can refuse the models' shapes; raise UserError for what they cannot work with."""
-    built = build_methods(config.method_configs, levels, seed=0)
-    if config.unlabelled is not None and all(map(needs_labels, built)):
-        why = f"would not be used: method={config.method} learns from labelled images alone"
-        raise UserError(f"unlabelled={config.unlabelled}", why, "add a method such as fitnet, or drop it")
-    for method, per_level in zip(config.method_configs, built, strict=True):
-        if config.teacher_imgsz is not None and any(m.wants_box_logits for m in per_level.children()):
-            problem = f"gives the teacher cells of another size, and {method.name} compares distances counted in cells"
-            raise UserError(f"teacher_imgsz={config.teacher_imgsz}", problem, "drop it, or use bckd")
-        if any(m.wants_boxes or m.wants_box_logits for m in per_level.children()):
-            _check_upright(method.name, levels)
-
-
-def _check_upright(method: str, levels: Sequence[LevelShape]) -> None:
-    """Raise UserError if a method that compares boxes would get rotated ones: sides mean nothing without angles."""
-    for model, head in (("teacher", levels[0].teacher_head), ("student", levels[0].student_head)):
-        if head is not None and head.rotated:
-            weight = registered()[method].box_weight
-            cure = f"give {method}.{weight}=0" if weight else "use another method, such as bckd with bckd.alpha_2=0"
-            raise UserError(f"method={method}", f"compares upright boxes, and those of the {model} are rotated", cure)
-
-
-def _check_finite(file: str, teacher: Teacher, data: Mapping[str, Any]) -> None:
-    """Raise UserError if the teacher's maps, class scores or boxes of a validation image are not finite."""
-    requested = RequestedOutputs(logits=teacher.has_logits, boxes=teacher.has_logits)
-    output = teacher(sample_batch(dict(data), TRIAL_IMGSZ)[:1], requested)
-    for name, values in (("feature maps", output.maps), ("class scores", output.logits), ("boxes", output.boxes)):
-        for stride, tensor in values.items():
-            if not torch.isfinite(tensor).all():
-                problem = f"its {name} at stride {stride} are not finite on a validation image"
-                raise UserError(f"teacher={file}", problem, "give one that is trained; its weights may hold NaN")

@@ -10,7 +10,7 @@ from yolokd.commands.compare.execute import execute_all
 from yolokd.commands.compare.launchers import LOCAL, choose_launcher
 from yolokd.commands.compare.ledger import TEACHER, read
 from yolokd.commands.compare.plan import plan_runs
-from yolokd.commands.compare.report import report, report_all
+from yolokd.commands.compare.verdicts import report, report_all
 from yolokd.commands.run_folder import check_project
 from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE

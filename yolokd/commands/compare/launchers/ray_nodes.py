@@ -15,10 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from yolokd.commands.compare.identity import ComparisonRun
 from yolokd.commands.compare.launchers.ray_task import missing_files
 from yolokd.errors import UserError
+from yolokd.models.teachers.backbone import is_backbone, split_backbone
 from yolokd.runtime.console import CONSOLE
 
 CHECK_SECONDS = 120.0  # ours: how long a node may take to start Python and to import yolokd
-PATH_KEYS = ("teacher", "student", "data", "pretrained", "unlabelled")  # keys that may name files
+FILE_KEYS = ("teacher", "student", "data", "pretrained", "unlabelled")  # keys that may name files
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def check_nodes(runs: Sequence[ComparisonRun], needs: Needs) -> None:
     nodes = [node for node in _nodes() if needs.fit(node)]
     project = runs[0].project
     project.mkdir(parents=True, exist_ok=True)
-    files = {file for run in runs for key in PATH_KEYS for file in _existing_files(run.keys.get(key))}
+    files = {file for run in runs for key in FILE_KEYS for file in _existing_files(run.keys.get(key))}
     with NamedTemporaryFile(dir=project, prefix=".ray-") as marker:  # a folder of that name may not be the same one
         check_files([marker.name, *files], nodes)
     alive = sum(node["Alive"] for node in _nodes())
@@ -77,8 +78,13 @@ def check_nodes(runs: Sequence[ComparisonRun], needs: Needs) -> None:
 
 
 def _existing_files(value: object) -> list[str]:
-    """Return the absolute paths in a key's value; Ultralytics finds some models by names that are no files."""
+    """Return the absolute paths in a key's value; Ultralytics finds some models by names that are no files.
+
+    >>> _existing_files(["yolov8l.pt", __file__, f"timm:resnet18@{__file__}"]) == [__file__, __file__]
+    True
+    """
     values = value if isinstance(value, list | tuple) else [value]
+    values = [split_backbone(str(each))[1] if is_backbone(each) else each for each in values]
     return [file for file in values if isinstance(file, str) and os.path.isabs(file) and os.path.exists(file)]
 
 
