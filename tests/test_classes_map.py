@@ -289,7 +289,7 @@ def test_check_shows_the_pairing_and_the_share_of_known_boxes(street: str, coco:
     assert 0 < known < total
     (tmp_path / "cwd").mkdir()
     command = ("check", f"teacher={coco}", f"student={YOLOV8N}", f"data={street}", AS_TEXT, "imgsz=64", "device=cpu")
-    done = run_forked(*command, cwd=tmp_path / "cwd", into=tmp_path)
+    done = run_forked(*command, cwd=tmp_path / "cwd")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     assert "classes paired: 2 of 3 (car = car or sports car, pedestrian = person)" in text

@@ -159,11 +159,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_bad_input_gets_one_line_of_error_and_status_2(
-    line: str, files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_bad_input_gets_one_line_of_error_and_status_2(line: str, files: dict[str, str], tmp_path: Path) -> None:
     arguments = (argument.format(**files) for argument in line.split(" "))
-    done = run_forked(*arguments, cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
+    done = run_forked(*arguments, cwd=tmp_path)
     errors = [e for e in done.stderr.splitlines() if e.startswith("yolokd: error: ")]
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(errors) == 1
@@ -175,13 +173,13 @@ def test_bad_input_gets_one_line_of_error_and_status_2(
 
 
 def test_check_calls_method_none_plain_training(files: dict[str, str], tmp_path: Path) -> None:
-    done = run_yolokd("check", "method=none", f"data={files['data']}", "imgsz=64", cwd=tmp_path)
+    done = run_forked("check", "method=none", f"data={files['data']}", "imgsz=64", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "plain Ultralytics training" in done.stdout
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = run_yolokd("train", "method=dfx", "--debug", cwd=tmp_path)
+    done = run_forked("train", "method=dfx", "--debug", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
 
@@ -206,7 +204,7 @@ def test_without_data_a_training_says_that_it_uses_shapes() -> None:
 
 def test_trust_loads_a_checkpoint_that_runs_code(files: dict[str, str], tmp_path: Path) -> None:
     """With trust=True the file does run its code: the tests above refuse a file that is really harmful."""
-    done = run_yolokd("check", f"teacher={files['evil']}", f"data={files['data']}", "trust=True", cwd=tmp_path)
+    done = run_forked("check", f"teacher={files['evil']}", f"data={files['data']}", "trust=True", cwd=tmp_path)
     try:
         assert done.returncode == 2
         assert Path(files["written"]).exists()
@@ -215,13 +213,13 @@ def test_trust_loads_a_checkpoint_that_runs_code(files: dict[str, str], tmp_path
 
 
 def test_methods_lists_papers_and_constants(tmp_path: Path) -> None:
-    done = run_yolokd("methods", cwd=tmp_path)
+    done = run_forked("methods", cwd=tmp_path)
     assert done.returncode == 0
     assert all(text in done.stdout for text in ("dfd.alpha=", "pdf.distance=l2", "ICML 2024", "BMVC 2021"))
 
 
 def test_check_shows_the_pairing_and_writes_nothing(files: dict[str, str], tmp_path: Path) -> None:
-    done = run_yolokd("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
+    done = run_forked("check", f"teacher={files['teacher']}", "student=yolov8n-p2.yaml", f"data={files['data']}",
                   "method=dfd+pdf+sl2", "imgsz=64", "teacher_precision=bf16", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (
@@ -251,9 +249,7 @@ def test_check_counts_methods_that_run_the_head_of_a_teacher_with_more_classes(d
     assert list(check._models_table(plan, 64).columns[0].cells)[-1].startswith("adapters to teacher t.pt")
 
 
-def test_a_trained_student_validates_predicts_and_its_run_repeats(
-    files: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_trained_student_validates_predicts_and_its_run_repeats(files: dict[str, str], tmp_path: Path) -> None:
     common = ["imgsz=64", "batch=4", "epochs=1", "plots=False", "device=cpu"]
     done = run_yolokd("train", f"teacher={files['teacher']}", f"student={YOLOV8N}", "method=dfd+pdf",
                   f"data={files['data']}", "dfd.alpha=0.5", "pdf.gain=2", *common, cwd=tmp_path)  # fmt: skip
@@ -263,20 +259,20 @@ def test_a_trained_student_validates_predicts_and_its_run_repeats(
     assert yaml.safe_load((run / "distill.yaml").read_text())["dfd.alpha"] == 0.5
     best = run / "weights" / "best.pt"
 
-    done = run_yolokd(
+    done = run_forked(
         "val", f"model={best}", f"data={files['data']}", "imgsz=64", "plots=False", "device=cpu", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     image = next((Path(files["data"]).parent / "images" / "val").glob("*.jpg"))
-    done = run_yolokd("predict", f"model={best}", f"source={image}", "imgsz=64", "line_thickness=2",
+    done = run_forked("predict", f"model={best}", f"source={image}", "imgsz=64", "line_thickness=2",
                       "device=cpu", f"project={tmp_path}", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob(f"predict*/{image.name}"))
 
-    done = run_yolokd("train", f"cfg={run / 'distill.yaml'}", "check_teacher=False", cwd=tmp_path)
+    done = run_forked("train", f"cfg={run / 'distill.yaml'}", "check_teacher=False", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs" / "distill").glob("train*/weights/best.pt"))) == 2
 
-    done = run_forked("train", f"resume={run}", cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
+    done = run_forked("train", f"resume={run}", cwd=tmp_path)
     assert done.returncode == 2
     assert "finished" in done.stderr

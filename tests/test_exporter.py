@@ -32,7 +32,14 @@ from yolokd.distiller import load_yolo
 from yolokd.errors import UserError
 from yolokd.exporter import export_model, parity
 from yolokd.exporter.agreement import Limits, Thresholds
-from yolokd.exporter.export_model import INT8_ONLY, _calibration_options, _check_options, _precision, export
+from yolokd.exporter.export_model import (
+    INT8_ONLY,
+    _calibration_options,
+    _check_options,
+    _precision,
+    export,
+    export_into,
+)
 from yolokd.exporter.parity import ExportReport, verify
 from yolokd.exporter.staging import PREFIX, publish, staging_folder
 from yolokd.models.checkpoint import load_model
@@ -238,7 +245,7 @@ def test_an_onnx_file_made_on_the_way_to_another_format_replaces_none(
 
     run_exporter, before = export_model._run_exporter, copied.read_bytes()
     monkeypatch.setattr(export_model, "_run_exporter", exporter)
-    export(checkpoints["v8"], format="torchscript", into=copied.with_suffix(".pt"))
+    export_into(copied.with_suffix(".pt"), checkpoints["v8"], None, False, {"format": "torchscript"})
     assert copied.read_bytes() == before
     assert copied.with_suffix(".torchscript").exists()
 

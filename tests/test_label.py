@@ -160,7 +160,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(files: dict[str, str], tmp_pa
     assert errors.splitlines()[-1] == "yolokd: interrupted; repeat the same command to continue"
     begun = len(list(folder.glob("labels/*.txt")))
     assert 0 < begun < 400
-    done = run_forked("label", *command, cwd=tmp_path, into=tmp_path)
+    done = run_forked("label", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(folder.glob("labels/*.txt"))) == 400
 

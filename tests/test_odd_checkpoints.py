@@ -97,13 +97,13 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(argument: str, odd: tup
 
 @pytest.mark.parametrize("case", ["names are numbers", "a surrogate", "nc lies", "terabytes"])
 def test_the_command_line_refuses_an_odd_checkpoint_in_one_line(
-    case: str, content: bytes, data: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    case: str, content: bytes, data: str, tmp_path: Path
 ) -> None:
     model = pickle.loads(content)
     ODD[case][0](model)
     torch.save({"model": model, "train_args": {}}, tmp_path / "odd.pt")
     arguments = ("check", "teacher=odd.pt", f"data={data}", "imgsz=64")
-    done = run_forked(*arguments, cwd=tmp_path, into=tmp_path_factory.mktemp("output"))
+    done = run_forked(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("yolokd: error: teacher=odd.pt: ")

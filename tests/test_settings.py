@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.cli import run_yolokd
+from helpers.cli import run_forked
 from helpers.data import write_dataset
 from helpers.models import YOLOV8N
 
@@ -92,7 +92,7 @@ def test_all_defaults_of_ultralytics_pass_the_schema() -> None:
 
 
 def test_a_long_or_binary_value_gives_one_line_on_the_command_line(tmp_path: Path) -> None:
-    result = run_yolokd("train", "method=none", f"name={'n' * 3000}", "seed=-1", cwd=tmp_path)
+    result = run_forked("train", "method=none", f"name={'n' * 3000}", "seed=-1", cwd=tmp_path)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("runs"))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from yolokd.cli import main
 
@@ -23,24 +24,22 @@ def run_yolokd(*arguments: str, cwd: Path, timeout: float | None = None) -> subp
     )
 
 
-def run_forked(*arguments: str, cwd: Path, into: Path) -> subprocess.CompletedProcess[str]:
-    """Run `yolokd ARGUMENTS` in cwd, in a fork of a process that has imported everything: most of a start is imports.
-
-    into: another folder, for files with its output.
-    """
-    outputs = into / "out.txt", into / "err.txt"
-    process = SERVER.Process(target=_main, args=(arguments, cwd, *outputs))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "still running"
-    return subprocess.CompletedProcess(
-        arguments, process.exitcode, *(path.read_text(errors="backslashreplace") for path in outputs)
-    )
+def run_forked(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run `yolokd ARGUMENTS` in cwd, in a fork of a process that has made all imports, which take most of a start."""
+    with TemporaryDirectory() as folder:
+        outputs = Path(folder, "out.txt"), Path(folder, "err.txt")
+        process = SERVER.Process(target=_main, args=(arguments, cwd, *outputs))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, "still running"
+        return subprocess.CompletedProcess(
+            arguments, process.exitcode, *(path.read_text(errors="backslashreplace") for path in outputs)
+        )
 
 
 def _main(arguments: tuple[str, ...], cwd: Path, *outputs: Path) -> None:
     for descriptor, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.chdir(cwd)
-    os.environ["XDG_DATA_HOME"] = str(cwd / "share")
+    os.environ |= {"COLUMNS": "200", "XDG_DATA_HOME": str(cwd / "share")}
     main(arguments)
