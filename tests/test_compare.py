@@ -319,10 +319,11 @@ def test_a_ledger_without_a_training_is_refused(tmp_path: Path) -> None:
         run_compare(csv=str(tmp_path / "c.csv"))
 
 
-def test_showing_a_ledger_takes_no_other_keys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{"method": "none"}, {"device": 0}, {"launcher": "ray"}], ids=str)
+def test_showing_a_ledger_takes_no_keys_of_a_training(keys: dict[str, Any], tmp_path: Path) -> None:
     append(tmp_path / "c.csv", row("none", 0, 0.5))
-    with pytest.raises(UserError, match="method: says what to train"):
-        run_compare(csv=str(tmp_path / "c.csv"), method="none")
+    with pytest.raises(UserError, match=f"{next(iter(keys))}: has no effect: csv= alone trains nothing"):
+        run_compare(csv=str(tmp_path / "c.csv"), **keys)
 
 
 def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def run_compare(
     """
     path = Path(str(csv)) if csv else Path(str(project)) / "compare.csv"
     if csv and not keys:
-        _show_ledger(path, {"method": method, "seeds": seeds, "split": split})
+        for_training = {"method": method, "seeds": seeds, "split": split, "device": device, "cpus": cpus}
+        _show_ledger(path, for_training | {"launcher": None if launcher == LOCAL else launcher})
         return path
     methods = _check_methods(method, keys)
     launch = choose_launcher(launcher, device, cpus)
@@ -74,13 +75,11 @@ def run_compare(
 def _show_ledger(path: Path, training_keys: dict[str, object]) -> None:
     """Print and write the verdict on all runs of a ledger.
 
-    Raises UserError if one of `training_keys` is given, which choose what to train, and if the ledger holds no runs.
+    Raises UserError if one of `training_keys` is given, which only a training uses, and if the ledger holds no runs.
     """
     for key, value in training_keys.items():
         if value is not None:
-            raise UserError(
-                key, "says what to train, but csv= alone trains nothing", "drop it, or give teacher= and data=, too"
-            )
+            raise UserError(key, "has no effect: csv= alone trains nothing", "drop it, or give teacher= and data=, too")
     rows = list(read(path).values())
     if all(row.method == TEACHER for row in rows):
         raise UserError(f"csv={path}", "holds no runs", "give teacher=, data= and the other keys of a comparison")
