@@ -73,6 +73,7 @@ def make_run(root: Path) -> tuple[Path, dict[str, Any]]:
     (run / "weights").mkdir(parents=True)
     student = calibrated_detector(YOLOV8N, images, SIZE)
     student.yolokd = {"teacher": {"file": "big.pt", "sha256": sha256(teacher)}, "method": "dfd"}
+    student.yolokd |= {"classes_map": {}, "teacher_channels": []}  # as a training writes settings that are not given
     label_with(student, data, SIZE, root / "labels.pt", rect=False)
     save_trained_checkpoint(student, str(data), run / "weights" / "best.pt")
     (run / "distill.yaml").write_text(yaml.safe_dump({"teacher": str(teacher)}))

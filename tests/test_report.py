@@ -232,12 +232,15 @@ def test_a_run_without_teacher_validation_and_labels_has_one(settings: dict[str,
     distil(None, YOLOV8N, settings | {"data": str(data), "val": False}, "none")
     folder = Path(settings["save_dir"])
     (folder / "deploy.csv").write_text("file,ms on <pi>,map\nbest.onnx,12.34567,0.5\n")
+    (folder / "old").mkdir()
+    (folder / "old" / "deploy.csv").write_text("file,map,sha256\nother.onnx,0.5,0a1b\n")
     (folder / NAME).unlink()
     page = run_report(run=str(folder)).read_text()
     shown = text_of(page)
     assert "without a teacher" in shown
     assert "Of 0 labelled objects" in shown
     assert "file ms on <pi> map best.onnx 12.35 0.5" in shown
+    assert "other.onnx" not in shown
     assert "Maps before the training were not kept" in shown
     assert "Disparity" not in shown
     assert "Images" in shown

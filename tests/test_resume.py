@@ -236,6 +236,11 @@ def test_other_classes_are_refused(tiny: dict[str, Any], teacher: str, tmp_path:
     other = write_dataset(tmp_path / "other", names={0: "disc", 1: "crate"})
     with pytest.raises(UserError, match="data: has other classes"):
         YoloDistiller().train(resume=str(folder), data=str(other))
+    fewer = write_dataset(tmp_path / "fewer", names={0: "disc"})
+    with pytest.raises(UserError, match="data: has 1 classes, and the run began with 2"):
+        YoloDistiller().train(resume=str(folder), data=str(fewer), force=True)
+    with pytest.raises(UserError, match=r"techer: unknown key .did you mean teacher"):
+        YoloDistiller().train(resume=str(folder), techer=1)
 
 
 def test_a_teacher_for_a_run_without_one_is_refused(tiny: dict[str, Any], teacher: str) -> None:

@@ -97,14 +97,25 @@ def parse_arguments(arguments: Sequence[str]) -> Keys:
     keys: Keys = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not key:
-            raise UserError(argument, "has no key before =", "write key=value, for example epochs=100")
+        _check_spelling(argument, key, value)
         if equals and not value:
             raise UserError(argument, "is empty", f"give a value, or drop {key}")
         if key in keys:
             raise UserError(key, "is given twice", "give it once")
         keys[key] = _parse_value(key, value) if equals else True
     return keys
+
+
+def _check_spelling(argument: str, key: str, value: str) -> None:
+    """Raise UserError for an argument that other programs would take, and for a list that the shell has split."""
+    if not key:
+        raise UserError(argument, "has no key before =", "write key=value without spaces, for example epochs=100")
+    if key.startswith("-"):
+        raise UserError(argument, "begins with a dash", f"write {key.lstrip('-')}=value")
+    if value[:1] in {"[", "{"} and value[-1] not in {"]", "}"}:
+        raise UserError(argument, "is a part of a list, split at a space", "put the whole argument in quotes")
+    if argument.endswith((".pt", ".yaml", ".onnx", ".jpg")) and not value:
+        raise UserError(argument, "has no key", f"write key=value, for example model={argument}")
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -247,6 +258,8 @@ def _errors_as_user_errors(command: str) -> Iterator[None]:
         raise
     except ModuleNotFoundError as e:
         raise UserError(command, f"needs {e.name}, which is not installed", f"pip install {e.name}") from e
+    except (PermissionError, NotADirectoryError) as e:
+        raise UserError("project", first_line(e), "give a folder that can be written") from e
     except (SyntaxError, TypeError, ValueError, FileNotFoundError) as e:
         raise UserError(command, first_line(e), "see Ultralytics' settings") from e
 

@@ -28,7 +28,7 @@ from yolokd.report.history import MAP, read_history
 from yolokd.report.run_report import NAME as REPORT
 from yolokd.runtime.bundled import bundled_folder
 from yolokd.runtime.console import CONSOLE, print_table
-from yolokd.runtime.files import atomic_path
+from yolokd.runtime.files import atomic_path, check_project
 from yolokd.runtime.plots import new_plot
 from yolokd.runtime.signals import Interrupted
 from yolokd.training.resume.sidecar import is_trained
@@ -113,6 +113,7 @@ def run_demo(short: bool = False, seed: int = 0, method: str = "fitnet+pdf", **u
     validate("seed", seed, NonNegativeInt, "must be a whole number of at least 0", "for example seed=0")
     if not method_names(method):
         raise UserError("method=none", "the demo needs a method to distil with", "for example method=fitnet+pdf")
+    check_project(DEFAULT_PROJECT, "folder")
     keys = {"short": short, "seed": seed, "method": method}
     try:
         _run(SHORT if short else Recipe(), demo_folder(keys), seed, method)

@@ -266,7 +266,13 @@ def print_help(name: str, summary: str) -> None:
 
 
 def _print_keys(keys: Iterable[Key]) -> None:
-    _print_grid((f"{key.name}={key.default}" if key.default else key.name, key.meaning) for key in keys)
+    """Print keys with their defaults; long ones, which would be cut into pieces, in the text."""
+    rows = []
+    for key in keys:
+        short = f"{key.name}={key.default}" if key.default else key.name
+        long = f"{key.meaning}; by default {key.default.replace(',', ', ')}"
+        rows.append((short, key.meaning) if len(short) <= KEY_WIDTH else (key.name, long))
+    _print_grid(rows)
 
 
 def _print_grid(rows: Iterable[tuple[str, str]]) -> None:

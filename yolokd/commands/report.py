@@ -46,6 +46,8 @@ def run_report(**keys: Any) -> Path:
 
 
 def _report_run(folder: Path, keys: dict[str, Any]) -> Path:
+    if folder.is_file():
+        raise UserError(f"run={folder}", "is a file", "give the run's folder")
     check_output_folder(folder, "run")
     device = select_device(check_device(keys.get("device")), verbose=False)
     use_all_cores(device)
@@ -56,7 +58,8 @@ def _report_run(folder: Path, keys: dict[str, Any]) -> Path:
 def _report_comparison(csv: Path) -> Path:
     rows = list(read(csv).values())
     if all(row.method == TEACHER for row in rows):
-        raise UserError(f"csv={csv}", "holds no runs", "give a CSV that `yolokd compare` wrote")
+        problem = "holds no runs" if csv.exists() else "no such file"
+        raise UserError(f"csv={csv}", problem, "give a CSV that `yolokd compare` wrote")
     grounds = [
         {
             "title": verdict.title,

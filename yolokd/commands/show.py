@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from ultralytics.utils.files import increment_path
 from ultralytics.utils.torch_utils import select_device
 
-from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list, check_known
 from yolokd.config.validate import as_user_error
 from yolokd.data.dataset import spread
@@ -24,6 +23,7 @@ from yolokd.report.seen.maps import MapSettings, observe
 from yolokd.report.seen.samples import Sample, read_samples
 from yolokd.report.sheet import draw_sheet
 from yolokd.runtime.console import CONSOLE, make_progress
+from yolokd.runtime.files import check_project
 from yolokd.runtime.threads import use_all_cores
 from yolokd.training.plan import check_classes_map
 from yolokd.training.settings import check_device

@@ -14,6 +14,7 @@ from yolokd.config.arguments import as_list, check_known, did_you_mean
 from yolokd.config.defaults import defaults, method_defaults
 from yolokd.config.schedule import Schedule
 from yolokd.config.schema import METHOD_SETTINGS, OWN_KEYS, DistillationConfig, MethodConfig, normalize_teachers
+from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.config.validate import as_user_error
 from yolokd.errors import UserError
 from yolokd.methods import constants_model, registered
@@ -87,7 +88,7 @@ def _check_constants(constants: Mapping[str, Any], names: tuple[str, ...], balan
         _check_prefix(key, names)
         if key.endswith(".gain") and balance != "off":
             why = f"has no effect: balance={balance} sets the gains"
-            raise UserError(key, why, "give balance=off, or drop it")
+            raise UserError(key, why, f"give balance=off, or drop {key}")
 
 
 def _check_teachers(config: DistillationConfig) -> None:
@@ -130,6 +131,8 @@ def method_names(method: object) -> tuple[str, ...]:
     """
     known = ", ".join([*sorted(registered()), "none"])
     argument = f"method={method}"
+    if isinstance(method, list | tuple):
+        raise UserError(argument, "is a list", f"join methods with +, for example {'+'.join(map(str, method))}")
     if not isinstance(method, str) or not method.strip():
         raise UserError(argument, "is empty", f"one of: {known}; join several with +")
     if method == "none":
@@ -192,6 +195,10 @@ def merge_cfg_file(keys: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"cfg={path}", "cannot be read", "give a run's distill.yaml") from e
     if not isinstance(content, dict):
         raise UserError(f"cfg={path}", "holds no key: value pairs", "give a run's distill.yaml")
+    try:
+        check_keys(content, KNOWN_KEYS)
+    except UserError as e:
+        raise UserError(f"cfg={path}", f"has an unknown key, {e.argument}", "give a run's distill.yaml") from e
     given = {k: v for k, v in keys.items() if k != "cfg"}
     return without_replaced(without_trust(content, f"cfg={path}"), given) | given
 

@@ -48,7 +48,7 @@ SPECIAL: dict[str, Any] = {
     "distill_model": PathText,
     "epochs": Count,
     "fraction": Any,  # also counts, and lists of them
-    "freeze": int | str | list[int | str],
+    "freeze": int | list[int | str],
     "imgsz": int | str | list[int] | tuple[int, ...],
     "max_det": Count,
     "multi_scale": bool | Fraction,

@@ -66,6 +66,8 @@ def export_into(
     """
     options = {**given, "format": str(given.get("format", "onnx")).lower()}
     args = _check_options(options)
+    if Path(model).suffix in {".onnx", ".torchscript", ".engine"}:
+        raise UserError(f"model={model}", "is an exported file already", "give the .pt that it was made from")
     module, checkpoint = load_model(model, "model", trust)
     images: list[Image] = []
     try:

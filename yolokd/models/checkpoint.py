@@ -62,6 +62,8 @@ def load_model(path: str | Path, argument: str, trust: bool = False) -> tuple[De
         raise
     except FileNotFoundError as e:
         raise UserError(name, "no such file", "give the path of an existing .pt checkpoint") from e
+    except PermissionError as e:
+        raise UserError(name, "cannot be read: permission denied", "get the right to read it") from e
     except (ConnectionError, OSError) as e:
         raise UserError(name, "is not on disk, and its download failed", "check the path or the network") from e
     except Exception as e:

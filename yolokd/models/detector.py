@@ -103,19 +103,19 @@ def check_detector(model: Detector, argument: str) -> dict[int, int]:
     return pyramid
 
 
-def changing_strides(model: Detector, strides: Iterable[int], freeze: int | Sequence[int] | None) -> list[int]:
+def changing_strides(model: Detector, strides: Iterable[int], freeze: int | Sequence[int | str] | None) -> list[int]:
     """Return the strides at which a training with Ultralytics' `freeze` changes the map that enters the head.
 
     strides: of these maps, in the head's order. freeze: the number of first layers, or the numbers of the layers, that
     keep their weights. A map changes if one of the layers that it is computed from is trained.
     """
-    frozen = range(freeze) if isinstance(freeze, int) else freeze or ()
+    frozen = {str(layer) for layer in (range(freeze) if isinstance(freeze, int) else freeze or ())}
     changes: list[bool] = []
     for number, layer in enumerate(model.model):
         sources = [number + source if source < 0 else source for source in _sources(layer)]
         if layer is model.model[-1]:
             return [stride for stride, source in zip(strides, sources, strict=False) if changes[source]]
-        trained = number not in frozen and any(True for _ in layer.parameters())
+        trained = str(number) not in frozen and any(True for _ in layer.parameters())
         changes.append(trained or any(changes[source] for source in sources if source >= 0))
     return []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import ultralytics
@@ -18,6 +18,9 @@ from pydantic import (
 from torch import nn
 
 from yolokd.version import __version__
+
+T = TypeVar("T")
+NotEmpty = Annotated[T, Field(min_length=1)]  # a record holds an empty value for a setting that was not given
 
 
 class TeacherOrigin(BaseModel):
@@ -39,8 +42,8 @@ class Origin(BaseModel):
     model_config = ConfigDict(frozen=True)
     teachers: list[TeacherOrigin] = Field([], alias="teacher")
     method: str = ""
-    classes_map: dict[str, str] | None = None
-    teacher_channels: list[int] | None = None
+    classes_map: NotEmpty[dict[str, str]] | None = None
+    teacher_channels: NotEmpty[list[int]] | None = None
     versions: dict[str, str] = {}
 
     @field_validator("teachers", mode="before")

@@ -212,16 +212,19 @@ def _value(value: object) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def deploy_tables(folder: Path) -> list[Table]:
-    """Return each deploy.csv in a run's folder as a table with its own columns; one that is no CSV is left out.
+def deploy_tables(folder: Path, student: str) -> list[Table]:
+    """Return each deploy.csv in a run's folder as a table with its own columns.
 
-    So is a link, which could lead to a file elsewhere.
+    student: the SHA-256 of best.pt. What is left out: a file that is no CSV, one that measured another student, as an
+    earlier training in this folder leaves it, and a link, which could lead to a file elsewhere.
     """
     tables = []
     for path in sorted(path for path in folder.rglob(DEPLOY) if not path.is_symlink()):
         try:
             with open(path, encoding="utf-8", newline="") as f:
                 lines = [row for row in csv.reader(f) if row][: MAX_ROWS + 1]
+                if "sha256" in lines[0] and not any(student in line for line in lines):
+                    continue
                 shown = [column for column, header in enumerate(lines[0]) if header not in FOR_PROGRAMS]
         except (OSError, ValueError, IndexError, csv.Error):  # also an empty file, and one that is no text
             continue

@@ -25,6 +25,7 @@ from yolokd.report.sections import COLORS, Found, group_views
 from yolokd.report.seen.detections import CONF, IOU, detect, in_data_classes, only_classes
 from yolokd.report.seen.maps import MapSettings, Observation, observe
 from yolokd.report.seen.samples import Boxes, Sample, validation_samples
+from yolokd.runtime.files import sha256
 from yolokd.version import __version__
 
 NAME = "report.html"
@@ -62,7 +63,7 @@ def write_report(folder: Path, given: Mapping[str, Any], device: torch.device) -
         "version": __version__,
         "curves": [plot for plot in curves if plot],
         "balance": [plot for plot in balance if plot],
-        "deploy": facts.deploy_tables(folder),
+        "deploy": facts.deploy_tables(folder, sha256(run.best)),
         "models": facts.models_table(found),
         "origin": facts.origin_table(run, kept.record),
         "levels": facts.pairing_table(pairing) if pairing is not None else None,

@@ -105,6 +105,28 @@ class AtomicPath(type(Path())):  # type: ignore[misc]
             return temporary.write_bytes(data)
 
 
+def check_project(project: object, argument: str = "project") -> Path:
+    """Return the absolute path of a folder for runs. Raises UserError if it cannot be made or written.
+
+    argument: the key that names it.
+    """
+    folder = Path(str(project)).absolute()
+    if not _is_writable(folder):
+        raise UserError(f"{argument}={project}", "is not a writable folder", "give another one")
+    return folder
+
+
+def _is_writable(folder: Path) -> bool:
+    """Return whether a folder can be written, or made and then written."""
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return _is_writable(folder.parent)
+    except (OSError, ValueError):  # a file on the way, a name that is too long, a NUL in it
+        return False
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
 def check_output_folder(folder: Path, argument: str) -> None:
     """Raise UserError if something in `folder`, or in `weights` in it, is in the way of files to be written there.
 
@@ -112,6 +134,8 @@ def check_output_folder(folder: Path, argument: str) -> None:
     exist. argument: the key that gives it.
     """
     cure = "move it away, or give another folder"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{argument}={folder}", "is not a folder", cure)
     with os_errors_as_user_errors(lambda: cure):  # one of the two may be a file
         for parent in (folder, folder / "weights"):
             for path in sorted(parent.iterdir()) if os.path.lexists(parent) else ():

@@ -11,9 +11,11 @@ from ultralytics.utils import LOGGER
 
 from yolokd.config.schema import DistillationConfig
 from yolokd.data.dataset import sample_batch
+from yolokd.data.shape_labels import SHAPE_SETS
 from yolokd.distillation.per_level import build_methods, needs_labels
 from yolokd.errors import UserError
 from yolokd.methods import registered
+from yolokd.models.tasks import Task
 from yolokd.models.teachers.outputs import RequestedOutputs
 from yolokd.models.teachers.teacher import Teacher
 from yolokd.pyramid.level import LevelShape, level_name
@@ -51,6 +53,14 @@ def check_level_floor(config: DistillationConfig, teachers: Sequence[Teacher]) -
     if config.level_floor > 0 and not any(teacher.has_logits for teacher in teachers):
         why = "has no effect: the teacher scores no classes, so that all levels weigh the same"
         raise UserError(f"level_floor={config.level_floor:g}", why, "drop it")
+
+
+def check_shapes(data: object, task: Task) -> None:
+    """Check that a drawn data set has the labels of the student's task."""
+    if data in SHAPE_SETS and task.own and data != task.shapes:
+        raise UserError(
+            f"data={data}", f"has no labels of {task.own}, which the student finds", f"give data={task.shapes}"
+        )
 
 
 def check_distinct(teacher: object, student: object) -> None:

@@ -29,6 +29,7 @@ from yolokd.training.compatibility import (
     check_level_floor,
     check_methods,
     check_outputs,
+    check_shapes,
     check_stages,
     check_student_without_scores,
     log_frozen_levels,
@@ -103,6 +104,7 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
     student = load_student(settings.get("model"), data, config.trust)
     strides = check_detector(student, f"student={settings.get('model')}")
     args.task = _student_task(student, settings.get("task"))
+    check_shapes(settings.get("data"), TASKS[args.task])
     if files:
         check_stages(config, args)
         taught = [name for model in models.values() for name in model.names.values()]

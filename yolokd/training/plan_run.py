@@ -8,7 +8,7 @@ from typing import Any
 from ultralytics.utils import LOCAL_RANK
 from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
-from yolokd.config.parse import is_yolokd_key, split_keys
+from yolokd.config.parse import check_keys, is_yolokd_key, split_keys
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import data_file
 from yolokd.data.shape_labels import SHAPE_SETS
@@ -59,6 +59,7 @@ def plan_run(cfg: Any, keys: Mapping[str, Any], saved_run: SavedRun | None) -> T
 
     Raises UserError for what cannot work, and for a resumed run that would be another one.
     """
+    check_keys(keys, KNOWN_KEYS)  # before those that a resume ignores are dropped
     with torch_distributed_zero_first(LOCAL_RANK):
         plan = make_plan(merge_keys(cfg, keys, saved_run))
         if saved_run is not None:

@@ -25,7 +25,7 @@ from yolokd.models.model_objects import as_paths
 from yolokd.models.tasks import TASKS
 from yolokd.models.teachers.backbone import is_backbone, with_absolute_weights
 from yolokd.runtime.distributed import WORLD_SIZE
-from yolokd.runtime.files import check_output_folder
+from yolokd.runtime.files import check_output_folder, check_project
 
 BYTES_PER_PIXEL = 12 + 4 * 16 / 4 + 4 * 32 / 16  # ours: of the image and of the two first maps of a yolov8n, float32
 PATH_KEYS = ("teacher", "student", "model", "data", "pretrained", "distill_model", "unlabelled")
@@ -78,7 +78,8 @@ def check_device(device: object) -> str:
         name = str(parse_device("" if device is None else device))
         selected = select_device(name, verbose=False)
     except (TypeError, ValueError, SyntaxError, AssertionError) as e:
-        raise UserError(f"device={device}", first_line(e), "give one that is here, for example device=cpu") from e
+        problem = "this machine has no such device" if "CUDA" in str(e) else first_line(e)
+        raise UserError(f"device={device}", problem, "give one that is here, for example device=cpu") from e
     if selected.type == "cpu" and name not in {"", "cpu"}:  # Ultralytics silently takes the CPU
         raise UserError(f"device={device}", "this machine has no such device", "give one that it has, or device=cpu")
     return name
@@ -99,6 +100,7 @@ def check_settings(settings: Mapping[str, Any], config: DistillationConfig) -> A
     devices = check_device(args.device)
     save_dir = get_save_dir(args)
     check_path(save_dir, "project")
+    check_project(save_dir, "save_dir" if settings.get("save_dir") else "project")
     check_output_folder(save_dir, "save_dir")
     processes = max(WORLD_SIZE, len(devices.split(",")))
     if processes > 1 and args.batch < processes:

@@ -22,7 +22,6 @@ from yolokd.commands.bench.rounds import BenchRow, ensemble_costs, measure, run_
 from yolokd.commands.bench.show import make_table, save_plot, write_csv
 from yolokd.commands.candidates import DEFAULT_METHODS, NATIVE, PLAIN, parse_candidates
 from yolokd.commands.native import check_native, check_same_levels
-from yolokd.commands.run_folder import check_project
 from yolokd.config.arguments import as_list, parse_value
 from yolokd.config.defaults import defaults
 from yolokd.config.validate import validate
@@ -33,6 +32,7 @@ from yolokd.models.detector import check_detector
 from yolokd.models.teachers.backbone import is_backbone, load_backbone
 from yolokd.patches.no_loggers import no_loggers
 from yolokd.runtime.console import CONSOLE, print_table, table_width, warnings_only
+from yolokd.runtime.files import check_project
 from yolokd.training.settings import check_device
 
 REAL_BATCHES = 8  # batches of the real epoch with which a benchmark is compared

@@ -11,10 +11,9 @@ from yolokd.commands.compare.launchers import LOCAL, choose_launcher
 from yolokd.commands.compare.ledger import TEACHER, read
 from yolokd.commands.compare.plan import plan_runs
 from yolokd.commands.compare.verdicts import report, report_all
-from yolokd.commands.run_folder import check_project
 from yolokd.errors import UserError
 from yolokd.runtime.console import CONSOLE
-from yolokd.runtime.files import check_output_folder
+from yolokd.runtime.files import check_output_folder, check_project
 
 DEFAULT_SEEDS = (0, 1, 2)
 
@@ -82,7 +81,8 @@ def _show_ledger(path: Path, training_keys: dict[str, object]) -> None:
             raise UserError(key, "has no effect: csv= alone trains nothing", "drop it, or give teacher= and data=, too")
     rows = list(read(path).values())
     if all(row.method == TEACHER for row in rows):
-        raise UserError(f"csv={path}", "holds no runs", "give teacher=, data= and the other keys of a comparison")
+        problem = "holds no runs" if path.exists() else "no such file"
+        raise UserError(f"csv={path}", problem, "give teacher=, data= and the other keys of a comparison")
     report_all(rows, path)
 
 

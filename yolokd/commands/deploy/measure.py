@@ -22,6 +22,8 @@ from yolokd.models.origin import Origin
 from yolokd.models.tasks import Task, scored_task
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.safe_models import own_exports
+from yolokd.pyramid.pairing import pair_classes
+from yolokd.runtime.console import CONSOLE
 
 Say = Callable[[str], None]  # shows what is being done
 
@@ -57,6 +59,9 @@ class Measurement:
             return row.model_copy(update={"problem": e.problem})
         if model is None:
             return row.model_copy(update={"problem": "knows none of the data set's classes"})
+        known = pair_classes(module.names, self.dataset["names"], origin.classes_map).mapping
+        if unknown := [name for i, name in self.dataset["names"].items() if i not in known]:
+            CONSOLE.print(f"{row.name} does not know {', '.join(unknown)}, and never detects them")
         return self._run(row, file, model, image_channels(module), say)
 
     def exported(self, row: DeployRow, checkpoint: Path, each: Format, folder: Path, say: Say) -> DeployRow:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolokd.commands.run_folder import check_project
 from yolokd.errors import UserError
-from yolokd.runtime.files import check_output_folder
+from yolokd.runtime.files import check_output_folder, check_project
 
 CURE = "move it away, or give another save_dir="
 

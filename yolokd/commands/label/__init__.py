@@ -15,7 +15,6 @@ from yolokd.commands.label.detect import LabellingTeacher, read_batches
 from yolokd.commands.label.labelled_set import LabelledImage, LabelledSet, locked
 from yolokd.commands.label.sample import draw_sample
 from yolokd.commands.label.settings import LabelSettings, check_label_settings
-from yolokd.commands.run_folder import check_project
 from yolokd.data.dataset import load_data, split_images
 from yolokd.data.sources import ImageSource, read_source
 from yolokd.data.unlabelled import copies
@@ -23,7 +22,7 @@ from yolokd.errors import UserError
 from yolokd.models.origin import versions
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.runtime.console import CONSOLE, make_progress, print_table
-from yolokd.runtime.files import sha256
+from yolokd.runtime.files import check_project, sha256
 from yolokd.training.settings import check_device
 
 PICTURE = "sample.png"
@@ -90,7 +89,7 @@ def _write(
     _print_summary(done, unreadable, teacher.names)
     if data["val"] == IMAGES:
         CONSOLE.print(
-            "validation: no val= was given, so data.yaml validates on these images and labels themselves: the scores "
+            "validation: data.yaml validates on these images and labels themselves: the scores "
             "tell how well a student imitates the teacher, not how well it detects"
         )
     elif leaked := copies([str(image.source) for image in done], map(str, split_images(data["val"]))):

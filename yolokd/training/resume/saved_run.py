@@ -27,6 +27,7 @@ class SavedRun:
     """An interrupted run: its last.pt, the keys that it was started with, and its sidecar's content if there is one.
 
     stripped: whether last.pt is in its final form already. teachers: their SHA-256; None if the run is not yolokd's.
+    names: of its classes.
     """
 
     last: Path
@@ -34,6 +35,7 @@ class SavedRun:
     state: State | None
     stripped: bool
     teachers: list[str] | None
+    names: dict[int, str]
 
     @property
     def folder(self) -> Path:
@@ -77,7 +79,7 @@ def load_saved_run(keys: Mapping[str, Any]) -> SavedRun:
         saved = without_replaced(saved, keys)
     else:
         _check_unchanged(keys, saved)
-    return SavedRun(last, saved, state, finished, _teachers(model, state))
+    return SavedRun(last, saved, state, finished, _teachers(model, state), dict(model.names))
 
 
 def _teachers(model: Detector, state: State | None) -> list[str] | None:
