@@ -137,7 +137,7 @@ BAD = {
     "train teacher = {teacher}": "=: has no key before = (write key=value without spaces",
     "train teacher=[a.pt, b.pt]": "teacher=[a.pt,: is a part of a list, split at a space",
     "val {teacher}": "{teacher}: has no key (write key=value, for example model=",
-    "train cfg={data}": "cfg={data}: has an unknown key, train",
+    "train cfg={data}": "cfg={data}: has an unknown key",
     "export model=best.onnx": "model=best.onnx: is an exported file already",
     "train teacher={teacher} student=yolov8n-seg.yaml data=shapes": "data=shapes: has no labels of masks",
     "train teacher={teacher} data={data} project={text}": "project={text}/train: is not a writable folder",
