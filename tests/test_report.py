@@ -267,7 +267,7 @@ def test_files_that_have_moved_are_named_and_a_run_of_plain_ultralytics_needs_no
     [
         ({}, "give one of the two"), ({"run": ".", "csv": "c.csv"}, "give one of the two"),
         ({"run": "nothing"}, "is no folder of a run"), ({"rum": "."}, "unknown key"),
-        ({"csv": "c.csv", "data": "d.yaml"}, "works with run="), ({"csv": "nothing.csv"}, "holds no runs"),
+        ({"csv": "c.csv", "data": "d.yaml"}, "works with run="), ({"csv": "nothing.csv"}, "no such file"),
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_work_are_named(

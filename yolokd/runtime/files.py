@@ -112,7 +112,7 @@ def check_project(project: object, argument: str = "project") -> Path:
     """
     folder = Path(str(project)).absolute()
     if not _is_writable(folder):
-        raise UserError(f"{argument}={project}", "is not a writable folder", "give another one")
+        raise UserError(f"{argument}={project}", "is not a writable folder", "give a folder that can be written")
     return folder
 
 

@@ -14,7 +14,7 @@ from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import check_images, learned_names, load_data
 from yolokd.data.unlabelled import unlabelled_images
 from yolokd.errors import UserError
-from yolokd.models.checkpoint import load_model, load_student, load_teacher
+from yolokd.models.checkpoint import load_model, load_student, load_teacher, student_task
 from yolokd.models.detector import Detector, changing_strides, check_detector, dense_heads, head_of, rounded_imgsz
 from yolokd.models.tasks import TASKS, Task, task_of
 from yolokd.models.teachers.backbone import Backbone, backbone_teacher, is_backbone, load_backbone, teacher_name
@@ -99,12 +99,12 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
         if isinstance(settings.get(key), str | Path):
             load_model(settings[key], key, config.trust)
     models = {file: load_backbone(file) if is_backbone(file) else load_teacher(file, config.trust) for file in files}
+    check_shapes(settings.get("data"), TASKS[student_task(settings.get("model"), config.trust)])
     # Data after the teachers: the shapes are drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)
     strides = check_detector(student, f"student={settings.get('model')}")
     args.task = _student_task(student, settings.get("task"))
-    check_shapes(settings.get("data"), TASKS[args.task])
     if files:
         check_stages(config, args)
         taught = [name for model in models.values() for name in model.names.values()]
