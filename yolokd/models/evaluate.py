@@ -18,7 +18,7 @@ from yolokd.data.dataset import learned_names
 from yolokd.models.channels import seen_channels, select_channels
 from yolokd.models.detector import Detector, image_channels
 from yolokd.models.tasks import TASKS, Task, scored_task
-from yolokd.pyramid.pairing import ClassPairing, pair_classes
+from yolokd.pyramid.pairing import ClassPairing
 from yolokd.runtime.rng import preserve_random_state
 
 # The settings that change the score of a model on the same images and labels.
@@ -146,17 +146,15 @@ def copy_for_data(
     model: Detector,
     data: Mapping[str, Any],
     task: Task,
-    classes_map: Mapping[str, str] | None = None,
+    mapping: Mapping[int, tuple[int, ...]],
     teacher_channels: Sequence[int] | None = None,
-) -> Detector | None:
-    """Return an `aligned_copy` of a model for Ultralytics' dictionary of a data set; None if it knows no class of it.
+) -> Detector:
+    """Return an `aligned_copy` of a model for Ultralytics' dictionary of a data set.
 
-    classes_map, teacher_channels: as in the configuration. Raises UserError if the images' channels do not fit.
+    teacher_channels: as in the configuration. Raises UserError if the images' channels do not fit.
     """
-    names = data["names"]
-    mapping = pair_classes(model.names, names, classes_map).mapping
     channels = seen_channels(image_channels(model), data["channels"], teacher_channels)
-    return aligned_copy(model, names, mapping, task, channels) if mapping else None
+    return aligned_copy(model, data["names"], mapping, task, channels)
 
 
 def aligned_copy(

@@ -11,7 +11,6 @@ from ultralytics.utils import LOGGER
 
 from yolokd.config.schema import DistillationConfig
 from yolokd.data.dataset import sample_batch
-from yolokd.data.shape_labels import SHAPE_SETS
 from yolokd.distillation.per_level import build_methods, needs_labels
 from yolokd.errors import UserError
 from yolokd.methods import registered
@@ -57,7 +56,7 @@ def check_level_floor(config: DistillationConfig, teachers: Sequence[Teacher]) -
 
 def check_shapes(data: object, task: Task) -> None:
     """Check that a drawn data set has the labels of the student's task."""
-    if data in SHAPE_SETS and task.own and data != task.shapes:
+    if task.own and data != task.shapes:
         raise UserError(
             f"data={data}", f"has no labels of {task.own}, which the student finds", f"give data={task.shapes}"
         )

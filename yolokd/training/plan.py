@@ -12,6 +12,7 @@ from yolokd.config.parse import check_keys, parse, split_keys
 from yolokd.config.schema import DistillationConfig
 from yolokd.config.ultralytics_keys import KNOWN_KEYS
 from yolokd.data.dataset import check_images, learned_names, load_data
+from yolokd.data.shape_labels import SHAPE_SETS
 from yolokd.data.unlabelled import unlabelled_images
 from yolokd.errors import UserError
 from yolokd.models.checkpoint import load_model, load_student, load_teacher, student_task
@@ -99,7 +100,8 @@ def make_plan(keys: Mapping[str, Any]) -> TrainPlan:
         if isinstance(settings.get(key), str | Path):
             load_model(settings[key], key, config.trust)
     models = {file: load_backbone(file) if is_backbone(file) else load_teacher(file, config.trust) for file in files}
-    check_shapes(settings.get("data"), TASKS[student_task(settings.get("model"), config.trust)])
+    if settings.get("data") in SHAPE_SETS:  # else the student would be read once more
+        check_shapes(settings["data"], TASKS[student_task(settings.get("model"), config.trust)])
     # Data after the teachers: the shapes are drawn on first use, which a refused teacher should not cost.
     data = load_data(settings.get("data"), bool(args.single_cls), trust=config.trust, split=args.split)
     student = load_student(settings.get("model"), data, config.trust)

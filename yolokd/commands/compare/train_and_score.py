@@ -23,6 +23,7 @@ from yolokd.models.origin import versions
 from yolokd.models.tasks import TASKS, Task
 from yolokd.patches.safe_loading import safe_loading
 from yolokd.patches.training_loop import bfloat16_on_cpu
+from yolokd.pyramid.pairing import pair_classes
 from yolokd.runtime.files import atomic_path, sha256
 from yolokd.training.resume.sidecar import is_trained, saved_epoch
 
@@ -64,9 +65,8 @@ def _aligned_teacher(run: ComparisonRun, task: Task) -> Detector:
     """Return the teacher, its classes mapped to those of the data set."""
     model = load_teacher(run.keys["teacher"], run.trusts_files)
     data = load_data(run.keys["data"], bool(run.keys.get("single_cls")), trust=run.trusts_files)
-    known = copy_for_data(model, data, task, run.classes_map, run.teacher_channels)
-    assert known is not None  # the comparison's plan does not score a teacher that knows no class
-    return known
+    mapping = pair_classes(model.names, data["names"], run.classes_map).mapping
+    return copy_for_data(model, data, task, mapping, run.teacher_channels)
 
 
 def _finish_training(run: ComparisonRun, device: object, task: Task) -> None:

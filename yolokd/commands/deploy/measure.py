@@ -53,14 +53,15 @@ class Measurement:
         if scored_task(module, self.task, self.dataset) is not self.task:
             return row.model_copy(update={"problem": f"is no model of the task {self.task.name}, and is not scored"})
         origin = self.origin if row.model == TEACHER else Origin.model_validate({})
+        names = self.dataset["names"]
+        mapping = pair_classes(module.names, names, origin.classes_map).mapping
+        if not mapping:
+            return row.model_copy(update={"problem": "knows none of the data set's classes"})
         try:
-            model = copy_for_data(module, self.dataset, self.task, origin.classes_map, origin.teacher_channels)
+            model = copy_for_data(module, self.dataset, self.task, mapping, origin.teacher_channels)
         except UserError as e:
             return row.model_copy(update={"problem": e.problem})
-        if model is None:
-            return row.model_copy(update={"problem": "knows none of the data set's classes"})
-        known = pair_classes(module.names, self.dataset["names"], origin.classes_map).mapping
-        if unknown := [name for i, name in self.dataset["names"].items() if i not in known]:
+        if unknown := [name for i, name in names.items() if i not in mapping]:
             CONSOLE.print(f"{row.name} does not know {', '.join(unknown)}, and never detects them")
         return self._run(row, file, model, image_channels(module), say)
 
